@@ -1,0 +1,330 @@
+//! Reads the Arrow files of a segment through their maps.
+
+use std::sync::{Arc, OnceLock};
+
+use arrow_array::RecordBatch;
+use arrow_buffer::Buffer;
+use arrow_ipc::convert::fb_to_schema;
+use arrow_ipc::reader::{FileDecoder, read_footer_length};
+use arrow_ipc::{Footer, MetadataVersion, root_as_footer};
+use arrow_schema::{Schema, SchemaRef};
+use bytes::Bytes;
+
+use super::arrow_writer::FORMAT_KEY;
+use super::meta::{ArrowFileMeta, file_name};
+use super::{OpenSegmentError, SEGMENT_FORMAT_VERSION, SegmentDamage, SegmentId};
+
+/// End marker of the stream and, after the footer, its length and the closing magic.
+const TAIL_FIXED_BYTES: u64 = 8 + 10;
+
+/// Where a record batch's message lies in its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Block {
+    /// Of the message, from the start of the file.
+    pub offset: u64,
+    /// Length of everything before the body: prefix of 8 bytes, flatbuffer, padding.
+    pub metadata_bytes: usize,
+    /// Length of the body, padding included.
+    pub body_bytes: usize,
+}
+
+impl Block {
+    /// Of the body, from the start of the file; a multiple of [`super::PAGE_BYTES`].
+    pub fn body_offset(&self) -> u64 {
+        self.offset + self.metadata_bytes as u64
+    }
+
+    fn end(&self) -> u64 {
+        self.body_offset() + self.body_bytes as u64
+    }
+}
+
+/// One Arrow file of an open segment.
+pub(super) struct ArrowFile {
+    id: SegmentId,
+    suffix: &'static str,
+    map: Bytes,
+    meta: ArrowFileMeta,
+    decoder: FileDecoder,
+    blocks: Vec<Block>,
+    /// First row of each batch, then the number of rows.
+    starts: Vec<u32>,
+    decoded: Vec<OnceLock<RecordBatch>>,
+}
+
+impl ArrowFile {
+    /// Checks head and tail against their checksums, then parses the footer. Touches no batch.
+    pub(super) fn open(
+        id: SegmentId,
+        suffix: &'static str,
+        map: Bytes,
+        meta: &ArrowFileMeta,
+        schema: &SchemaRef,
+    ) -> Result<Self, OpenSegmentError> {
+        let damaged = |what: &str| OpenSegmentError::FooterDamaged {
+            id,
+            file: file_name(id, suffix),
+            what: what.to_owned(),
+        };
+        let inconsistent = |what: &str| OpenSegmentError::Meta {
+            id,
+            what: what.to_owned(),
+        };
+
+        let file_bytes = map.len() as u64;
+        let tail_start = file_bytes
+            .checked_sub(meta.tail_bytes)
+            .filter(|start| *start >= meta.head_bytes && meta.tail_bytes >= TAIL_FIXED_BYTES)
+            .ok_or_else(|| inconsistent("head and tail exceed the file"))?;
+        let head = &map[..meta.head_bytes as usize];
+        let tail = &map[tail_start as usize..];
+        if crc32fast::hash(tail) != meta.footer_crc32 {
+            return Err(damaged("wrong checksum"));
+        }
+        if crc32fast::hash(head) != meta.head_crc32 {
+            return Err(damaged("wrong checksum of the head"));
+        }
+
+        let (before, end) = tail.split_at(tail.len() - 10);
+        let footer_bytes = end
+            .first_chunk()
+            .and_then(|end| read_footer_length(*end).ok())
+            .filter(|bytes| *bytes as u64 + TAIL_FIXED_BYTES == meta.tail_bytes)
+            .ok_or_else(|| damaged("wrong length or magic"))?;
+        let footer = &before[before.len() - footer_bytes..];
+        let footer = root_as_footer(footer).map_err(|error| damaged(&error.to_string()))?;
+        check_version(id, suffix, &footer)?;
+        let found = footer.schema().ok_or_else(|| damaged("it has no schema"))?;
+        check_schema(id, &fb_to_schema(found), schema)?;
+
+        let blocks = footer_blocks(&footer);
+        let mut end = meta.head_bytes;
+        for block in &blocks {
+            if block.offset != end || block.metadata_bytes < 8 {
+                return Err(damaged("its batches do not lie end to end"));
+            }
+            end = block.end();
+        }
+        if end != tail_start {
+            return Err(damaged("its batches do not reach from head to tail"));
+        }
+        if blocks.len() != meta.batches.len() {
+            return Err(inconsistent("another number of batches than the footer"));
+        }
+        let starts = starts(meta).ok_or_else(|| inconsistent("an empty batch or too many rows"))?;
+        let decoder =
+            FileDecoder::new(schema.clone(), MetadataVersion::V5).with_require_alignment(true);
+        Ok(ArrowFile {
+            id,
+            suffix,
+            map,
+            meta: meta.clone(),
+            decoder,
+            decoded: blocks.iter().map(|_| OnceLock::new()).collect(),
+            blocks,
+            starts,
+        })
+    }
+
+    pub(super) fn map(&self) -> &Bytes {
+        &self.map
+    }
+
+    pub(super) fn rows(&self) -> u32 {
+        self.starts.last().copied().unwrap_or(0)
+    }
+
+    pub(super) fn batches(&self) -> usize {
+        self.blocks.len()
+    }
+
+    pub(super) fn batch_rows(&self) -> usize {
+        self.meta.batch_rows as usize
+    }
+
+    pub(super) fn block(&self, batch: usize) -> Option<Block> {
+        self.blocks.get(batch).copied()
+    }
+
+    pub(super) fn batch_start(&self, batch: usize) -> Option<u32> {
+        self.starts
+            .get(batch)
+            .copied()
+            .filter(|_| batch < self.blocks.len())
+    }
+
+    /// The batch that holds a row, and the row's place in it.
+    #[inline]
+    pub(super) fn batch_of_row(&self, row: u32) -> (usize, usize) {
+        // Nearly always right, as nearly all batches are full.
+        let guess = row as usize / self.batch_rows().max(1);
+        if let (Some(&start), Some(&end)) = (self.starts.get(guess), self.starts.get(guess + 1))
+            && start <= row
+            && row < end
+        {
+            return (guess, (row - start) as usize);
+        }
+        let batch = self
+            .starts
+            .partition_point(|start| *start <= row)
+            .saturating_sub(1);
+        let start = self.starts.get(batch).copied().unwrap_or(0);
+        (batch, (row - start) as usize)
+    }
+
+    /// A batch whose buffers are slices of the map. Decoded, and validated, once.
+    #[inline]
+    pub(super) fn batch(&self, batch: usize) -> Result<&RecordBatch, SegmentDamage> {
+        match self.decoded.get(batch) {
+            Some(cell) => match cell.get() {
+                Some(decoded) => Ok(decoded),
+                None => {
+                    let decoded = self.decode(batch)?;
+                    Ok(cell.get_or_init(|| decoded))
+                }
+            },
+            None => Err(self.damage(Some(batch), "there is no such batch".to_owned())),
+        }
+    }
+
+    fn decode(&self, batch: usize) -> Result<RecordBatch, SegmentDamage> {
+        let (Some(block), Some(meta)) = (self.blocks.get(batch), self.meta.batches.get(batch))
+        else {
+            return Err(self.damage(Some(batch), "there is no such batch".to_owned()));
+        };
+        // The decoder trusts metadata that is well-formed, so first of all it must be ours.
+        if crc32fast::hash(self.metadata(block)) != meta.metadata_crc32 {
+            return Err(self.damage(Some(batch), "wrong checksum of the metadata".to_owned()));
+        }
+        let bytes = self.map.slice(block.offset as usize..block.end() as usize);
+        let ipc_block = arrow_ipc::Block::new(
+            block.offset as i64,
+            block.metadata_bytes as i32,
+            block.body_bytes as i64,
+        );
+        let decoded = self
+            .decoder
+            .read_record_batch(&ipc_block, &Buffer::from(bytes))
+            .map_err(|error| self.damage(Some(batch), error.to_string()))?
+            .ok_or_else(|| self.damage(Some(batch), "the message is empty".to_owned()))?;
+        if decoded.num_rows() != meta.rows as usize {
+            let what = format!(
+                "{} rows where the manifest says {}",
+                decoded.num_rows(),
+                meta.rows
+            );
+            return Err(self.damage(Some(batch), what));
+        }
+        Ok(decoded)
+    }
+
+    fn metadata(&self, block: &Block) -> &[u8] {
+        &self.map[block.offset as usize..block.body_offset() as usize]
+    }
+
+    fn body(&self, block: &Block) -> &[u8] {
+        &self.map[block.body_offset() as usize..block.end() as usize]
+    }
+
+    /// Compares every byte with its checksum.
+    pub(super) fn verify(&self) -> Result<(), SegmentDamage> {
+        let tail_start = self.map.len() - self.meta.tail_bytes as usize;
+        if crc32fast::hash(&self.map[..self.meta.head_bytes as usize]) != self.meta.head_crc32
+            || crc32fast::hash(&self.map[tail_start..]) != self.meta.footer_crc32
+        {
+            return Err(self.damage(None, "wrong checksum of head or footer".to_owned()));
+        }
+        for (batch, (block, meta)) in self.blocks.iter().zip(&self.meta.batches).enumerate() {
+            if crc32fast::hash(self.metadata(block)) != meta.metadata_crc32 {
+                return Err(self.damage(Some(batch), "wrong checksum of the metadata".to_owned()));
+            }
+            if crc32fast::hash(self.body(block)) != meta.body_crc32 {
+                return Err(self.damage(Some(batch), "wrong checksum of the body".to_owned()));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn damage(&self, batch: Option<usize>, what: String) -> SegmentDamage {
+        SegmentDamage {
+            segment: self.id,
+            file: file_name(self.id, self.suffix),
+            what,
+            batch,
+        }
+    }
+}
+
+fn footer_blocks(footer: &Footer<'_>) -> Vec<Block> {
+    footer
+        .recordBatches()
+        .into_iter()
+        .flatten()
+        .map(|block| Block {
+            offset: block.offset() as u64,
+            metadata_bytes: block.metaDataLength() as usize,
+            body_bytes: block.bodyLength() as usize,
+        })
+        .collect()
+}
+
+/// `None` if a batch is empty or the rows exceed the limit of a segment.
+fn starts(meta: &ArrowFileMeta) -> Option<Vec<u32>> {
+    let mut starts = vec![0_u32];
+    let mut rows = 0_u32;
+    for batch in &meta.batches {
+        rows = rows.checked_add(batch.rows).filter(|_| batch.rows > 0)?;
+        starts.push(rows);
+    }
+    Some(starts)
+}
+
+fn check_version(id: SegmentId, suffix: &str, footer: &Footer<'_>) -> Result<(), OpenSegmentError> {
+    let mut entries = footer.custom_metadata().into_iter().flatten();
+    let version = entries
+        .find(|entry| entry.key() == Some(FORMAT_KEY))
+        .and_then(|entry| entry.value()?.parse().ok());
+    match version {
+        Some(SEGMENT_FORMAT_VERSION) => Ok(()),
+        Some(found) if found > SEGMENT_FORMAT_VERSION => Err(OpenSegmentError::NewerVersion {
+            id,
+            file: file_name(id, suffix),
+            found,
+            supported: SEGMENT_FORMAT_VERSION,
+        }),
+        _ => Err(OpenSegmentError::FooterDamaged {
+            id,
+            file: file_name(id, suffix),
+            what: format!("no known {FORMAT_KEY}"),
+        }),
+    }
+}
+
+/// Names and types must agree; descriptions, and a null that was allowed since, need not.
+fn check_schema(
+    id: SegmentId,
+    found: &Schema,
+    expected: &Arc<Schema>,
+) -> Result<(), OpenSegmentError> {
+    let columns = found.fields().len().max(expected.fields().len());
+    for column in 0..columns {
+        let (found, expected) = (found.fields().get(column), expected.fields().get(column));
+        if let (Some(found), Some(expected)) = (found, expected)
+            && found.name() == expected.name()
+            && found.data_type().equals_datatype(expected.data_type())
+        {
+            continue;
+        }
+        let show = |field: Option<&arrow_schema::FieldRef>| match field {
+            Some(field) => format!("{} {}", field.name(), field.data_type()),
+            None => "nothing".to_owned(),
+        };
+        return Err(OpenSegmentError::SchemaMismatch {
+            id,
+            column,
+            found: show(found),
+            expected: show(expected),
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,31 @@
+//! Memory maps: the only unsafe code of the segments.
+
+use std::fs::File;
+use std::io;
+
+use bytes::Bytes;
+use memmap2::{Mmap, MmapMut};
+
+/// Maps all of a published file, read-only. The map lives as long as any clone or slice of
+/// the result.
+pub(super) fn map_published(file: &File) -> io::Result<Bytes> {
+    if file.metadata()?.len() == 0 {
+        return Ok(Bytes::new());
+    }
+    // SAFETY: mapped bytes must not change or go away. Callers pass files that a manifest
+    // names: their writer synced, closed and renamed them, made them read-only, and no code
+    // of ours opens such a file for writing again; unlinking leaves the mapped bytes alive.
+    // Left over: somebody overwriting the file in place (checksums find that late, and arrow
+    // has validated what it relied on before) or truncating it, which raises SIGBUS.
+    let map = unsafe { Mmap::map(file)? };
+    Ok(Bytes::from_owner(map))
+}
+
+/// Maps all of a file that is being written, for filling it in place. Its blocks must have
+/// been reserved: a full disk under the map would raise SIGBUS.
+pub(super) fn map_unpublished(file: &File) -> io::Result<MmapMut> {
+    // SAFETY: nobody else may change the bytes while they are mapped. The file still has its
+    // `.partial` name, which only its one writer opens (the store's lock keeps other
+    // processes out), and that writer owns both the file and this map.
+    unsafe { MmapMut::map_mut(file) }
+}
