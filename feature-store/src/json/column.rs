@@ -1,0 +1,705 @@
+//! One growing Arrow column that can be cut back to a former length.
+//!
+//! arrow's own builders cannot be cut back, and a row that fails in its last column must
+//! leave no trace in the first.
+
+use std::sync::Arc;
+
+use arrow_array::{
+    ArrayRef, BinaryArray, BinaryViewArray, BooleanArray, FixedSizeListArray, LargeBinaryArray,
+    LargeListArray, LargeStringArray, ListArray, StringArray, StringViewArray, StructArray,
+    make_array,
+};
+use arrow_buffer::{
+    BooleanBufferBuilder, Buffer, MutableBuffer, NullBuffer, OffsetBuffer, ScalarBuffer,
+};
+use arrow_data::ArrayData;
+use arrow_schema::{ArrowError, DataType, FieldRef, Fields};
+use base64::Engine;
+use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
+use serde_json::Value;
+
+use super::decimal::{DecimalProblem, FLOAT_DIGITS, parse_decimal, significant_digits};
+use super::time_text::{TimeText, clip};
+
+/// What is wrong with a value, and where inside the column it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ValueProblem {
+    /// Path below the column: empty, `[3]`, `.zip`.
+    pub(super) path: String,
+    /// Expected and found.
+    pub(super) problem: String,
+}
+
+impl ValueProblem {
+    fn new(problem: impl Into<String>) -> ValueProblem {
+        ValueProblem {
+            path: String::new(),
+            problem: problem.into(),
+        }
+    }
+
+    fn within(mut self, step: &str) -> ValueProblem {
+        self.path.insert_str(0, step);
+        self
+    }
+}
+
+/// A column under construction.
+#[derive(Debug)]
+pub(super) struct ColumnBuilder {
+    data_type: DataType,
+    valid: BooleanBufferBuilder,
+    values: Values,
+    /// Set for columns that take time text.
+    time: Option<TimeText>,
+    /// Refuse members of an object that a struct column does not have.
+    refuse_unknown: bool,
+}
+
+#[derive(Debug)]
+enum Values {
+    Bool(BooleanBufferBuilder),
+    Fixed {
+        width_bytes: usize,
+        bytes: MutableBuffer,
+    },
+    Bytes {
+        ends: Vec<i64>,
+        bytes: Vec<u8>,
+    },
+    List {
+        ends: Vec<i64>,
+        item: FieldRef,
+        child: Box<ColumnBuilder>,
+    },
+    FixedList {
+        size: usize,
+        item: FieldRef,
+        child: Box<ColumnBuilder>,
+    },
+    Struct {
+        fields: Fields,
+        children: Vec<ColumnBuilder>,
+    },
+}
+
+impl ColumnBuilder {
+    /// A column of `data_type`, or `None` when JSON cannot express that type.
+    ///
+    /// Time text inside the column is ISO and in UTC; see [`ColumnBuilder::with_time`].
+    pub(super) fn new(data_type: &DataType, refuse_unknown: bool) -> Option<ColumnBuilder> {
+        let fixed = |width_bytes| Values::Fixed {
+            width_bytes,
+            bytes: MutableBuffer::new(0),
+        };
+        let values = match data_type {
+            DataType::Boolean => Values::Bool(BooleanBufferBuilder::new(0)),
+            DataType::Int8 | DataType::UInt8 => fixed(1),
+            DataType::Int16 | DataType::UInt16 | DataType::Float16 => fixed(2),
+            DataType::Int32
+            | DataType::UInt32
+            | DataType::Float32
+            | DataType::Date32
+            | DataType::Time32(_) => fixed(4),
+            DataType::Int64
+            | DataType::UInt64
+            | DataType::Float64
+            | DataType::Date64
+            | DataType::Time64(_)
+            | DataType::Timestamp(..)
+            | DataType::Duration(_) => fixed(8),
+            DataType::Decimal128(..) => fixed(16),
+            DataType::Decimal256(..) => fixed(32),
+            DataType::FixedSizeBinary(width) => fixed(usize::try_from(*width).ok()?),
+            DataType::Utf8
+            | DataType::LargeUtf8
+            | DataType::Utf8View
+            | DataType::Binary
+            | DataType::LargeBinary
+            | DataType::BinaryView => Values::Bytes {
+                ends: Vec::new(),
+                bytes: Vec::new(),
+            },
+            DataType::List(item) | DataType::LargeList(item) => Values::List {
+                ends: Vec::new(),
+                item: Arc::clone(item),
+                child: Box::new(ColumnBuilder::new(item.data_type(), refuse_unknown)?),
+            },
+            DataType::FixedSizeList(item, size) => Values::FixedList {
+                size: usize::try_from(*size).ok()?,
+                item: Arc::clone(item),
+                child: Box::new(ColumnBuilder::new(item.data_type(), refuse_unknown)?),
+            },
+            DataType::Struct(fields) => Values::Struct {
+                fields: fields.clone(),
+                children: fields
+                    .iter()
+                    .map(|f| ColumnBuilder::new(f.data_type(), refuse_unknown))
+                    .collect::<Option<_>>()?,
+            },
+            _ => return None,
+        };
+        let time = TimeText::new(data_type, None, None).ok();
+        Some(ColumnBuilder {
+            data_type: data_type.clone(),
+            valid: BooleanBufferBuilder::new(0),
+            values,
+            time,
+            refuse_unknown,
+        })
+    }
+
+    /// Reads time text with the column's own format and zone.
+    pub(super) fn with_time(mut self, time: TimeText) -> ColumnBuilder {
+        self.time = Some(time);
+        self
+    }
+
+    /// Values so far.
+    pub(super) fn len(&self) -> usize {
+        self.valid.len()
+    }
+
+    /// Appends one value; `null` becomes a null.
+    ///
+    /// # Errors
+    ///
+    /// The value does not fit the type. Parts of it may have been appended: cut back with
+    /// [`ColumnBuilder::truncate`].
+    pub(super) fn push(&mut self, value: &Value) -> Result<(), ValueProblem> {
+        if value.is_null() {
+            self.push_null();
+            return Ok(());
+        }
+        match &mut self.values {
+            Values::Bool(bits) => match value {
+                Value::Bool(b) => bits.append(*b),
+                other => return Err(mismatch(&self.data_type, other)),
+            },
+            Values::Fixed { bytes, .. } => {
+                push_fixed(bytes, &self.data_type, self.time.as_ref(), value)?;
+            }
+            Values::Bytes { ends, bytes } => push_bytes(ends, bytes, &self.data_type, value)?,
+            Values::List { ends, item, child } => {
+                let Value::Array(items) = value else {
+                    return Err(mismatch(&self.data_type, value));
+                };
+                push_items(child, item, items)?;
+                ends.push(end_offset(child.len(), is_large(&self.data_type))?);
+            }
+            Values::FixedList { size, item, child } => {
+                let Value::Array(items) = value else {
+                    return Err(mismatch(&self.data_type, value));
+                };
+                if items.len() != *size {
+                    return Err(ValueProblem::new(format!(
+                        "expected {size} items, found {}",
+                        items.len()
+                    )));
+                }
+                push_items(child, item, items)?;
+            }
+            Values::Struct { fields, children } => {
+                let Value::Object(members) = value else {
+                    return Err(mismatch(&self.data_type, value));
+                };
+                if self.refuse_unknown {
+                    if let Some(name) = members.keys().find(|k| fields.find(k).is_none()) {
+                        return Err(ValueProblem::new("unknown field").within(&format!(".{name}")));
+                    }
+                }
+                for (field, child) in fields.iter().zip(children.iter_mut()) {
+                    let member = members.get(field.name()).unwrap_or(&Value::Null);
+                    push_member(child, field, member)
+                        .map_err(|p| p.within(&format!(".{}", field.name())))?;
+                }
+            }
+        }
+        self.valid.append(true);
+        Ok(())
+    }
+
+    /// Appends a null.
+    pub(super) fn push_null(&mut self) {
+        match &mut self.values {
+            Values::Bool(bits) => bits.append(false),
+            Values::Fixed { width_bytes, bytes } => bytes.extend_zeros(*width_bytes),
+            Values::Bytes { ends, .. } | Values::List { ends, .. } => {
+                ends.push(ends.last().copied().unwrap_or(0));
+            }
+            Values::FixedList { size, item, child } => {
+                for _ in 0..*size {
+                    child.push_filler(item.is_nullable());
+                }
+            }
+            Values::Struct { fields, children } => {
+                for (field, child) in fields.iter().zip(children) {
+                    child.push_filler(field.is_nullable());
+                }
+            }
+        }
+        self.valid.append(false);
+    }
+
+    /// Appends what stands under a null parent: a null where the field may be null, else a
+    /// zero that nothing reads.
+    fn push_filler(&mut self, nullable: bool) {
+        self.push_null();
+        if !nullable {
+            let last = self.valid.len().saturating_sub(1);
+            self.valid.set_bit(last, true);
+        }
+    }
+
+    /// Appends ticks, or an integer, that stand in no JSON value.
+    ///
+    /// # Errors
+    ///
+    /// The column holds no integer or time, or the number is out of its range.
+    pub(super) fn push_i64(&mut self, number: i64) -> Result<(), ValueProblem> {
+        let Values::Fixed { bytes, .. } = &mut self.values else {
+            return Err(mismatch(&self.data_type, &Value::from(number)));
+        };
+        push_integer(bytes, &self.data_type, i128::from(number))?;
+        self.valid.append(true);
+        Ok(())
+    }
+
+    /// Cuts back to the first `len` values, and drops what a failed push left behind.
+    pub(super) fn truncate(&mut self, len: usize) {
+        cut_bits(&mut self.valid, len);
+        match &mut self.values {
+            Values::Bool(bits) => cut_bits(bits, len),
+            Values::Fixed { width_bytes, bytes } => bytes.truncate(len * *width_bytes),
+            Values::Bytes { ends, bytes } => {
+                ends.truncate(len);
+                bytes.truncate(end_of(ends));
+            }
+            Values::List { ends, child, .. } => {
+                ends.truncate(len);
+                child.truncate(end_of(ends));
+            }
+            Values::FixedList { size, child, .. } => child.truncate(len * *size),
+            Values::Struct { children, .. } => {
+                for child in children {
+                    child.truncate(len);
+                }
+            }
+        }
+    }
+
+    /// The column, leaving an empty builder.
+    pub(super) fn finish(&mut self) -> Result<ArrayRef, ArrowError> {
+        let len = self.len();
+        let nulls = Some(NullBuffer::new(self.valid.finish())).filter(|n| n.null_count() > 0);
+        Ok(match &mut self.values {
+            Values::Bool(bits) => Arc::new(BooleanArray::new(bits.finish(), nulls)),
+            Values::Fixed { bytes, .. } => {
+                let buffer = Buffer::from(std::mem::replace(bytes, MutableBuffer::new(0)));
+                let data = ArrayData::builder(self.data_type.clone())
+                    .len(len)
+                    .add_buffer(buffer)
+                    .nulls(nulls)
+                    .build()?;
+                make_array(data)
+            }
+            Values::Bytes { ends, bytes } => finish_bytes(
+                &self.data_type,
+                std::mem::take(ends),
+                std::mem::take(bytes),
+                nulls,
+            )?,
+            Values::List { ends, item, child } => {
+                let item = Arc::clone(item);
+                let child = child.finish()?;
+                let ends = std::mem::take(ends);
+                if is_large(&self.data_type) {
+                    Arc::new(LargeListArray::try_new(
+                        item,
+                        offsets_64(ends),
+                        child,
+                        nulls,
+                    )?)
+                } else {
+                    Arc::new(ListArray::try_new(item, offsets_32(ends)?, child, nulls)?)
+                }
+            }
+            Values::FixedList { size, item, child } => {
+                let size =
+                    i32::try_from(*size).map_err(|e| ArrowError::CastError(e.to_string()))?;
+                Arc::new(FixedSizeListArray::try_new_with_length(
+                    Arc::clone(item),
+                    size,
+                    child.finish()?,
+                    nulls,
+                    len,
+                )?)
+            }
+            Values::Struct { fields, children } => {
+                let columns = children
+                    .iter_mut()
+                    .map(ColumnBuilder::finish)
+                    .collect::<Result<Vec<_>, _>>()?;
+                Arc::new(StructArray::try_new_with_length(
+                    fields.clone(),
+                    columns,
+                    nulls,
+                    len,
+                )?)
+            }
+        })
+    }
+}
+
+fn cut_bits(bits: &mut BooleanBufferBuilder, len: usize) {
+    if bits.len() > len {
+        bits.truncate(len);
+    }
+}
+
+fn push_items(
+    child: &mut ColumnBuilder,
+    item: &FieldRef,
+    items: &[Value],
+) -> Result<(), ValueProblem> {
+    for (i, value) in items.iter().enumerate() {
+        push_member(child, item, value).map_err(|p| p.within(&format!("[{i}]")))?;
+    }
+    Ok(())
+}
+
+fn push_member(
+    child: &mut ColumnBuilder,
+    field: &FieldRef,
+    value: &Value,
+) -> Result<(), ValueProblem> {
+    if value.is_null() && !field.is_nullable() {
+        return Err(mismatch(field.data_type(), value));
+    }
+    child.push(value)
+}
+
+fn push_fixed(
+    bytes: &mut MutableBuffer,
+    data_type: &DataType,
+    time: Option<&TimeText>,
+    value: &Value,
+) -> Result<(), ValueProblem> {
+    match (data_type, value) {
+        (DataType::Float16 | DataType::Float32 | DataType::Float64, Value::Number(n)) => {
+            let number = n.as_f64().ok_or_else(|| mismatch(data_type, value))?;
+            push_float(bytes, data_type, number).ok_or_else(|| out_of_range(data_type, value))
+        }
+        (DataType::Decimal128(precision, scale), _) => {
+            let number = decimal(data_type, value, *precision, *scale)?;
+            let number = number
+                .to_i128()
+                .ok_or_else(|| out_of_range(data_type, value))?;
+            bytes.extend_from_slice(&number.to_le_bytes());
+            Ok(())
+        }
+        (DataType::Decimal256(precision, scale), _) => {
+            let number = decimal(data_type, value, *precision, *scale)?;
+            bytes.extend_from_slice(&number.to_le_bytes());
+            Ok(())
+        }
+        (DataType::FixedSizeBinary(width), Value::String(text)) => {
+            let width = usize::try_from(*width).unwrap_or(0);
+            let raw = fixed_binary(text, width).ok_or_else(|| mismatch(data_type, value))?;
+            bytes.extend_from_slice(&raw);
+            Ok(())
+        }
+        (_, Value::String(text)) => {
+            let time = time.ok_or_else(|| mismatch(data_type, value))?;
+            let ticks = time
+                .parse(text)
+                .map_err(|e| ValueProblem::new(e.to_string()))?;
+            push_integer(bytes, data_type, i128::from(ticks))
+        }
+        (_, Value::Number(n)) if !time.is_some_and(TimeText::has_format) => {
+            let number = n
+                .as_i64()
+                .map(i128::from)
+                .or_else(|| n.as_u64().map(i128::from))
+                .ok_or_else(|| mismatch(data_type, value))?;
+            push_integer(bytes, data_type, number)
+        }
+        _ => Err(mismatch(data_type, value)),
+    }
+}
+
+/// Appends an integer in the width of its type, or says that it does not fit.
+fn push_integer(
+    bytes: &mut MutableBuffer,
+    data_type: &DataType,
+    number: i128,
+) -> Result<(), ValueProblem> {
+    let refused = || {
+        ValueProblem::new(format!(
+            "{number} is outside the range of {}",
+            pinion_schemas::format_type(data_type)
+        ))
+    };
+    macro_rules! push_as {
+        ($native:ty) => {
+            bytes.extend_from_slice(
+                &<$native>::try_from(number)
+                    .map_err(|_| refused())?
+                    .to_le_bytes(),
+            )
+        };
+    }
+    match data_type {
+        DataType::Int8 => push_as!(i8),
+        DataType::Int16 => push_as!(i16),
+        DataType::Int32 | DataType::Date32 => push_as!(i32),
+        DataType::Time32(_) | DataType::Time64(_) => {
+            if number < 0 || number >= ticks_per_day(data_type) {
+                return Err(refused());
+            }
+            if matches!(data_type, DataType::Time32(_)) {
+                push_as!(i32)
+            } else {
+                push_as!(i64)
+            }
+        }
+        DataType::Date64 => {
+            if number.rem_euclid(86_400_000) != 0 {
+                return Err(ValueProblem::new(format!(
+                    "{number} milliseconds are no whole day"
+                )));
+            }
+            push_as!(i64);
+        }
+        DataType::Int64 | DataType::Timestamp(..) | DataType::Duration(_) => push_as!(i64),
+        DataType::UInt8 => push_as!(u8),
+        DataType::UInt16 => push_as!(u16),
+        DataType::UInt32 => push_as!(u32),
+        DataType::UInt64 => push_as!(u64),
+        other => {
+            return Err(ValueProblem::new(format!(
+                "expected {}, found number {number}",
+                pinion_schemas::format_type(other)
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn ticks_per_day(data_type: &DataType) -> i128 {
+    use arrow_schema::TimeUnit;
+    let per_second = match data_type {
+        DataType::Time32(TimeUnit::Second) => 1,
+        DataType::Time32(_) => 1_000,
+        DataType::Time64(TimeUnit::Nanosecond) => 1_000_000_000,
+        _ => 1_000_000,
+    };
+    86_400 * per_second
+}
+
+/// Appends a float, or nothing when a finite number would become infinite.
+fn push_float(bytes: &mut MutableBuffer, data_type: &DataType, number: f64) -> Option<()> {
+    match data_type {
+        DataType::Float16 => {
+            let half = half::f16::from_f64(number);
+            half.is_finite()
+                .then(|| bytes.extend_from_slice(&half.to_le_bytes()))
+        }
+        DataType::Float32 => {
+            // Rounding to the column's precision is what a float column means; losing the
+            // magnitude is not.
+            #[allow(clippy::cast_possible_truncation)]
+            let single = number as f32;
+            single
+                .is_finite()
+                .then(|| bytes.extend_from_slice(&single.to_le_bytes()))
+        }
+        _ => {
+            bytes.extend_from_slice(&number.to_le_bytes());
+            Some(())
+        }
+    }
+}
+
+fn decimal(
+    data_type: &DataType,
+    value: &Value,
+    precision: u8,
+    scale: i8,
+) -> Result<arrow_buffer::i256, ValueProblem> {
+    let number;
+    let text = match value {
+        Value::String(text) => text.as_str(),
+        Value::Number(n) => {
+            number = n.to_string();
+            if n.is_f64() && significant_digits(&number) > FLOAT_DIGITS {
+                return Err(ValueProblem::new(format!(
+                    "number {number} has more than {FLOAT_DIGITS} digits, which JSON numbers do \
+                     not keep: send it as a string"
+                )));
+            }
+            number.as_str()
+        }
+        other => return Err(mismatch(data_type, other)),
+    };
+    parse_decimal(text, precision, scale).map_err(|problem| match problem {
+        DecimalProblem::NotANumber => mismatch(data_type, value),
+        DecimalProblem::TooFine => {
+            ValueProblem::new(format!("{} has more than {scale} decimals", clip(text)))
+        }
+        DecimalProblem::TooLarge => out_of_range(data_type, value),
+    })
+}
+
+fn fixed_binary(text: &str, width: usize) -> Option<Vec<u8>> {
+    if width == 16 {
+        if let Ok(id) = uuid::Uuid::parse_str(text) {
+            return Some(id.into_bytes().to_vec());
+        }
+    }
+    base64_bytes(text).filter(|raw| raw.len() == width)
+}
+
+fn base64_bytes(text: &str) -> Option<Vec<u8>> {
+    STANDARD
+        .decode(text)
+        .or_else(|_| STANDARD_NO_PAD.decode(text))
+        .ok()
+}
+
+fn push_bytes(
+    ends: &mut Vec<i64>,
+    bytes: &mut Vec<u8>,
+    data_type: &DataType,
+    value: &Value,
+) -> Result<(), ValueProblem> {
+    let Value::String(text) = value else {
+        return Err(mismatch(data_type, value));
+    };
+    let before = bytes.len();
+    match data_type {
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => {
+            let raw = base64_bytes(text).ok_or_else(|| {
+                ValueProblem::new(format!("expected base64, found {}", describe(value)))
+            })?;
+            bytes.extend_from_slice(&raw);
+        }
+        _ => bytes.extend_from_slice(text.as_bytes()),
+    }
+    match end_offset(bytes.len(), is_large(data_type)) {
+        Ok(end) => {
+            ends.push(end);
+            Ok(())
+        }
+        Err(problem) => {
+            bytes.truncate(before);
+            Err(problem)
+        }
+    }
+}
+
+fn finish_bytes(
+    data_type: &DataType,
+    ends: Vec<i64>,
+    bytes: Vec<u8>,
+    nulls: Option<NullBuffer>,
+) -> Result<ArrayRef, ArrowError> {
+    Ok(match data_type {
+        DataType::Utf8 => Arc::new(StringArray::try_new(
+            offsets_32(ends)?,
+            Buffer::from_vec(bytes),
+            nulls,
+        )?),
+        DataType::LargeUtf8 => Arc::new(LargeStringArray::try_new(
+            offsets_64(ends),
+            Buffer::from_vec(bytes),
+            nulls,
+        )?),
+        DataType::Binary => Arc::new(BinaryArray::try_new(
+            offsets_32(ends)?,
+            Buffer::from_vec(bytes),
+            nulls,
+        )?),
+        DataType::LargeBinary => Arc::new(LargeBinaryArray::try_new(
+            offsets_64(ends),
+            Buffer::from_vec(bytes),
+            nulls,
+        )?),
+        DataType::BinaryView => {
+            let plain = BinaryArray::try_new(offsets_32(ends)?, Buffer::from_vec(bytes), nulls)?;
+            Arc::new(plain.iter().collect::<BinaryViewArray>())
+        }
+        _ => {
+            let plain = StringArray::try_new(offsets_32(ends)?, Buffer::from_vec(bytes), nulls)?;
+            Arc::new(plain.iter().collect::<StringViewArray>())
+        }
+    })
+}
+
+fn is_large(data_type: &DataType) -> bool {
+    matches!(
+        data_type,
+        DataType::LargeUtf8 | DataType::LargeBinary | DataType::LargeList(_)
+    )
+}
+
+fn end_offset(end: usize, large: bool) -> Result<i64, ValueProblem> {
+    let end = i64::try_from(end).unwrap_or(i64::MAX);
+    if !large && end > i64::from(i32::MAX) {
+        return Err(ValueProblem::new(
+            "one batch of this column would exceed 2 GiB: use the large type or smaller batches",
+        ));
+    }
+    Ok(end)
+}
+
+fn end_of(ends: &[i64]) -> usize {
+    usize::try_from(ends.last().copied().unwrap_or(0)).unwrap_or(0)
+}
+
+fn offsets_64(ends: Vec<i64>) -> OffsetBuffer<i64> {
+    let mut offsets = Vec::with_capacity(ends.len() + 1);
+    offsets.push(0);
+    offsets.extend(ends);
+    OffsetBuffer::new(ScalarBuffer::from(offsets))
+}
+
+fn offsets_32(ends: Vec<i64>) -> Result<OffsetBuffer<i32>, ArrowError> {
+    let mut offsets = Vec::with_capacity(ends.len() + 1);
+    offsets.push(0);
+    for end in ends {
+        offsets.push(
+            i32::try_from(end).map_err(|_| ArrowError::OffsetOverflowError(i32::MAX as usize))?,
+        );
+    }
+    Ok(OffsetBuffer::new(ScalarBuffer::from(offsets)))
+}
+
+fn mismatch(data_type: &DataType, value: &Value) -> ValueProblem {
+    ValueProblem::new(format!(
+        "expected {}, found {}",
+        pinion_schemas::format_type(data_type),
+        describe(value)
+    ))
+}
+
+fn out_of_range(data_type: &DataType, value: &Value) -> ValueProblem {
+    ValueProblem::new(format!(
+        "{} is outside the range of {}",
+        describe(value),
+        pinion_schemas::format_type(data_type)
+    ))
+}
+
+/// A value as an error names it: its JSON type, and its text when it is short.
+fn describe(value: &Value) -> String {
+    match value {
+        Value::Null => "null".to_owned(),
+        Value::Bool(b) => format!("{b}"),
+        Value::Number(n) => format!("number {n}"),
+        Value::String(s) => format!("string {:?}", clip(s)),
+        Value::Array(items) => format!("an array of {} items", items.len()),
+        Value::Object(members) => format!("an object of {} members", members.len()),
+    }
+}

@@ -1,0 +1,196 @@
+//! Where each column's value comes from in a record.
+
+use pinion_schemas::{KeyFormat, TableDefinition};
+use serde_json::Value;
+
+use super::time_text::TimeTextError;
+
+/// Why a definition cannot be filled from JSON. Found before the first record.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JsonMappingError {
+    /// A mapping names a column the table does not have.
+    #[error("the field mapping names column {column:?}, which table {table} does not have")]
+    UnknownColumn {
+        /// Table name.
+        table: String,
+        /// What was named.
+        column: String,
+    },
+    /// The path is empty, has an empty step, or starts with an unknown `$` name.
+    #[error(
+        "column {column}: {path:?} is no path; expected a dotted path into the value, or $key, \
+         $key.<path>, $timestamp, $partition, $offset, $topic or $header.<name>"
+    )]
+    BadPath {
+        /// The column.
+        column: String,
+        /// Its path as given.
+        path: String,
+    },
+    /// JSON has no value for the column's type.
+    #[error("column {column}: type {data_type} cannot be read from JSON")]
+    UnsupportedType {
+        /// The column.
+        column: String,
+        /// Its type.
+        data_type: String,
+    },
+    /// The record timestamp cannot become the column's type.
+    #[error("column {column}: $timestamp fits timestamp, date and int64 columns, not {data_type}")]
+    TimestampType {
+        /// The column.
+        column: String,
+        /// Its type.
+        data_type: String,
+    },
+    /// The column's `format` or `zone` is wrong.
+    #[error("column {column}: {source}")]
+    Time {
+        /// The column.
+        column: String,
+        /// What is wrong (part of the message above).
+        source: TimeTextError,
+    },
+}
+
+/// What stands beside a record's value. For files, the default: nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RecordMeta<'a> {
+    /// Topic the record came from.
+    pub topic: &'a str,
+    /// Partition of that topic.
+    pub partition: i32,
+    /// Offset in that partition.
+    pub offset: i64,
+    /// Record timestamp, milliseconds since the Unix epoch.
+    pub timestamp_millis: Option<i64>,
+    /// The record's key as it came.
+    pub key: Option<&'a [u8]>,
+    /// The record's headers in order; of a name given twice the last counts.
+    pub headers: &'a [(&'a str, Option<&'a [u8]>)],
+}
+
+/// Where one column's value comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Source {
+    Value(Vec<String>),
+    Key(Vec<String>),
+    Timestamp,
+    Partition,
+    Offset,
+    Topic,
+    Header(String),
+}
+
+impl Source {
+    pub(super) fn parse(column: &str, path: &str) -> Result<Source, JsonMappingError> {
+        let bad = || JsonMappingError::BadPath {
+            column: column.to_owned(),
+            path: path.to_owned(),
+        };
+        if let Some(name) = path.strip_prefix("$header.") {
+            return if name.is_empty() {
+                Err(bad())
+            } else {
+                Ok(Source::Header(name.to_owned()))
+            };
+        }
+        if let Some(rest) = path.strip_prefix("$key.") {
+            return steps(rest).map(Source::Key).ok_or_else(bad);
+        }
+        match path {
+            "$key" => Ok(Source::Key(Vec::new())),
+            "$timestamp" => Ok(Source::Timestamp),
+            "$partition" => Ok(Source::Partition),
+            "$offset" => Ok(Source::Offset),
+            "$topic" => Ok(Source::Topic),
+            _ if path.starts_with('$') => Err(bad()),
+            _ => steps(path).map(Source::Value).ok_or_else(bad),
+        }
+    }
+}
+
+fn steps(path: &str) -> Option<Vec<String>> {
+    let steps: Vec<String> = path.split('.').map(str::to_owned).collect();
+    steps.iter().all(|s| !s.is_empty()).then_some(steps)
+}
+
+/// Follows a path through objects. `Ok(None)` when a step is absent or the way leads through
+/// a null; `Err` with the step that is no object.
+pub(super) fn follow<'v>(root: &'v Value, path: &[String]) -> Result<Option<&'v Value>, String> {
+    let mut value = root;
+    for (i, step) in path.iter().enumerate() {
+        match value {
+            Value::Object(members) => match members.get(step) {
+                Some(member) => value = member,
+                None => return Ok(None),
+            },
+            Value::Null => return Ok(None),
+            _ => {
+                let walked = path.get(..i).unwrap_or_default().join(".");
+                return Err(if walked.is_empty() {
+                    "the value".to_owned()
+                } else {
+                    walked
+                });
+            }
+        }
+    }
+    Ok(Some(value))
+}
+
+/// The record key as JSON values to try in turn.
+///
+/// With `key = "json"` the bytes must be JSON, with `key = "string"` UTF-8 text. When the
+/// definition says neither, JSON comes first and plain text second, so that both `"EWR"` and
+/// `EWR` name that airport.
+pub(super) fn key_values(key: &[u8], format: Option<KeyFormat>) -> Result<Vec<Value>, String> {
+    let json = || serde_json::from_slice::<Value>(key);
+    let text = || std::str::from_utf8(key).map(|t| Value::String(t.to_owned()));
+    match format {
+        Some(KeyFormat::Json) => match json() {
+            Ok(value) => Ok(vec![value]),
+            Err(e) => Err(format!(
+                "the record key is no JSON ({e}); for plain text set key = \"string\""
+            )),
+        },
+        Some(KeyFormat::String) => match text() {
+            Ok(value) => Ok(vec![value]),
+            Err(e) => Err(format!("the record key is no UTF-8 text ({e})")),
+        },
+        None => {
+            let values: Vec<Value> = json().into_iter().chain(text()).collect();
+            if values.is_empty() {
+                return Err("the record key is neither JSON nor UTF-8 text".to_owned());
+            }
+            Ok(values)
+        }
+    }
+}
+
+/// The path each column is read from: the override, else its `from`, else its own name.
+pub(super) fn path_of<'a>(
+    definition: &'a TableDefinition,
+    overrides: &'a std::collections::BTreeMap<String, String>,
+    column: &'a str,
+) -> &'a str {
+    if let Some(path) = overrides.get(column) {
+        return path;
+    }
+    let key = definition
+        .entity
+        .iter()
+        .find(|k| k.name == column)
+        .and_then(|k| k.from.as_deref());
+    let time = [&definition.event_time, &definition.created_time]
+        .into_iter()
+        .flatten()
+        .find(|t| t.name == column)
+        .and_then(|t| t.from.as_deref());
+    let feature = definition
+        .features
+        .iter()
+        .find(|f| f.name == column)
+        .and_then(|f| f.from.as_deref());
+    key.or(time).or(feature).unwrap_or(column)
+}
