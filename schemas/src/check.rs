@@ -151,35 +151,33 @@ impl TableDefinition {
             );
             return Err(refuse("features", problem, Some("split the table")));
         }
-        let mut seen: HashSet<&str> = HashSet::new();
-        for (setting, time) in [
-            ("event_time", &self.event_time),
-            ("created_time", &self.created_time),
-        ] {
-            let columns = self.entity.iter().map(|key| key.name.as_str());
-            seen.extend(columns);
-            if let Some(time) = time
-                && !seen.insert(&time.name)
-            {
-                return Err(duplicate(&format!("table.{setting}"), &time.name));
-            }
-        }
-        self.check_distinct_keys()?;
-        for feature in &self.features {
-            let path = format!("features.{}", feature.name);
-            if !seen.insert(&feature.name) {
-                return Err(duplicate(&path, &feature.name));
-            }
-            check_feature(&path, feature)?;
-        }
-        Ok(())
+        self.features.iter().try_for_each(|feature| {
+            check_feature(&format!("features.{}", feature.name), feature)
+        })?;
+        self.check_distinct_names()
     }
 
-    fn check_distinct_keys(&self) -> Result<(), DefinitionError> {
+    fn check_distinct_names(&self) -> Result<(), DefinitionError> {
+        let keys = self.entity.iter().map(|key| ("table.entity.", &key.name));
+        let times = [
+            ("table.event_time.", &self.event_time),
+            ("table.created_time.", &self.created_time),
+        ];
+        let times = times
+            .into_iter()
+            .filter_map(|(path, time)| Some((path, &time.as_ref()?.name)));
+        let features = self
+            .features
+            .iter()
+            .map(|feature| ("features.", &feature.name));
         let mut seen = HashSet::new();
-        for key in &self.entity {
-            if !seen.insert(&key.name) {
-                return Err(duplicate(&format!("table.entity.{}", key.name), &key.name));
+        for (path, name) in keys.chain(times).chain(features) {
+            if !seen.insert(name) {
+                return Err(refuse(
+                    format!("{path}{name}"),
+                    format!("two columns are named \"{name}\""),
+                    Some("keys, times and features share one set of names"),
+                ));
             }
         }
         Ok(())
@@ -410,12 +408,4 @@ fn at_most(path: &str, text: &str, limit_bytes: usize) -> Result<(), DefinitionE
         return Err(refuse(path, problem, None));
     }
     Ok(())
-}
-
-fn duplicate(path: &str, name: &str) -> DefinitionError {
-    refuse(
-        path,
-        format!("two columns are named \"{}\"", name.escape_debug()),
-        Some("keys, times and features share one set of names"),
-    )
 }

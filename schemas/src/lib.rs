@@ -54,6 +54,6 @@ pub use definition::{
 };
 pub use evolution::{Change, EvolutionError, can_widen, plan_evolution};
 pub use keys::{EncodedKeys, KeyEncoder, KeyError, KeyTypeError, check_key_type, key_hash};
-pub use names::{NameError, valid_name};
+pub use names::{NameError, nearest, valid_name};
 pub use span::{Span, SpanError};
 pub use types::{TypeError, format_type, parse_type, storage_type};

@@ -79,7 +79,7 @@ fn column_problem(name: &str) -> Option<&'static str> {
 }
 
 /// The known word that a misspelt one most likely means; `None` when none is near.
-pub(crate) fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     nearest_by(word, known, |name| name)
 }
 

@@ -174,15 +174,13 @@ fn read_features(root: &Section<'_>) -> Result<Vec<Feature>, DefinitionError> {
     let mut features: Vec<(usize, Feature)> = Vec::new();
     if let Some(short) = root.section("features")? {
         for (name, start) in short.keys() {
-            if let Some(Value::InlineTable(_)) | None = short.value(name).unwrap_or(None) {
-                return Err(short.refuse(
-                    name,
-                    "a type is due, as in name = \"double\"",
-                    Some(format!(
-                        "settings beyond the type take the long form: [[feature]], name = \"{}\"",
-                        name.escape_debug()
-                    )),
-                ));
+            if !matches!(short.text(name), Ok(Some(_))) {
+                let hint = format!(
+                    "settings beyond the type take the long form: [[feature]], name = \"{}\"",
+                    name.escape_debug()
+                );
+                let problem = "a type is due, as in name = \"double\"";
+                return Err(short.refuse(name, problem, Some(hint)));
             }
             let data_type = read_type(&short, name)?;
             features.push((start, Feature::new(name, data_type)));

@@ -21,6 +21,12 @@ pub(super) fn map_published(file: &File) -> io::Result<Bytes> {
     Ok(Bytes::from_owner(map))
 }
 
+/// Maps all of a closed log: a file that its writer, an earlier process, will not touch
+/// again, and that the store's lock keeps other writers from.
+pub(crate) fn map_file(path: &std::path::Path) -> io::Result<Bytes> {
+    map_published(&File::open(path)?)
+}
+
 /// Maps all of a file that is being written, for filling it in place. Its blocks must have
 /// been reserved: a full disk under the map would raise SIGBUS.
 pub(super) fn map_unpublished(file: &File) -> io::Result<MmapMut> {

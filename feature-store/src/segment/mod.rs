@@ -66,6 +66,7 @@ mod tests;
 
 pub use arrow_reader::Block;
 pub use error::{OpenSegmentError, SegmentDamage, SegmentError};
+pub(crate) use map::map_file;
 pub use meta::{ArrowFileMeta, BatchMeta, FileMeta, SegmentId, SegmentMeta};
 pub use reader::{DeleteRow, Segment};
 pub use sorted::Run;

@@ -100,8 +100,9 @@ impl SortedFile {
     ) -> Result<(), SegmentDamage> {
         let (batch, place) = self.file.batch_of_row(row);
         let columns = self.file.batch(batch)?.columns();
-        encoder.encode_row(&columns[..self.key_columns], place, out);
-        Ok(())
+        encoder
+            .encode_row(&columns[..self.key_columns], place, out)
+            .map_err(|error| self.file.damage(Some(batch), error.to_string()))
     }
 
     pub(super) fn index_damage(&self, what: String) -> SegmentDamage {

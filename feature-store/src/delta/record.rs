@@ -1,0 +1,458 @@
+//! A log record: what one commit writes.
+//!
+//! ```text
+//!  0  magic   u32  "PREC"
+//!  4  crc32   u32  of bytes [8, length)
+//!  8  length  u64  of the whole record, a multiple of 8
+//! 16  sequence u64 of its first row
+//! 24  rows    u32
+//! 28  flags   u32  1 = some rows are deletes, 2 = the log is sealed here
+//! 32  key hashes   u64 each, one per row
+//!     kinds        one bit per row when flag 1 is set, padded to 8
+//!     head         varint length, then positions, put id, superseded rows, dead letters
+//!     body         the columns (see `body`), from the next multiple of 8
+//! ```
+//! All integers little endian. The CRC makes a record whole or absent; a record with flag
+//! 2 says that nothing follows.
+
+use crate::commit::DeadLetter;
+use crate::positions::Position;
+
+pub(crate) const MAGIC: u32 = u32::from_le_bytes(*b"PREC");
+pub(crate) const FIXED_BYTES: usize = 32;
+pub(crate) const FLAG_DELETES: u32 = 1;
+pub(crate) const FLAG_SEALED: u32 = 2;
+
+/// Which file a superseded row lies in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Place {
+    Segment(u64),
+    Log(u64),
+}
+
+/// Row `row` of `place` is replaced by row `by` of this record (counted from its first).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Replaced {
+    pub place: Place,
+    pub row: u32,
+    pub by: u32,
+}
+
+/// The part of a record beside its rows.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub(crate) struct Head {
+    /// Topics named for the first time in this log: later positions refer to them by number.
+    pub new_topics: Vec<(String, String)>,
+    /// (topic number, partition, next offset).
+    pub positions: Vec<(u32, i32, i64)>,
+    pub put_id: Option<String>,
+    pub replaced: Vec<Replaced>,
+    pub dead_letters: Vec<DeadLetter>,
+    /// Greatest event time of the record's rows, in ticks: recovery needs no column for it.
+    pub max_event: Option<i64>,
+}
+
+/// Numbers topics within one log.
+#[derive(Debug, Default)]
+pub(crate) struct TopicTable {
+    topics: Vec<(String, String)>,
+}
+
+impl TopicTable {
+    /// Encodes positions, naming topics that are new to this log in `head.new_topics`.
+    pub(crate) fn encode(&mut self, positions: &[Position], head: &mut Head) {
+        for p in positions {
+            let known = self
+                .topics
+                .iter()
+                .position(|(t, id)| *t == p.topic && *id == p.topic_id);
+            let number = known.unwrap_or_else(|| {
+                let named = (p.topic.clone(), p.topic_id.clone());
+                head.new_topics.push(named.clone());
+                self.topics.push(named);
+                self.topics.len() - 1
+            });
+            head.positions
+                .push((number as u32, p.partition, p.next_offset));
+        }
+    }
+
+    /// Takes back topics named by a record that was not written.
+    pub(crate) fn forget_last(&mut self, count: usize) {
+        self.topics
+            .truncate(self.topics.len().saturating_sub(count));
+    }
+
+    /// Decodes positions of a record read in order.
+    pub(crate) fn decode(&mut self, head: &Head) -> Option<Vec<Position>> {
+        self.topics.extend(head.new_topics.iter().cloned());
+        head.positions
+            .iter()
+            .map(|&(number, partition, next_offset)| {
+                let (topic, topic_id) = self.topics.get(number as usize)?.clone();
+                Some(Position {
+                    topic,
+                    topic_id,
+                    partition,
+                    next_offset,
+                })
+            })
+            .collect()
+    }
+}
+
+pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+fn put_signed(out: &mut Vec<u8>, value: i64) {
+    put_varint(out, ((value << 1) ^ (value >> 63)) as u64);
+}
+
+fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    put_varint(out, bytes.len() as u64);
+    out.extend_from_slice(bytes);
+}
+
+/// Reads what the `put_` functions wrote. `None` at any read past the end.
+pub(crate) struct Reader<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Reader<'a> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Reader<'a> {
+        Reader { bytes, at: 0 }
+    }
+    pub(crate) fn at(&self) -> usize {
+        self.at
+    }
+    pub(crate) fn align(&mut self, to: usize) {
+        self.at = self.at.next_multiple_of(to);
+    }
+    pub(crate) fn skip(&mut self, bytes: usize) -> Option<()> {
+        let end = self.at.checked_add(bytes)?;
+        if end > self.bytes.len() {
+            return None;
+        }
+        self.at = end;
+        Some(())
+    }
+    pub(crate) fn varint(&mut self) -> Option<u64> {
+        let mut value = 0u64;
+        for shift in (0..64).step_by(7) {
+            let byte = *self.bytes.get(self.at)?;
+            self.at += 1;
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte < 0x80 {
+                return Some(value);
+            }
+        }
+        None
+    }
+    fn signed(&mut self) -> Option<i64> {
+        let value = self.varint()?;
+        Some((value >> 1) as i64 ^ -((value & 1) as i64))
+    }
+    fn take(&mut self) -> Option<&'a [u8]> {
+        let length = usize::try_from(self.varint()?).ok()?;
+        let from = self.at;
+        self.skip(length)?;
+        self.bytes.get(from..self.at)
+    }
+    fn text(&mut self) -> Option<String> {
+        String::from_utf8(self.take()?.to_vec()).ok()
+    }
+    /// A count of things that take at least one byte each.
+    fn count(&mut self) -> Option<usize> {
+        let count = usize::try_from(self.varint()?).ok()?;
+        (count <= self.bytes.len() - self.at).then_some(count)
+    }
+}
+
+impl Head {
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        put_varint(out, self.new_topics.len() as u64);
+        for (topic, id) in &self.new_topics {
+            put_bytes(out, topic.as_bytes());
+            put_bytes(out, id.as_bytes());
+        }
+        put_varint(out, self.positions.len() as u64);
+        for &(topic, partition, next) in &self.positions {
+            put_varint(out, u64::from(topic));
+            put_signed(out, i64::from(partition));
+            put_signed(out, next);
+        }
+        put_bytes(out, self.put_id.as_deref().unwrap_or("").as_bytes());
+        put_varint(out, u64::from(self.max_event.is_some()));
+        if let Some(max_event) = self.max_event {
+            put_signed(out, max_event);
+        }
+        let mut places: Vec<Place> = self.replaced.iter().map(|r| r.place).collect();
+        places.sort_unstable();
+        places.dedup();
+        put_varint(out, places.len() as u64);
+        for place in &places {
+            let (kind, id) = match *place {
+                Place::Segment(id) => (0, id),
+                Place::Log(id) => (1, id),
+            };
+            put_varint(out, kind);
+            put_varint(out, id);
+        }
+        put_varint(out, self.replaced.len() as u64);
+        for r in &self.replaced {
+            put_varint(out, places.binary_search(&r.place).unwrap_or(0) as u64);
+            put_varint(out, u64::from(r.row));
+            put_varint(out, u64::from(r.by));
+        }
+        put_varint(out, self.dead_letters.len() as u64);
+        for d in &self.dead_letters {
+            put_bytes(out, d.topic.as_bytes());
+            put_signed(out, i64::from(d.partition));
+            put_signed(out, d.offset);
+            put_signed(out, d.timestamp_millis);
+            put_bytes(out, d.error.as_bytes());
+            for part in [&d.key, &d.value] {
+                put_varint(out, u64::from(part.is_some()));
+                put_bytes(out, part.as_deref().unwrap_or(b""));
+            }
+        }
+    }
+
+    pub(crate) fn decode(reader: &mut Reader<'_>) -> Option<Head> {
+        let mut head = Head::default();
+        for _ in 0..reader.count()? {
+            head.new_topics.push((reader.text()?, reader.text()?));
+        }
+        for _ in 0..reader.count()? {
+            let topic = u32::try_from(reader.varint()?).ok()?;
+            head.positions.push((
+                topic,
+                i32::try_from(reader.signed()?).ok()?,
+                reader.signed()?,
+            ));
+        }
+        let id = reader.text()?;
+        head.put_id = (!id.is_empty()).then_some(id);
+        if reader.varint()? == 1 {
+            head.max_event = Some(reader.signed()?);
+        }
+        let mut places = Vec::new();
+        for _ in 0..reader.count()? {
+            let kind = reader.varint()?;
+            let id = reader.varint()?;
+            places.push(match kind {
+                0 => Place::Segment(id),
+                1 => Place::Log(id),
+                _ => return None,
+            });
+        }
+        for _ in 0..reader.count()? {
+            let place = *places.get(usize::try_from(reader.varint()?).ok()?)?;
+            let row = u32::try_from(reader.varint()?).ok()?;
+            head.replaced.push(Replaced {
+                place,
+                row,
+                by: u32::try_from(reader.varint()?).ok()?,
+            });
+        }
+        for _ in 0..reader.count()? {
+            let topic = reader.text()?;
+            let partition = i32::try_from(reader.signed()?).ok()?;
+            let (offset, timestamp_millis) = (reader.signed()?, reader.signed()?);
+            let error = reader.text()?;
+            let mut part = || -> Option<Option<Vec<u8>>> {
+                let present = reader.varint()? == 1;
+                let bytes = reader.take()?;
+                Some(present.then(|| bytes.to_vec()))
+            };
+            let (key, value) = (part()?, part()?);
+            head.dead_letters.push(DeadLetter {
+                topic,
+                partition,
+                offset,
+                timestamp_millis,
+                error,
+                key,
+                value,
+            });
+        }
+        Some(head)
+    }
+}
+
+/// Builds the bytes of a record. `body` appends the columns at a multiple of 8.
+pub(crate) fn encode<E>(
+    first_sequence: u64,
+    hashes: &[u64],
+    deleted: &[bool],
+    sealed: bool,
+    head: &Head,
+    body: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+) -> Result<Vec<u8>, E> {
+    let deletes = deleted.contains(&true);
+    let flags = if deletes { FLAG_DELETES } else { 0 } | if sealed { FLAG_SEALED } else { 0 };
+    let mut out = Vec::with_capacity(FIXED_BYTES + hashes.len() * 8 + 256);
+    out.extend_from_slice(&MAGIC.to_le_bytes());
+    out.extend_from_slice(&[0; 12]);
+    out.extend_from_slice(&first_sequence.to_le_bytes());
+    out.extend_from_slice(&(hashes.len() as u32).to_le_bytes());
+    out.extend_from_slice(&flags.to_le_bytes());
+    for hash in hashes {
+        out.extend_from_slice(&hash.to_le_bytes());
+    }
+    if deletes {
+        for kinds in deleted.chunks(8) {
+            out.push(
+                kinds
+                    .iter()
+                    .enumerate()
+                    .fold(0, |byte, (bit, &d)| byte | (u8::from(d) << bit)),
+            );
+        }
+        out.resize(out.len().next_multiple_of(8), 0);
+    }
+    let mut head_bytes = Vec::new();
+    head.encode(&mut head_bytes);
+    put_bytes(&mut out, &head_bytes);
+    out.resize(out.len().next_multiple_of(8), 0);
+    body(&mut out)?;
+    out.resize(out.len().next_multiple_of(8), 0);
+    let length = out.len() as u64;
+    out[8..16].copy_from_slice(&length.to_le_bytes());
+    let crc = crc32fast::hash(&out[8..]);
+    out[4..8].copy_from_slice(&crc.to_le_bytes());
+    Ok(out)
+}
+
+/// A record found in a log, checked.
+#[derive(Debug)]
+pub(crate) struct RecordView<'a> {
+    pub length: usize,
+    pub first_sequence: u64,
+    pub rows: u32,
+    pub sealed: bool,
+    pub hashes: &'a [u8],
+    pub kinds: Option<&'a [u8]>,
+    pub head: Head,
+    /// Offset of the body from the record's start.
+    pub body_at: usize,
+}
+
+/// Reads the record at the start of `bytes`. `None` when there is no whole record: the end
+/// of the log, or a torn one.
+pub(crate) fn decode(bytes: &[u8]) -> Option<RecordView<'_>> {
+    let u32_at = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    let u64_at = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
+    if u32_at(0)? != MAGIC {
+        return None;
+    }
+    let length = usize::try_from(u64_at(8)?).ok()?;
+    if length < FIXED_BYTES || length % 8 != 0 || length > bytes.len() {
+        return None;
+    }
+    if crc32fast::hash(&bytes[8..length]) != u32_at(4)? {
+        return None;
+    }
+    let bytes = &bytes[..length];
+    let (first_sequence, rows, flags) = (u64_at(16)?, u32_at(24)?, u32_at(28)?);
+    let hashes_end = FIXED_BYTES.checked_add((rows as usize).checked_mul(8)?)?;
+    let hashes = bytes.get(FIXED_BYTES..hashes_end)?;
+    let mut at = hashes_end;
+    let kinds = if flags & FLAG_DELETES != 0 {
+        let kinds = bytes.get(at..at + (rows as usize).div_ceil(8))?;
+        at = (at + kinds.len()).next_multiple_of(8);
+        Some(kinds)
+    } else {
+        None
+    };
+    let mut reader = Reader::new(bytes);
+    reader.skip(at)?;
+    let head_bytes = reader.take()?;
+    let head = Head::decode(&mut Reader::new(head_bytes))?;
+    reader.align(8);
+    Some(RecordView {
+        length,
+        first_sequence,
+        rows,
+        sealed: flags & FLAG_SEALED != 0,
+        hashes,
+        kinds,
+        head,
+        body_at: reader.at(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Vec<u8> {
+        let head = Head {
+            new_topics: vec![("t".into(), "id".into())],
+            positions: vec![(0, 3, 1 << 40)],
+            put_id: Some("abc".into()),
+            replaced: vec![
+                Replaced {
+                    place: Place::Log(4),
+                    row: 9,
+                    by: 0,
+                },
+                Replaced {
+                    place: Place::Segment(7),
+                    row: 1 << 30,
+                    by: 1,
+                },
+            ],
+            max_event: Some(-5),
+            dead_letters: vec![DeadLetter {
+                topic: "t".into(),
+                partition: 0,
+                offset: 12,
+                timestamp_millis: -1,
+                error: "bad".into(),
+                key: None,
+                value: Some(vec![0, 1]),
+            }],
+        };
+        encode::<()>(77, &[1, 2], &[false, true], false, &head, |out| {
+            out.extend_from_slice(&[5; 11]);
+            Ok(())
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn a_record_reads_back() {
+        let bytes = sample();
+        let view = decode(&bytes).unwrap();
+        assert_eq!(
+            (view.first_sequence, view.rows, view.length),
+            (77, 2, bytes.len())
+        );
+        assert_eq!(view.kinds, Some(&[2u8][..]));
+        assert_eq!(view.head.replaced.len(), 2);
+        assert_eq!(view.head.positions, [(0, 3, 1 << 40)]);
+        assert_eq!(
+            view.head.dead_letters[0].value.as_deref(),
+            Some(&[0u8, 1][..])
+        );
+        assert_eq!(&bytes[view.body_at..view.body_at + 11], &[5; 11]);
+    }
+
+    #[test]
+    fn a_record_with_any_byte_changed_or_missing_is_absent() {
+        let bytes = sample();
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 0x40;
+            assert!(decode(&damaged).is_none(), "byte {at}");
+            assert!(decode(&bytes[..at]).is_none(), "cut at {at}");
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! A log left by an earlier process: walked once at open, decoded when asked.
+//!
+//! The walk checks every record's CRC and takes the key hashes, positions, put ids and
+//! superseded rows; a lookup then compares hashes and decodes only the records that may
+//! hold its key. So opening costs one pass over a bounded file and builds no index.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use arrow_array::RecordBatch;
+use arrow_buffer::Buffer;
+use arrow_select::concat::concat_batches;
+
+use crate::commit::DeadLetter;
+use crate::compat::Version;
+use crate::error::{OpenError, ReadError};
+use crate::positions::Position;
+use crate::segment::map_file;
+
+use super::file::{HEADER_BYTES, HeaderError, LogHeader, log_path};
+use super::index::LogIndex;
+use super::record::{self, Place};
+use super::rows::LogRows;
+use super::{body, key_equals};
+
+struct RecordAt {
+    first_row: u32,
+    rows: u32,
+    body_at: usize,
+    body_end: usize,
+}
+
+/// A walked log. See the module.
+pub(crate) struct Replayed {
+    pub incarnation: u64,
+    pub base_sequence: u64,
+    pub definition_version: u32,
+    /// Rows in whole records.
+    pub rows: u32,
+    /// End of the last whole record.
+    pub valid_bytes: u64,
+    /// True when the last record says that the log was closed in order.
+    pub sealed: bool,
+    /// Greatest event time in ticks.
+    pub max_event: Option<i64>,
+    /// In record order: what each record carried beside its rows.
+    pub events: Vec<ReplayEvent>,
+    /// Superseded rows of this very log: (row, sequence that replaced it), in order.
+    pub own_superseded: Vec<(u32, u64)>,
+    table: String,
+    bytes: Buffer,
+    records: Vec<RecordAt>,
+    hashes: Vec<u64>,
+    deleted_rows: HashSet<u32>,
+    lost_at_birth: HashSet<u32>,
+}
+
+/// What a record changed beside adding rows.
+pub(crate) struct ReplayEvent {
+    pub positions: Vec<Position>,
+    pub put_id: Option<String>,
+    pub dead_letters: Vec<DeadLetter>,
+    /// Rows of segments and other logs that it replaced: (place, row, replacing sequence).
+    pub replaced: Vec<(Place, u32, u64)>,
+}
+
+/// One row, decoded with the rest of its record.
+pub(crate) struct DecodedRow {
+    pub batch: RecordBatch,
+    pub at: usize,
+    pub event: i64,
+    pub created: i64,
+    pub deleted: bool,
+}
+
+/// What a log file turned out to be.
+pub(crate) enum Walked {
+    Log(Replayed),
+    /// Cut off while being created: it holds nothing.
+    Empty,
+}
+
+impl Replayed {
+    /// Walks a log, at most `limit_bytes` of it: what an earlier recovery found whole.
+    pub(crate) fn open(
+        table: &str,
+        dir: &Path,
+        incarnation: u64,
+        limit_bytes: Option<u64>,
+    ) -> Result<Walked, OpenError> {
+        let path: PathBuf = log_path(dir, incarnation);
+        let mapped = map_file(&path).map_err(|source| OpenError::Io {
+            action: "map",
+            path: path.clone(),
+            source,
+        })?;
+        let bytes = Buffer::from(mapped);
+        let all = bytes.as_slice();
+        let header = match LogHeader::decode(all) {
+            Ok(header) => header,
+            Err(HeaderError::Incomplete) => return Ok(Walked::Empty),
+            Err(HeaderError::Newer(found)) => {
+                return Err(OpenError::NewerVersion {
+                    what: path.display().to_string(),
+                    found,
+                    supported: super::file::FORMAT_VERSION,
+                });
+            }
+        };
+        if header.incarnation != incarnation {
+            return Err(OpenError::Damaged {
+                what: path.display().to_string(),
+                problem: format!("its header says incarnation {}", header.incarnation),
+            });
+        }
+        let limit = limit_bytes.map_or(all.len(), |l| {
+            usize::try_from(l).unwrap_or(usize::MAX).min(all.len())
+        });
+        let mut replayed = Replayed {
+            incarnation,
+            base_sequence: header.base_sequence,
+            definition_version: header.definition_version,
+            rows: 0,
+            valid_bytes: HEADER_BYTES.min(limit as u64),
+            sealed: false,
+            max_event: None,
+            events: Vec::new(),
+            own_superseded: Vec::new(),
+            table: table.to_owned(),
+            bytes: bytes.clone(),
+            records: Vec::new(),
+            hashes: Vec::new(),
+            deleted_rows: HashSet::new(),
+            lost_at_birth: HashSet::new(),
+        };
+        let mut topics = record::TopicTable::default();
+        let mut at = HEADER_BYTES as usize;
+        while at < limit && !replayed.sealed {
+            let Some(view) = record::decode(&all[at..limit]) else {
+                break;
+            };
+            let Some(positions) = topics.decode(&view.head) else {
+                break;
+            };
+            if view.first_sequence != header.base_sequence + u64::from(replayed.rows) {
+                break;
+            }
+            replayed.take(at, view, positions);
+            at = replayed.valid_bytes as usize;
+        }
+        Ok(Walked::Log(replayed))
+    }
+
+    fn take(&mut self, at: usize, view: record::RecordView<'_>, positions: Vec<Position>) {
+        let first_row = self.rows;
+        self.hashes.extend(
+            view.hashes
+                .as_chunks::<8>()
+                .0
+                .iter()
+                .map(|h| u64::from_le_bytes(*h)),
+        );
+        if let Some(kinds) = view.kinds {
+            let deleted = (0..view.rows).filter(|&r| kinds[r as usize / 8] >> (r % 8) & 1 == 1);
+            self.deleted_rows.extend(deleted.map(|r| first_row + r));
+        }
+        let mut replaced = Vec::new();
+        for r in &view.head.replaced {
+            let by = first_row + r.by;
+            let sequence = self.base_sequence + u64::from(by);
+            if r.place == Place::Log(self.incarnation) {
+                self.own_superseded.push((r.row, sequence));
+                if r.row == by {
+                    self.lost_at_birth.insert(by);
+                }
+            } else {
+                replaced.push((r.place, r.row, sequence));
+            }
+        }
+        if view.rows > 0 {
+            self.records.push(RecordAt {
+                first_row,
+                rows: view.rows,
+                body_at: at + view.body_at,
+                body_end: at + view.length,
+            });
+        }
+        self.rows += view.rows;
+        self.sealed = view.sealed;
+        self.valid_bytes = (at + view.length) as u64;
+        let head = view.head;
+        self.max_event = self.max_event.max(head.max_event);
+        if !positions.is_empty()
+            || head.put_id.is_some()
+            || !head.dead_letters.is_empty()
+            || !replaced.is_empty()
+        {
+            self.events.push(ReplayEvent {
+                positions,
+                put_id: head.put_id,
+                dead_letters: head.dead_letters,
+                replaced,
+            });
+        }
+    }
+
+    /// Rows that are neither deletes nor in `dropped`.
+    pub(crate) fn live_rows(&self, dropped: &roaring::RoaringBitmap) -> u64 {
+        let dropped_rows = dropped
+            .iter()
+            .filter(|row| !self.deleted_rows.contains(row))
+            .count();
+        u64::from(self.rows) - (self.deleted_rows.len() + dropped_rows) as u64
+    }
+
+    pub(crate) fn damaged(&self, problem: &str) -> ReadError {
+        ReadError::Log {
+            table: self.table.clone(),
+            log: self.incarnation,
+            problem: problem.to_owned(),
+        }
+    }
+
+    /// Rows whose key has this hash, ascending.
+    pub(crate) fn rows_with_hash(&self, hash: u64) -> impl Iterator<Item = u32> + '_ {
+        self.hashes
+            .iter()
+            .enumerate()
+            .filter(move |&(_, &h)| h == hash)
+            .map(|(row, _)| row as u32)
+    }
+
+    /// True for a row that a greater version had already beaten when it was committed.
+    pub(crate) fn lost_at_birth(&self, row: u32) -> bool {
+        self.lost_at_birth.contains(&row)
+    }
+
+    fn decode_record(
+        &self,
+        version: &Version,
+        record: &RecordAt,
+    ) -> Result<RecordBatch, ReadError> {
+        let part = self
+            .bytes
+            .slice_with_length(record.body_at, record.body_end - record.body_at);
+        body::decode(&version.log_schema, record.rows as usize, &part)
+            .map_err(|e| self.damaged(&e.to_string()))
+    }
+
+    /// Decodes one row.
+    pub(crate) fn decode_row(&self, version: &Version, row: u32) -> Result<DecodedRow, ReadError> {
+        let record = self
+            .records
+            .partition_point(|r| r.first_row <= row)
+            .checked_sub(1)
+            .map(|i| &self.records[i])
+            .filter(|r| row - r.first_row < r.rows)
+            .ok_or_else(|| self.damaged(&format!("row {row} is not in it")))?;
+        let batch = self.decode_record(version, record)?;
+        let at = (row - record.first_row) as usize;
+        let deleted = self.deleted_rows.contains(&row);
+        let times = version
+            .times_of(&batch)
+            .map_err(|e| self.damaged(&e.to_string()))?;
+        Ok(DecodedRow {
+            event: times.event(at),
+            created: times.created(at),
+            batch,
+            at,
+            deleted,
+        })
+    }
+
+    /// All rows as coalesced batches, with an index.
+    pub(crate) fn materialise(&self, version: &Version) -> Result<(LogRows, LogIndex), ReadError> {
+        let mut rows = LogRows::default();
+        let compute = |e: arrow_schema::ArrowError| self.damaged(&e.to_string());
+        let mut pending: Vec<RecordBatch> = Vec::new();
+        let mut pending_rows = 0;
+        for (i, record) in self.records.iter().enumerate() {
+            pending_rows += record.rows as usize;
+            pending.push(self.decode_record(version, record)?);
+            if pending_rows >= 8192 || i + 1 == self.records.len() {
+                let whole = if pending.len() == 1 {
+                    pending.remove(0)
+                } else {
+                    concat_batches(&version.log_schema, &pending).map_err(compute)?
+                };
+                rows.push(whole).map_err(compute)?;
+                pending.clear();
+                pending_rows = 0;
+            }
+        }
+        let index = LogIndex::new(self.rows);
+        for (first_row, batch) in rows.batches() {
+            let times = version.times_of(&batch).map_err(compute)?;
+            for at in 0..batch.num_rows() {
+                let row = first_row + at as u32;
+                let deleted = self.deleted_rows.contains(&row);
+                index.set_meta(
+                    row,
+                    self.hashes[row as usize],
+                    times.event(at),
+                    times.created(at),
+                    deleted,
+                );
+            }
+        }
+        for row in 0..self.rows {
+            if version.latest() && self.lost_at_birth(row) {
+                continue;
+            }
+            let Some((batch, at)) = rows.row(row) else {
+                continue;
+            };
+            let mut key = Vec::new();
+            version.key_of(batch, at, &mut key);
+            index.insert(row, |other| {
+                rows.row(other)
+                    .is_some_and(|(b, o)| key_equals(version, b, o, &key))
+            });
+        }
+        Ok((rows, index))
+    }
+}

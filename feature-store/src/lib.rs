@@ -1,0 +1,54 @@
+//! The engine: feature tables on disk and in memory, and everything that reads or changes them.
+//!
+//! A [`Store`] is a directory of tables. A [`Table`] takes [`Commit`]s (visible when
+//! [`Table::commit`] returns, durable when [`Table::wait_durable`] does) and hands out
+//! [`Snapshot`]s. A snapshot never changes; all reads of one request use one per table:
+//! [`Snapshot::lookup`] answers keys, [`Snapshot::scan`] streams batches.
+//!
+//! Inside: rows arrive in the delta log (`delta`), leave it as immutable segments
+//! (`segment`), and are combined by merges (`merge`). A numbered manifest (`manifest`)
+//! says which files make up a table. Nothing here knows about Kafka, Flight or GPUs.
+#![warn(missing_docs)]
+
+mod catalog;
+mod check;
+mod commit;
+mod compat;
+mod delta;
+mod error;
+pub mod fail;
+pub mod json;
+mod level;
+
+pub mod ipc_gate;
+mod lock;
+mod lookup;
+mod manifest;
+mod merge;
+mod numbered;
+mod order;
+mod positions;
+mod scan;
+pub mod segment;
+mod snapshot;
+mod stats;
+mod store;
+mod superseded;
+mod sync;
+mod table;
+mod worker;
+
+pub use catalog::{TableId, TablePlan};
+pub use check::{CheckProblem, CheckReport};
+pub use commit::{Change, Commit, DeadLetter, Receipt, WriteToken};
+pub use error::{
+    ApplyError, CommitError, OpenError, ReadError, RowProblem, SnapshotError, UnknownTable,
+    WorkError,
+};
+pub use lookup::{LookupRequest, LookupResult, ValueStatus};
+pub use positions::{Position, Positions};
+pub use scan::{Filter, FilterError, Scan, ScanBatch, ScanRequest, View};
+pub use snapshot::{Snapshot, SnapshotId};
+pub use stats::{SegmentStats, TableStats};
+pub use store::{Store, StoreOptions};
+pub use table::Table;

@@ -1,0 +1,342 @@
+//! Merges: levels in, one sorted stream out.
+//!
+//! The same code turns a log into a segment, several segments into one, and a history
+//! table into its latest view. A merge reads at a fixed sequence: what is superseded below
+//! it is dropped, what is superseded later is carried over by whoever publishes.
+
+mod input;
+pub(crate) mod plan;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use arrow_array::RecordBatch;
+use arrow_select::interleave::interleave_record_batch;
+use pinion_schemas::EncodedKeys;
+
+use self::input::{Cursor, DeleteEntry, collect_deletes};
+use crate::compat::Version;
+use crate::error::{ReadError, WorkError};
+use crate::level::Level;
+use crate::order::RowOrder;
+use crate::segment::{SegmentId, SegmentMeta, SegmentWriter, SegmentWriterOptions};
+use crate::snapshot::SnapshotInner;
+
+/// Rows per output step.
+const STEP_ROWS: usize = 8192;
+
+/// A sorted stream of the rows of some levels.
+pub(crate) struct Merged {
+    version: Arc<Version>,
+    cursors: Vec<Cursor>,
+    deletes: Vec<DeleteEntry>,
+    next_delete: usize,
+    /// Keep one version per key.
+    latest: bool,
+    /// Versions with earlier event times are gone.
+    cut: i64,
+    out: Output,
+}
+
+/// Rows picked but not yet copied, and deletes to carry.
+#[derive(Default)]
+struct Output {
+    sources: Vec<RecordBatch>,
+    picks: Vec<(usize, usize)>,
+    keys: EncodedKeys,
+    sequences: Vec<u64>,
+    deletes: Vec<DeleteEntry>,
+}
+
+/// Some rows and deletes of the stream, in order.
+pub(crate) struct Step {
+    pub batch: RecordBatch,
+    pub keys: EncodedKeys,
+    pub sequences: Vec<u64>,
+    pub deletes: Vec<DeleteEntry>,
+}
+
+/// A version met in the stream.
+#[derive(Clone, Copy)]
+struct Candidate {
+    order: RowOrder,
+    source: usize,
+    row: usize,
+}
+
+impl Merged {
+    /// The rows of `levels` (oldest first) that a reader at `end_sequence` sees, in the
+    /// columns of `version`, sorted by (key, event time, created time, sequence).
+    pub(crate) fn new(
+        version: Arc<Version>,
+        levels: &[&Level],
+        end_sequence: u64,
+        max_event: Option<i64>,
+        latest: bool,
+    ) -> Result<Merged, ReadError> {
+        let cut = version.cut(max_event);
+        let cursors = levels
+            .iter()
+            .map(|level| Cursor::new(&version, level, end_sequence))
+            .collect::<Result<Vec<_>, _>>()?;
+        let deletes = collect_deletes(levels, end_sequence)?;
+        Ok(Merged {
+            version,
+            cursors,
+            deletes,
+            next_delete: 0,
+            latest,
+            cut,
+            out: Output::default(),
+        })
+    }
+
+    /// The latest row of every key of a history table.
+    pub(crate) fn latest_of(snapshot: &SnapshotInner) -> Result<Merged, ReadError> {
+        let levels: Vec<&Level> = snapshot.oldest_first().collect();
+        Merged::new(
+            Arc::clone(&snapshot.version),
+            &levels,
+            snapshot.end_sequence,
+            snapshot.max_event,
+            true,
+        )
+    }
+
+    fn compute(&self, error: &arrow_schema::ArrowError) -> ReadError {
+        ReadError::Compute {
+            table: self.version.definition.name.clone(),
+            problem: error.to_string(),
+        }
+    }
+
+    /// The next rows only; deletes are dropped.
+    pub(crate) fn next_batch(&mut self) -> Result<Option<RecordBatch>, ReadError> {
+        while let Some(step) = self.next_step()? {
+            if step.batch.num_rows() > 0 {
+                return Ok(Some(step.batch));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The next rows and deletes; `None` at the end.
+    pub(crate) fn next_step(&mut self) -> Result<Option<Step>, ReadError> {
+        while self.out.picks.len() < STEP_ROWS && self.out.deletes.len() < STEP_ROWS {
+            if !self.take_key()? {
+                break;
+            }
+        }
+        if self.out.picks.is_empty() && self.out.deletes.is_empty() {
+            return Ok(None);
+        }
+        let out = std::mem::take(&mut self.out);
+        for cursor in &mut self.cursors {
+            cursor.source = None;
+        }
+        let batch = if out.picks.is_empty() {
+            RecordBatch::new_empty(Arc::clone(&self.version.log_schema))
+        } else {
+            let sources: Vec<&RecordBatch> = out.sources.iter().collect();
+            interleave_record_batch(&sources, &out.picks).map_err(|e| self.compute(&e))?
+        };
+        Ok(Some(Step {
+            batch,
+            keys: out.keys,
+            sequences: out.sequences,
+            deletes: out.deletes,
+        }))
+    }
+
+    /// The cursor with the least next row.
+    fn least(&self) -> Option<usize> {
+        let mut least: Option<(usize, &[u8], RowOrder)> = None;
+        for (i, cursor) in self.cursors.iter().enumerate() {
+            let Some((key, order)) = cursor.peek() else {
+                continue;
+            };
+            if least.is_none_or(|(_, k, o)| (key, order) < (k, o)) {
+                least = Some((i, key, order));
+            }
+        }
+        least.map(|(i, _, _)| i)
+    }
+
+    /// Takes every version of the next key. False at the end.
+    fn take_key(&mut self) -> Result<bool, ReadError> {
+        let first = self.least();
+        let row_key: Option<Vec<u8>> = first
+            .and_then(|i| self.cursors[i].peek())
+            .map(|(key, _)| key.to_vec());
+        let delete_key = self.deletes.get(self.next_delete).map(|d| d.key.as_slice());
+        let key = match (&row_key, delete_key) {
+            (None, None) => return Ok(false),
+            (Some(row), Some(delete)) if delete < row.as_slice() => delete.to_vec(),
+            (None, Some(delete)) => delete.to_vec(),
+            (Some(row), _) => row.clone(),
+        };
+        let mut best: Option<Candidate> = None;
+        if row_key.as_deref() == Some(key.as_slice()) {
+            while let Some(i) = self.least() {
+                match self.cursors[i].peek() {
+                    Some((next, order)) if next == key => {
+                        let candidate = self.pick(i, order);
+                        self.cursors[i].advance(&self.version)?;
+                        if order.event < self.cut {
+                            continue;
+                        }
+                        if self.latest {
+                            best = Some(candidate);
+                        } else {
+                            self.keep(&key, candidate);
+                        }
+                    }
+                    _ => break,
+                }
+            }
+        }
+        let mut best_delete: Option<usize> = None;
+        while let Some(delete) = self.deletes.get(self.next_delete).filter(|d| d.key == key) {
+            if delete.order.event >= self.cut {
+                if self.latest {
+                    best_delete = Some(self.next_delete);
+                } else {
+                    self.out.deletes.push(delete.clone());
+                }
+            }
+            self.next_delete += 1;
+        }
+        match (best, best_delete.map(|i| &self.deletes[i])) {
+            (Some(row), Some(delete)) if delete.order > row.order => {
+                self.out.deletes.push(delete.clone())
+            }
+            (None, Some(delete)) => self.out.deletes.push(delete.clone()),
+            (Some(row), _) => self.keep(&key, row),
+            (None, None) => {}
+        }
+        Ok(true)
+    }
+
+    fn pick(&mut self, cursor: usize, order: RowOrder) -> Candidate {
+        let out = &mut self.out;
+        let cursor = &mut self.cursors[cursor];
+        let source = match cursor.source {
+            Some(source) => source,
+            None => {
+                out.sources.push(cursor.window_batch());
+                cursor.source = Some(out.sources.len() - 1);
+                out.sources.len() - 1
+            }
+        };
+        Candidate {
+            order,
+            source,
+            row: cursor.at(),
+        }
+    }
+
+    fn keep(&mut self, key: &[u8], row: Candidate) {
+        self.out.picks.push((row.source, row.row));
+        self.out.keys.push(key);
+        self.out.sequences.push(row.order.sequence);
+    }
+}
+
+/// What a merge wrote.
+pub(crate) struct Written {
+    pub meta: SegmentMeta,
+    pub event_range: Option<(i64, i64)>,
+}
+
+/// Writes the rows of `levels` as one segment, as seen at `snapshot`. `bottom`: no older
+/// level exists. Returns `None` when nothing is left to keep.
+pub(crate) fn write_segment(
+    snapshot: &SnapshotInner,
+    levels: &[&Level],
+    bottom: bool,
+    dir: &Path,
+    id: SegmentId,
+) -> Result<Option<Written>, WorkError> {
+    let version = Arc::clone(&snapshot.version);
+    let latest = version.latest();
+    let mut merged = Merged::new(
+        Arc::clone(&version),
+        levels,
+        snapshot.end_sequence,
+        snapshot.max_event,
+        latest,
+    )?;
+    let compute = |e: arrow_schema::ArrowError| {
+        WorkError::Read(ReadError::Compute {
+            table: version.definition.name.clone(),
+            problem: e.to_string(),
+        })
+    };
+    // In a latest table a delete at the bottom hides nothing once no older row can come:
+    // at once without event time, behind `late_bound` with it.
+    let droppable_before = match (bottom && latest, version.event_time) {
+        (true, None) => i64::MAX,
+        (true, Some(_)) => version.late_before(snapshot.max_event),
+        (false, _) => i64::MIN,
+    };
+    let mut writer: Option<SegmentWriter> = None;
+    let mut event_range: Option<(i64, i64)> = None;
+    let mut widen = |low: Option<i64>, high: Option<i64>| {
+        if let (Some(low), Some(high)) = (low, high) {
+            event_range = Some(
+                event_range.map_or((low, high), |(l, h): (i64, i64)| (l.min(low), h.max(high))),
+            );
+        }
+    };
+    while let Some(step) = merged.next_step()? {
+        let deletes: Vec<&DeleteEntry> = step
+            .deletes
+            .iter()
+            .filter(|d| d.order.event >= droppable_before)
+            .collect();
+        if step.batch.num_rows() == 0 && deletes.is_empty() {
+            continue;
+        }
+        let writer = match &mut writer {
+            Some(writer) => writer,
+            None => writer.insert(SegmentWriter::create(
+                dir,
+                id,
+                Arc::clone(&version.storage_schema),
+                version.key_columns,
+                version.key_encoder.clone(),
+                SegmentWriterOptions::default(),
+            )?),
+        };
+        if step.batch.num_rows() > 0 {
+            let times = version.times_of(&step.batch).map_err(compute)?;
+            widen(times.min_event(), times.max_event());
+            let batch = RecordBatch::try_new(
+                Arc::clone(&version.storage_schema),
+                step.batch.columns().to_vec(),
+            )
+            .map_err(compute)?;
+            writer.push(&batch, &step.keys, &step.sequences)?;
+        }
+        if !deletes.is_empty() {
+            let mut keys = EncodedKeys::default();
+            deletes.iter().for_each(|d| keys.push(&d.key));
+            let column =
+                |f: fn(&RowOrder) -> i64| deletes.iter().map(|d| f(&d.order)).collect::<Vec<_>>();
+            let (events, created) = (column(|o| o.event), column(|o| o.created));
+            let sequences: Vec<u64> = deletes.iter().map(|d| d.order.sequence).collect();
+            if version.event_time.is_some() {
+                widen(events.iter().copied().min(), events.iter().copied().max());
+            }
+            writer.push_deletes(&keys, &events, &created, &sequences)?;
+        }
+        crate::fail::point("merge.writing");
+    }
+    match writer {
+        Some(writer) => Ok(Some(Written {
+            meta: writer.finish()?,
+            event_range,
+        })),
+        None => Ok(None),
+    }
+}

@@ -1,0 +1,430 @@
+//! A store: a directory of tables under one lock.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use pinion_schemas::{TableDefinition, nearest, plan_evolution};
+
+use crate::catalog::{Catalog, TableEntry, TableId, TablePlan, VersionEntry};
+use crate::check::{self, CheckReport};
+use crate::compat::Version;
+use crate::error::{ApplyError, OpenError, UnknownTable};
+use crate::lock::StoreLock;
+use crate::table::{Table, TableDirs, open_table};
+use crate::worker::{self, Wake};
+
+/// Sizes, times and bounds of a store.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// A log of this size is closed and becomes a segment.
+    pub delta_max_bytes: u64,
+    /// Likewise at this many rows.
+    pub delta_max_rows: u32,
+    /// How long a snapshot that was handed out stays usable after it was replaced.
+    pub snapshot_grace: Duration,
+    /// Retained snapshots may keep at most this many bytes of files out of use.
+    pub retained_max_bytes: u64,
+    /// Largest single commit.
+    pub put_max_bytes: u64,
+    /// How often logs are synced that nobody waits for.
+    pub sync_interval: Duration,
+    /// Segments of a table at rest.
+    pub max_segments: usize,
+    /// Flush and merge in the background. Without it the caller does.
+    pub background: bool,
+    /// How many put ids a table remembers.
+    pub put_ids_kept: usize,
+}
+
+impl Default for StoreOptions {
+    fn default() -> StoreOptions {
+        StoreOptions {
+            delta_max_bytes: 64 << 20,
+            delta_max_rows: 1 << 18,
+            snapshot_grace: Duration::from_secs(600),
+            retained_max_bytes: 16 << 30,
+            put_max_bytes: 256 << 20,
+            sync_interval: Duration::from_secs(1),
+            max_segments: 12,
+            background: true,
+            put_ids_kept: 16_384,
+        }
+    }
+}
+
+/// An open store. Cheap to clone; closed when the last clone is dropped.
+#[derive(Clone)]
+pub struct Store(Arc<StoreInner>);
+
+pub(crate) struct StoreInner {
+    dir: PathBuf,
+    pub options: Arc<StoreOptions>,
+    catalog: Mutex<Catalog>,
+    catalog_number: std::sync::atomic::AtomicU64,
+    tables: ArcSwap<BTreeMap<String, Table>>,
+    ticket_key: [u8; 32],
+    pub wake: Arc<Wake>,
+    closed: AtomicBool,
+    writable: bool,
+    _lock: StoreLock,
+}
+
+const CATALOG_DIR: &str = "catalog";
+const KEY_FILE: &str = "ticket.key";
+
+fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> OpenError + 'a {
+    move |source| OpenError::Io {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+impl StoreInner {
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn tables(&self) -> Vec<Table> {
+        self.tables.load().values().cloned().collect()
+    }
+}
+
+impl Drop for StoreInner {
+    fn drop(&mut self) {
+        if self.writable {
+            for table in self.tables() {
+                table.0.sync();
+            }
+        }
+    }
+}
+
+impl Store {
+    /// Creates an empty store in `dir`, creating the directory if need be. Does nothing to
+    /// a store that exists.
+    pub fn init(dir: &Path) -> Result<(), OpenError> {
+        fs::create_dir_all(dir).map_err(io("create", dir))?;
+        let _lock = StoreLock::take(dir, true)?;
+        let catalog_dir = dir.join(CATALOG_DIR);
+        fs::create_dir_all(&catalog_dir).map_err(io("create", &catalog_dir))?;
+        fs::create_dir_all(dir.join("tables")).map_err(io("create", dir))?;
+        let key_path = dir.join(KEY_FILE);
+        if !key_path.exists() {
+            let partial = dir.join("ticket.key.partial");
+            let mut key = Vec::with_capacity(32);
+            key.extend_from_slice(uuid::Uuid::new_v4().as_bytes());
+            key.extend_from_slice(uuid::Uuid::new_v4().as_bytes());
+            let mut options = fs::OpenOptions::new();
+            options.write(true).create(true).truncate(true);
+            std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+            let mut file = options.open(&partial).map_err(io("create", &partial))?;
+            std::io::Write::write_all(&mut file, &key).map_err(io("write", &partial))?;
+            crate::fail::sync_all(&file).map_err(io("sync", &partial))?;
+            fs::rename(&partial, &key_path).map_err(io("create", &key_path))?;
+        }
+        if Catalog::read_newest(&catalog_dir)?.is_none() {
+            let catalog = Catalog {
+                number: 1,
+                next_table: 1,
+                tables: Vec::new(),
+            };
+            catalog
+                .create(&catalog_dir)
+                .map_err(io("write", &catalog_dir))?;
+        }
+        crate::fail::sync_dir(dir).map_err(io("sync", dir))
+    }
+
+    /// Opens a store for reading and writing; nobody else may have it open.
+    ///
+    /// Recovers what a crash left: costs one pass over each table's closed logs.
+    pub fn open(dir: &Path, options: StoreOptions) -> Result<Store, OpenError> {
+        Store::open_as(dir, options, true)
+    }
+
+    /// Opens a store for reading, as it was left; others may read it too. Writes nothing.
+    pub fn open_read_only(dir: &Path, options: StoreOptions) -> Result<Store, OpenError> {
+        Store::open_as(dir, options, false)
+    }
+
+    fn open_as(dir: &Path, options: StoreOptions, writable: bool) -> Result<Store, OpenError> {
+        let catalog_dir = dir.join(CATALOG_DIR);
+        if !catalog_dir.is_dir() {
+            return Err(OpenError::NotAStore {
+                dir: dir.to_owned(),
+            });
+        }
+        let lock = StoreLock::take(dir, writable)?;
+        let Some(catalog) = Catalog::read_newest(&catalog_dir)? else {
+            return Err(OpenError::NotAStore {
+                dir: dir.to_owned(),
+            });
+        };
+        let key_path = dir.join(KEY_FILE);
+        let key = fs::read(&key_path).map_err(io("read", &key_path))?;
+        let ticket_key: [u8; 32] = key.try_into().map_err(|_| OpenError::Damaged {
+            what: key_path.display().to_string(),
+            problem: "it has not 32 bytes".to_owned(),
+        })?;
+        let options = Arc::new(options);
+        let wake = Arc::new(Wake::default());
+        let mut tables = BTreeMap::new();
+        for entry in &catalog.tables {
+            let table = open_table(dir, entry, &options, &wake, writable)?;
+            tables.insert(table.name(), table);
+        }
+        let store = Arc::new(StoreInner {
+            dir: dir.to_owned(),
+            options,
+            catalog_number: catalog.number.into(),
+            catalog: Mutex::new(catalog),
+            tables: ArcSwap::from_pointee(tables),
+            ticket_key,
+            wake,
+            closed: AtomicBool::new(false),
+            writable,
+            _lock: lock,
+        });
+        if writable && store.options.background {
+            worker::start(&store).map_err(io("start the background threads of", dir))?;
+        }
+        Ok(Store(store))
+    }
+
+    /// The data directory.
+    pub fn dir(&self) -> &Path {
+        &self.0.dir
+    }
+
+    /// Secret that authenticates tickets; made with the store, never changes.
+    pub fn ticket_key(&self) -> [u8; 32] {
+        self.0.ticket_key
+    }
+
+    /// Grows with every apply and drop.
+    pub fn catalog_version(&self) -> u64 {
+        self.0.catalog_number.load(Ordering::Acquire)
+    }
+
+    /// What [`Store::apply`] would do.
+    pub fn plan(&self, definitions: &[TableDefinition]) -> Result<Vec<TablePlan>, ApplyError> {
+        plan(&self.0.catalog.lock(), definitions)
+    }
+
+    /// Creates tables and changes definitions: all of `definitions` or, on error, none.
+    /// No stored file is rewritten.
+    pub fn apply(&self, definitions: Vec<TableDefinition>) -> Result<Vec<TablePlan>, ApplyError> {
+        if !self.0.writable {
+            return Err(ApplyError::ReadOnly);
+        }
+        let mut catalog = self.0.catalog.lock();
+        let plans = plan(&catalog, &definitions)?;
+        if plans
+            .iter()
+            .all(|p| matches!(p, TablePlan::Unchanged { .. }))
+        {
+            return Ok(plans);
+        }
+        let write = |e: OpenError| ApplyError::Write(Box::new(e));
+        let mut next = catalog.clone();
+        next.number += 1;
+        let mut touched: Vec<TableId> = Vec::new();
+        for (definition, plan) in definitions.into_iter().zip(&plans) {
+            let definition = Arc::new(definition);
+            match plan {
+                TablePlan::Unchanged { .. } => {}
+                TablePlan::Create { .. } => {
+                    let id = TableId(next.next_table);
+                    next.next_table += 1;
+                    let dirs = TableDirs::of(&self.0.dir, id);
+                    dirs.create()
+                        .map_err(|e| write(io("create", &dirs.segments)(e)))?;
+                    next.tables.push(TableEntry {
+                        id,
+                        versions: vec![VersionEntry {
+                            version: 1,
+                            definition,
+                        }],
+                    });
+                    touched.push(id);
+                }
+                TablePlan::Change { table, .. } => {
+                    let entry = next
+                        .tables
+                        .iter_mut()
+                        .find(|t| t.current().is_some_and(|v| v.definition.name == *table));
+                    if let Some(entry) = entry {
+                        let version = entry.current().map_or(1, |v| v.version + 1);
+                        // Versions are checked to be usable before they are written.
+                        Version::new(version, Arc::clone(&definition)).map_err(|problem| {
+                            write(OpenError::Damaged {
+                                what: format!("definition of {table}"),
+                                problem,
+                            })
+                        })?;
+                        entry.versions.push(VersionEntry {
+                            version,
+                            definition,
+                        });
+                        touched.push(entry.id);
+                    }
+                }
+            }
+        }
+        let catalog_dir = self.0.dir.join(CATALOG_DIR);
+        next.create(&catalog_dir)
+            .map_err(|e| write(io("write", &catalog_dir)(e)))?;
+        *catalog = next;
+        self.take_into_use(&catalog, &touched)?;
+        self.0
+            .catalog_number
+            .store(catalog.number, Ordering::Release);
+        Ok(plans)
+    }
+
+    /// Brings open tables in line with a published catalog.
+    fn take_into_use(&self, catalog: &Catalog, touched: &[TableId]) -> Result<(), ApplyError> {
+        let write = |e: OpenError| ApplyError::Write(Box::new(e));
+        let mut tables = BTreeMap::clone(&self.0.tables.load());
+        for entry in catalog.tables.iter().filter(|t| touched.contains(&t.id)) {
+            let Some(current) = entry.current() else {
+                continue;
+            };
+            match tables
+                .get(&current.definition.name)
+                .filter(|t| t.id() == entry.id)
+            {
+                Some(table) => {
+                    let version = Version::new(current.version, Arc::clone(&current.definition))
+                        .map_err(|problem| {
+                            write(OpenError::Damaged {
+                                what: table.name(),
+                                problem,
+                            })
+                        })?;
+                    table.0.change_version(Arc::new(version)).map_err(|e| {
+                        write(OpenError::Damaged {
+                            what: format!("log of table {}", table.name()),
+                            problem: e.to_string(),
+                        })
+                    })?;
+                }
+                None => {
+                    let table = open_table(&self.0.dir, entry, &self.0.options, &self.0.wake, true)
+                        .map_err(write)?;
+                    tables.insert(table.name(), table);
+                }
+            }
+        }
+        self.0.tables.store(Arc::new(tables));
+        Ok(())
+    }
+
+    /// Removes a table and its files. Running readers finish.
+    pub fn drop_table(&self, name: &str) -> Result<(), ApplyError> {
+        if !self.0.writable {
+            return Err(ApplyError::ReadOnly);
+        }
+        let table = self.table(name)?;
+        let mut catalog = self.0.catalog.lock();
+        let mut next = catalog.clone();
+        next.number += 1;
+        next.tables.retain(|t| t.id != table.id());
+        let catalog_dir = self.0.dir.join(CATALOG_DIR);
+        next.create(&catalog_dir)
+            .map_err(|e| ApplyError::Write(Box::new(io("write", &catalog_dir)(e))))?;
+        *catalog = next;
+        let mut tables = BTreeMap::clone(&self.0.tables.load());
+        tables.remove(name);
+        self.0.tables.store(Arc::new(tables));
+        table.0.mark_dropped();
+        self.0
+            .catalog_number
+            .store(catalog.number, Ordering::Release);
+        let _ = fs::remove_dir_all(self.0.dir.join("tables").join(table.id().to_string()));
+        Ok(())
+    }
+
+    /// Every table, by name.
+    pub fn tables(&self) -> Vec<Table> {
+        self.0.tables()
+    }
+
+    /// A table by name.
+    pub fn table(&self, name: &str) -> Result<Table, UnknownTable> {
+        let tables = self.0.tables.load();
+        tables.get(name).cloned().ok_or_else(|| UnknownTable {
+            name: name.to_owned(),
+            hint: nearest(name, tables.keys().map(String::as_str)).map(str::to_owned),
+        })
+    }
+
+    /// A table by identity.
+    pub fn table_by_id(&self, id: TableId) -> Option<Table> {
+        self.0
+            .tables
+            .load()
+            .values()
+            .find(|t| t.id() == id)
+            .cloned()
+    }
+
+    /// Verifies every checksum and invariant. Reads everything once.
+    pub fn check(&self) -> CheckReport {
+        check::check(&self.tables())
+    }
+
+    /// Syncs every log and stops the background threads. Later commits still work; they
+    /// are synced when somebody waits for them.
+    pub fn close(&self) {
+        self.0.closed.store(true, Ordering::Release);
+        self.0.wake.now();
+        for table in self.tables() {
+            table.0.sync();
+        }
+    }
+}
+
+fn plan(catalog: &Catalog, definitions: &[TableDefinition]) -> Result<Vec<TablePlan>, ApplyError> {
+    let mut plans = Vec::with_capacity(definitions.len());
+    for (i, new) in definitions.iter().enumerate() {
+        if definitions[..i].iter().any(|d| d.name == new.name) {
+            return Err(ApplyError::Duplicate {
+                table: new.name.clone(),
+            });
+        }
+        let old = catalog
+            .tables
+            .iter()
+            .filter_map(TableEntry::current)
+            .find(|v| v.definition.name == new.name);
+        plans.push(match old {
+            None => TablePlan::Create {
+                table: new.name.clone(),
+            },
+            Some(old) if *old.definition == *new => TablePlan::Unchanged {
+                table: new.name.clone(),
+            },
+            Some(old) => {
+                let changes = plan_evolution(&old.definition, new).map_err(|source| {
+                    ApplyError::Evolution {
+                        table: new.name.clone(),
+                        source,
+                    }
+                })?;
+                TablePlan::Change {
+                    table: new.name.clone(),
+                    changes,
+                }
+            }
+        });
+    }
+    Ok(plans)
+}

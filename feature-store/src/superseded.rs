@@ -1,0 +1,132 @@
+//! Which rows of one segment or log were replaced, and at which sequence.
+//!
+//! One append-only list is shared by all snapshots: a reader at sequence `s` ignores
+//! entries above `s`, so publishing copies nothing and every retained snapshot can be
+//! answered. The single writer (under the table's writer lock) appends in sequence order;
+//! readers take no lock.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use roaring::RoaringBitmap;
+
+const FIRST_CHUNK: usize = 1024;
+const CHUNKS: usize = 24; // 1024 * (2^24 - 1) entries: more rows than a u32 numbers in practice
+
+struct Entry {
+    row: AtomicU32,
+    sequence: AtomicU64,
+}
+
+/// Replaced rows: a bitmap fixed when the file was opened, and what came since.
+pub(crate) struct Superseded {
+    base: RoaringBitmap,
+    chunks: [OnceLock<Box<[Entry]>>; CHUNKS],
+    len: AtomicUsize,
+}
+
+fn locate(index: usize) -> (usize, usize) {
+    let n = index / FIRST_CHUNK + 1;
+    let chunk = (usize::BITS - 1 - n.leading_zeros()) as usize;
+    (chunk, index - ((1 << chunk) - 1) * FIRST_CHUNK)
+}
+
+impl Superseded {
+    /// A list whose rows in `base` count as replaced for every reader.
+    pub(crate) fn new(base: RoaringBitmap) -> Superseded {
+        Superseded {
+            base,
+            chunks: [const { OnceLock::new() }; CHUNKS],
+            len: AtomicUsize::new(0),
+        }
+    }
+
+    /// Records that `row` was replaced by the row of `sequence`. Only the table's writer
+    /// calls this, with sequences that never fall. Entries past the chunk bound (17 billion)
+    /// cannot occur: rows are numbered by u32 and replaced once.
+    pub(crate) fn push(&self, row: u32, sequence: u64) {
+        let index = self.len.load(Ordering::Relaxed);
+        let (chunk, at) = locate(index);
+        let entries = self.chunks[chunk].get_or_init(|| {
+            (0..FIRST_CHUNK << chunk)
+                .map(|_| Entry {
+                    row: AtomicU32::new(0),
+                    sequence: AtomicU64::new(0),
+                })
+                .collect()
+        });
+        entries[at].row.store(row, Ordering::Relaxed);
+        entries[at].sequence.store(sequence, Ordering::Relaxed);
+        // Release: a reader that sees the new length sees the entry.
+        self.len.store(index + 1, Ordering::Release);
+    }
+
+    fn entry(&self, index: usize) -> (u32, u64) {
+        let (chunk, at) = locate(index);
+        match self.chunks[chunk].get() {
+            Some(entries) => (
+                entries[at].row.load(Ordering::Relaxed),
+                entries[at].sequence.load(Ordering::Relaxed),
+            ),
+            None => (0, u64::MAX),
+        }
+    }
+
+    /// Entries with a sequence below `end_sequence`.
+    fn len_below(&self, end_sequence: u64) -> usize {
+        let (mut low, mut high) = (0, self.len.load(Ordering::Acquire));
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if self.entry(middle).1 < end_sequence {
+                low = middle + 1
+            } else {
+                high = middle
+            }
+        }
+        low
+    }
+
+    /// The rows replaced for a reader that sees sequences below `end_sequence`.
+    pub(crate) fn below(&self, end_sequence: u64) -> RoaringBitmap {
+        let mut rows = self.base.clone();
+        rows.extend((0..self.len_below(end_sequence)).map(|i| self.entry(i).0));
+        rows
+    }
+
+    /// How many rows `below` would hold.
+    pub(crate) fn count_below(&self, end_sequence: u64) -> u64 {
+        self.base.len() + self.len_below(end_sequence) as u64
+    }
+
+    /// True when the row was replaced before this list began.
+    pub(crate) fn is_in_base(&self, row: u32) -> bool {
+        self.base.contains(row)
+    }
+
+    /// Entries with sequences in `from..end`, oldest first.
+    pub(crate) fn between(&self, from: u64, end: u64) -> impl Iterator<Item = (u32, u64)> + '_ {
+        (self.len_below(from)..self.len_below(end)).map(|i| self.entry(i))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readers_see_only_what_their_sequence_saw() {
+        let list = Superseded::new(RoaringBitmap::from_iter([7]));
+        for i in 0..5000u32 {
+            list.push(i * 2, u64::from(i) + 100);
+        }
+        assert_eq!(list.below(100).len(), 1);
+        assert_eq!(list.below(101).iter().collect::<Vec<_>>(), [0, 7]);
+        assert_eq!(list.count_below(3100), 3001);
+        assert_eq!(list.below(u64::MAX).len(), 5001);
+        assert_eq!(
+            list.between(102, 104).collect::<Vec<_>>(),
+            [(4, 102), (6, 103)]
+        );
+        assert!(list.is_in_base(7) && !list.is_in_base(0));
+    }
+}
