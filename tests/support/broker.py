@@ -1,0 +1,113 @@
+"""The real Apache Kafka broker and its clients."""
+
+import shutil
+import subprocess
+import time
+import uuid
+from pathlib import Path
+
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, NewTopic
+
+SCRIPT = Path(__file__).resolve().parents[1] / "kafka" / "broker"
+
+
+class Broker:
+    """One broker with its state in a folder of its own; may be killed and started again."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.bootstrap = self.start()
+
+    def _script(self, verb):
+        done = subprocess.run(
+            [str(SCRIPT), verb, str(self.folder)], stdout=subprocess.PIPE, text=True, timeout=300
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"tests/kafka/broker {verb} exited {done.returncode}")
+        return done.stdout.strip()
+
+    def start(self):
+        return self._script("start")
+
+    def kill(self):
+        self._script("kill")
+
+    def stop(self):
+        self._script("stop")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def topic(self, prefix, partitions=3, **config):
+        """Creates a topic of that name plus something unique; returns the name."""
+        name = f"{prefix}-{uuid.uuid4().hex[:8]}"
+        self.create(name, partitions, **config)
+        return name
+
+    def create(self, name, partitions, **config):
+        admin = AdminClient({"bootstrap.servers": self.bootstrap})
+        topic = NewTopic(name, partitions, 1, config={k.replace("_", "."): v for k, v in config.items()})
+        for made in admin.create_topics([topic]).values():
+            made.result(30)
+
+    def delete(self, name):
+        admin = AdminClient({"bootstrap.servers": self.bootstrap})
+        for gone in admin.delete_topics([name]).values():
+            gone.result(30)
+        deadline = time.monotonic() + 30
+        while name in admin.list_topics(timeout=10).topics:
+            assert time.monotonic() < deadline, f"topic {name} is still listed 30 s after its deletion"
+            time.sleep(0.1)
+
+    def producer(self, **options):
+        return Producer(
+            {"bootstrap.servers": self.bootstrap, "acks": "all", "enable.idempotence": True, "linger.ms": 1, **options}
+        )
+
+
+class Log:
+    """What was produced, as the broker acknowledged it: the input of the oracle.
+
+    `records[partition]` is a list indexed by offset of (key, value, timestamp in ms).
+    """
+
+    def __init__(self, producer, topic):
+        self.producer = producer
+        self.topic = topic
+        self.records = {}
+        self.errors = []
+
+    def send(self, value, key=None, partition=None, timestamp_millis=0):
+        """Queues one record; blocks only while the client's queue is full."""
+
+        def delivered(error, message):
+            if error is not None:
+                self.errors.append(str(error))
+                return
+            records = self.records.setdefault(message.partition(), {})
+            records[message.offset()] = (key, value, message.timestamp()[1])
+
+        options = {} if partition is None else {"partition": partition}
+        while True:
+            try:
+                self.producer.produce(
+                    self.topic, value=value, key=key, timestamp=timestamp_millis, on_delivery=delivered, **options
+                )
+                break
+            except BufferError:
+                self.producer.poll(0.05)
+        self.producer.poll(0)
+
+    def flush(self):
+        """Waits until the broker has everything."""
+        left = self.producer.flush(60)
+        assert left == 0 and not self.errors, f"{left} records undelivered, errors {self.errors[:3]}"
+
+    def ends(self):
+        """partition -> next offset, for every partition written to."""
+        return {partition: max(records) + 1 for partition, records in self.records.items()}
+
+    def in_order(self):
+        """(partition, offset, key, value, timestamp) of every record, partition by partition."""
+        for partition in sorted(self.records):
+            for offset in sorted(self.records[partition]):
+                yield (partition, offset, *self.records[partition][offset])
