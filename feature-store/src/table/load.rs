@@ -134,18 +134,19 @@ impl TableInner {
                     .map_or(0, |d| d.intersection_len(&new));
             pending.push((at, new));
         }
-        // On disk first: rows noted in memory before would show a half-published load.
         let mut disk_levels = levels.clone();
         disk_levels.push(Level::Segment(Arc::new(level)));
+        let max_event = event_range.map(|(_, max)| max);
+        // The table's greatest event time and the next sequence must survive without a log.
+        work.manifest.load_floor(end_sequence, max_event);
+        self.publish_manifest(&mut work, &disk_levels, end_sequence, None, &pending)?;
+        // Noted in memory only now: had the manifest failed, these rows would be gone
+        // without the load's rows being there.
         for (at, rows) in &pending {
             for row in rows {
                 levels[*at].superseded().push(row, last);
             }
         }
-        let max_event = event_range.map(|(_, max)| max);
-        // The table's greatest event time and the next sequence must survive without a log.
-        work.manifest.load_floor(end_sequence, max_event);
-        self.publish_manifest(&mut work, &disk_levels, end_sequence, None)?;
         writer.max_event = writer.max_event.max(max_event);
         writer.live_rows = (writer.live_rows + rows).saturating_sub(lost + replaced_rows);
         self.publish(self.snapshot_of(&writer, Arc::new(disk_levels)));

@@ -200,8 +200,23 @@ struct Replay {
     positions: Positions,
     max_event: Option<i64>,
     put_ids: VecDeque<String>,
+    put_id_set: HashSet<String>,
     closed: Vec<ClosedState>,
     end_sequence: u64,
+}
+
+impl Replay {
+    fn remember_put(&mut self, id: Option<&String>, keep: usize) {
+        let Some(id) = id else { return };
+        if self.put_id_set.insert(id.clone()) {
+            self.put_ids.push_back(id.clone());
+        }
+        while self.put_ids.len() > keep {
+            if let Some(oldest) = self.put_ids.pop_front() {
+                self.put_id_set.remove(&oldest);
+            }
+        }
+    }
 }
 
 /// Opens a table. A writer also publishes a manifest that closes the logs it found, and
@@ -251,6 +266,7 @@ pub(crate) fn open_table(
         positions: manifest.checkpoint.positions.clone(),
         max_event: manifest.checkpoint.max_event.max(manifest.floor_max_event),
         put_ids: manifest.checkpoint.put_ids.iter().cloned().collect(),
+        put_id_set: manifest.checkpoint.put_ids.iter().cloned().collect(),
         closed: Vec::new(),
         end_sequence: manifest.checkpoint.next_sequence,
     };
@@ -282,11 +298,7 @@ pub(crate) fn open_table(
         let mut dead_letters = Vec::new();
         for event in &log.events {
             event.positions.iter().for_each(|p| replay.positions.set(p));
-            if let Some(id) = &event.put_id
-                && !replay.put_ids.contains(id)
-            {
-                replay.put_ids.push_back(id.clone());
-            }
+            replay.remember_put(event.put_id.as_ref(), options.put_ids_kept);
             dead_letters.extend(event.dead_letters.iter().cloned());
             moved.extend(
                 event
@@ -387,7 +399,6 @@ pub(crate) fn open_table(
         max_event: replay.max_event,
         live_rows,
     };
-    let put_id_set: HashSet<String> = replay.put_ids.iter().cloned().collect();
     Ok(Table(Arc::new(TableInner {
         name: table_name,
         dirs,
@@ -399,7 +410,7 @@ pub(crate) fn open_table(
             file: None,
             topics: TopicTable::default(),
             put_ids: replay.put_ids,
-            put_id_set,
+            put_id_set: replay.put_id_set,
             positions,
             max_event: replay.max_event,
             live_rows,

@@ -182,12 +182,8 @@ impl TableInner {
             }
             out
         };
-        self.publish_manifest(
-            work,
-            &new_levels(&self.current.load().levels),
-            upto,
-            done.as_ref(),
-        )?;
+        let levels = new_levels(&self.current.load().levels);
+        self.publish_manifest(work, &levels, upto, done.as_ref(), &[])?;
 
         let mut writer = self.writer.lock();
         if let Some(level) = &level {
@@ -221,13 +217,15 @@ impl TableInner {
         Ok((segment, written.event_range))
     }
 
-    /// Writes the next manifest: `levels`, with what is superseded below `upto`.
+    /// Writes the next manifest: `levels`, with what is superseded below `upto` and, for a
+    /// load, the rows of each level (by number) that are superseded with it.
     pub(super) fn publish_manifest(
         &self,
         work: &mut Work,
         levels: &[Level],
         upto: u64,
         done: Option<&LogDone>,
+        with_load: &[(usize, RoaringBitmap)],
     ) -> Result<(), WorkError> {
         let old = &work.manifest;
         let mut manifest = Manifest {
@@ -239,10 +237,11 @@ impl TableInner {
             ..old.clone()
         };
         let mut superseded = Vec::new();
-        for level in levels {
+        for (number, level) in levels.iter().enumerate() {
             match level {
                 Level::Segment(s) => {
-                    let rows = s.superseded.below(upto);
+                    let mut rows = s.superseded.below(upto);
+                    with_load.iter().filter(|(at, _)| *at == number).for_each(|(_, more)| rows |= more);
                     manifest.segments.push(SegmentEntry {
                         meta: s.segment.meta().clone(),
                         definition_version: s.version.number,
