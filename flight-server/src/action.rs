@@ -1,0 +1,282 @@
+//! DoAction: administration by name, JSON in and JSON out.
+
+use arrow_flight::{Action, ActionType};
+use pinion_feature_store::{DeadLetter, Table, TablePlan};
+use pinion_schemas::TableDefinition;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tonic::Code;
+
+use crate::command::{CommandError, checked_table_name};
+use crate::error::Failure;
+use crate::service::SharedContext;
+
+/// Dead letters returned at once.
+const MAX_DEAD_LETTERS: usize = 10_000;
+/// Dead letters returned when the request does not say.
+const DEFAULT_DEAD_LETTERS: usize = 100;
+
+/// Name and description of every action, for ListActions.
+const ACTIONS: &[(&str, &str)] = &[
+    (
+        "apply",
+        r#"{"definitions": [TOML, …], "dry_run"?: bool}: creates or changes tables, all or none"#,
+    ),
+    (
+        "dead_letters",
+        r#"{"table", "limit"?}: records that could not be decoded, newest first"#,
+    ),
+    (
+        "describe",
+        r#"{"table"?}: definitions and figures of one table or all"#,
+    ),
+    ("drop", r#"{"table"}: removes a table and its rows"#),
+    (
+        "flush",
+        r#"{"table"}: writes the log as a segment and waits for it"#,
+    ),
+    ("leases", "not served by this release"),
+    (
+        "merge",
+        r#"{"table"}: merges everything into one segment and waits for it"#,
+    ),
+    ("pin", "not served by this release"),
+    ("pins", "not served by this release"),
+    (
+        "source",
+        r#"{"action": "list" | …}: the sources that feed the tables"#,
+    ),
+    ("stats", r#"{"table"?}: figures of one table or all"#),
+    ("unpin", "not served by this release"),
+];
+
+/// Every action there is.
+pub(crate) fn list() -> Vec<ActionType> {
+    ACTIONS
+        .iter()
+        .map(|(name, description)| ActionType {
+            r#type: (*name).to_owned(),
+            description: (*description).to_owned(),
+        })
+        .collect()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Apply {
+    definitions: Vec<String>,
+    #[serde(default)]
+    dry_run: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OneTable {
+    table: String,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct AnyTable {
+    #[serde(default)]
+    table: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DeadLetters {
+    table: String,
+    #[serde(default)]
+    limit: Option<usize>,
+}
+
+/// Carries out one action and returns its result.
+pub(crate) async fn act(context: SharedContext, action: Action) -> Result<Value, Failure> {
+    // Every action may touch the disk.
+    tokio::task::spawn_blocking(move || act_now(&context, &action))
+        .await
+        .map_err(|error| Failure::new(Code::Internal, "TASK", error.to_string()))?
+}
+
+fn act_now(context: &SharedContext, action: &Action) -> Result<Value, Failure> {
+    let body = &action.body;
+    match action.r#type.as_str() {
+        "apply" => apply(context, parse("apply", body)?),
+        "drop" => {
+            let OneTable { table } = parse("drop", body)?;
+            context.store.drop_table(checked_table_name(&table)?)?;
+            Ok(json!({"table": table, "dropped": true}))
+        }
+        "flush" => {
+            let table = one_table(context, parse("flush", body)?)?;
+            table.flush()?;
+            Ok(json!({"table": table.name(), "stats": stats(&table)}))
+        }
+        "merge" => {
+            let table = one_table(context, parse("merge", body)?)?;
+            table.merge()?;
+            Ok(json!({"table": table.name(), "stats": stats(&table)}))
+        }
+        "stats" => {
+            let tables = any_table(context, parse_or_default("stats", body)?)?;
+            Ok(json!({"tables": tables.iter().map(stats).collect::<Vec<_>>()}))
+        }
+        "describe" => {
+            let tables = any_table(context, parse_or_default("describe", body)?)?;
+            Ok(json!({"tables": tables.iter().map(describe).collect::<Vec<_>>()}))
+        }
+        "source" => source(context, parse_or_default("source", body)?),
+        "dead_letters" => {
+            let DeadLetters { table, limit } = parse("dead_letters", body)?;
+            let table = context.store.table(checked_table_name(&table)?)?;
+            let limit = limit.unwrap_or(DEFAULT_DEAD_LETTERS).min(MAX_DEAD_LETTERS);
+            let letters = table.dead_letters(limit)?;
+            let letters: Vec<Value> = letters.iter().map(dead_letter).collect();
+            Ok(json!({"table": table.name(), "dead_letters": letters}))
+        }
+        verb @ ("pin" | "unpin" | "pins" | "leases") => Err(Failure::new(
+            Code::Unimplemented,
+            "UNIMPLEMENTED",
+            format!("action {verb:?} is not served by this release"),
+        )),
+        other => {
+            let known: Vec<&str> = ACTIONS.iter().map(|(name, _)| *name).collect();
+            Err(Failure::invalid(
+                "UNKNOWN_ACTION",
+                format!("no action {other:?}; known: {}", known.join(", ")),
+            )
+            .with("action", other))
+        }
+    }
+}
+
+fn parse<T: DeserializeOwned>(verb: &str, body: &[u8]) -> Result<T, Failure> {
+    serde_json::from_slice(body).map_err(|error| {
+        Failure::invalid(
+            "ACTION_BODY",
+            format!("the body of action {verb:?}: {error}"),
+        )
+        .with("action", verb)
+    })
+}
+
+/// As `parse`; an empty body means no member was given.
+fn parse_or_default<T: DeserializeOwned + Default>(verb: &str, body: &[u8]) -> Result<T, Failure> {
+    if body.trim_ascii().is_empty() {
+        Ok(T::default())
+    } else {
+        parse(verb, body)
+    }
+}
+
+fn one_table(context: &SharedContext, body: OneTable) -> Result<Table, Failure> {
+    Ok(context.store.table(checked_table_name(&body.table)?)?)
+}
+
+fn any_table(context: &SharedContext, body: AnyTable) -> Result<Vec<Table>, Failure> {
+    match body.table {
+        Some(name) => Ok(vec![context.store.table(checked_table_name(&name)?)?]),
+        None => Ok(context.store.tables()),
+    }
+}
+
+fn apply(context: &SharedContext, body: Apply) -> Result<Value, Failure> {
+    if body.definitions.is_empty() {
+        return Err(
+            CommandError::member("definitions", "give at least one table definition").into(),
+        );
+    }
+    let definitions = body
+        .definitions
+        .iter()
+        .map(|text| TableDefinition::parse_toml(text))
+        .collect::<Result<Vec<_>, _>>()?;
+    let plans = if body.dry_run {
+        context.store.plan(&definitions)?
+    } else {
+        context.store.apply(definitions)?
+    };
+    Ok(json!({
+        "dry_run": body.dry_run,
+        "catalog_version": context.store.catalog_version(),
+        "plans": plans.iter().map(plan).collect::<Vec<_>>(),
+    }))
+}
+
+/// One table's plan: what happens to it, and each change in words.
+fn plan(plan: &TablePlan) -> Value {
+    let (table, what, changes) = match plan {
+        TablePlan::Create { table } => (table, "create", Vec::new()),
+        TablePlan::Unchanged { table } => (table, "unchanged", Vec::new()),
+        TablePlan::Change { table, changes } => (
+            table,
+            "change",
+            changes.iter().map(ToString::to_string).collect(),
+        ),
+    };
+    json!({"table": table, "plan": what, "changes": changes})
+}
+
+fn stats(table: &Table) -> Value {
+    // Plain numbers, strings and lists: nothing that JSON cannot hold.
+    serde_json::to_value(table.stats()).unwrap_or(Value::Null)
+}
+
+fn describe(table: &Table) -> Value {
+    json!({
+        "table": table.name(),
+        "id": table.id().to_string(),
+        "definition_version": table.definition_version(),
+        "definition": table.definition().to_toml(),
+        "positions": crate::reply::positions_json(&table.positions()),
+        "stats": stats(table),
+    })
+}
+
+fn source(context: &SharedContext, body: Value) -> Result<Value, Failure> {
+    let verb = match body.get("action") {
+        None => "list",
+        Some(Value::String(verb)) => verb.as_str(),
+        Some(_) => {
+            return Err(
+                CommandError::member("action", "must be a string, such as \"list\"").into(),
+            );
+        }
+    };
+    match (&context.hooks.sources, verb) {
+        (None, "list") => Ok(json!({"sources": []})),
+        (None, _) => Err(Failure::new(
+            Code::FailedPrecondition,
+            "NO_SOURCES",
+            "no source runs in this server; start it with Kafka brokers configured",
+        )),
+        (Some(sources), "list") => Ok(sources.list()),
+        (Some(sources), _) => sources
+            .act(&body)
+            .map_err(|problem| Failure::invalid("SOURCE", problem)),
+    }
+}
+
+/// Keys and values as text where they are UTF-8, else as base64.
+fn dead_letter(letter: &DeadLetter) -> Value {
+    use base64::Engine;
+    let bytes = |bytes: &Option<Vec<u8>>| match bytes {
+        None => Value::Null,
+        Some(bytes) => match std::str::from_utf8(bytes) {
+            Ok(text) => json!(text),
+            Err(_) => {
+                json!({"base64": base64::engine::general_purpose::STANDARD.encode(bytes)})
+            }
+        },
+    };
+    json!({
+        "topic": letter.topic,
+        "partition": letter.partition,
+        "offset": letter.offset,
+        "timestamp_millis": letter.timestamp_millis,
+        "error": letter.error,
+        "key": bytes(&letter.key),
+        "value": bytes(&letter.value),
+    })
+}

@@ -1,0 +1,172 @@
+//! Waiting until a table has applied given offsets or puts.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pinion_feature_store::{Snapshot, SnapshotError, Table};
+use serde_json::json;
+use tonic::Code;
+
+use crate::command::Barrier;
+use crate::error::Failure;
+use crate::hooks::Hooks;
+use crate::reply::positions_json;
+
+/// Returns a snapshot of each table, all of which meet the barrier.
+///
+/// # Errors
+///
+/// `FAILED_PRECONDITION` at once when no table here reads a topic, or its source has
+/// stopped; `DEADLINE_EXCEEDED` with the positions reached when the time is over.
+pub(crate) async fn await_barrier(
+    tables: &[Table],
+    barrier: &Barrier,
+    hooks: &Hooks,
+    max_wait: Duration,
+) -> Result<Vec<Snapshot>, Failure> {
+    if barrier.is_empty() {
+        return Ok(tables.iter().map(Table::snapshot).collect());
+    }
+    check_names(tables, barrier)?;
+    let timeout = barrier.timeout.min(max_wait);
+    let deadline = Instant::now() + timeout;
+    let mut snapshots = Vec::with_capacity(tables.len());
+    for table in tables {
+        snapshots.push(wait_for_table(table, barrier, hooks, deadline, timeout).await?);
+    }
+    Ok(snapshots)
+}
+
+/// Every topic and token must belong to one of the tables.
+fn check_names(tables: &[Table], barrier: &Barrier) -> Result<(), Failure> {
+    for topic in barrier.at_least.keys() {
+        if !tables.iter().any(|table| reads_topic(table, topic)) {
+            let names: Vec<String> = tables.iter().map(Table::name).collect();
+            return Err(Failure::new(
+                Code::FailedPrecondition,
+                "UNKNOWN_TOPIC",
+                format!(
+                    "at_least: topic {topic:?} feeds none of {}",
+                    names.join(", ")
+                ),
+            )
+            .with("topic", topic.clone()));
+        }
+    }
+    for token in &barrier.tokens {
+        let Some(table) = tables.iter().find(|table| table.name() == token.table) else {
+            return Err(Failure::invalid(
+                "COMMAND_MEMBER",
+                format!("token: the request does not read table {:?}", token.table),
+            ));
+        };
+        // An expired snapshot is an old one, so the put is visible; a lost one never will be.
+        if let Err(error @ SnapshotError::Lost { .. }) = table.snapshot_by_id(token.snapshot) {
+            return Err(error.into());
+        }
+    }
+    Ok(())
+}
+
+fn reads_topic(table: &Table, topic: &str) -> bool {
+    table.positions().topic_id(topic).is_some()
+        || table
+            .definition()
+            .kafka
+            .as_ref()
+            .is_some_and(|source| source.topic == topic)
+}
+
+async fn wait_for_table(
+    table: &Table,
+    barrier: &Barrier,
+    hooks: &Hooks,
+    deadline: Instant,
+    timeout: Duration,
+) -> Result<Snapshot, Failure> {
+    let wanted = Arc::new(Wanted::new(table, barrier));
+    let now = table.snapshot();
+    if wanted.met(&now) {
+        return Ok(now);
+    }
+    for topic in wanted.missing_topics(&now) {
+        if let Some(reason) = hooks.stopped(topic) {
+            return Err(Failure::new(
+                Code::FailedPrecondition,
+                "SOURCE_STOPPED",
+                format!("at_least: topic {topic:?} is not being read: {reason}"),
+            )
+            .with("topic", topic.to_owned())
+            .with("positions", positions_json(now.positions())));
+        }
+    }
+    let waiter = table.clone();
+    let goal = Arc::clone(&wanted);
+    let waited =
+        tokio::task::spawn_blocking(move || waiter.wait_for(|s| goal.met(s), deadline)).await;
+    match waited {
+        Ok(Some(snapshot)) => Ok(snapshot),
+        Ok(None) => {
+            let reached = positions_json(&table.positions());
+            Err(Failure::new(
+                Code::DeadlineExceeded,
+                "BARRIER_TIMEOUT",
+                format!(
+                    "table {} did not reach the barrier within {} ms; positions reached: {reached}",
+                    table.name(),
+                    timeout.as_millis()
+                ),
+            )
+            .with("positions", reached)
+            .with("sequence", json!(table.snapshot().sequence())))
+        }
+        Err(error) => Err(Failure::new(Code::Internal, "TASK", error.to_string())),
+    }
+}
+
+/// What one table must have reached.
+struct Wanted {
+    /// Topic, partition, offset that must have been applied.
+    offsets: Vec<(String, i32, i64)>,
+    sequence: u64,
+}
+
+impl Wanted {
+    fn new(table: &Table, barrier: &Barrier) -> Wanted {
+        let name = table.name();
+        let offsets = barrier
+            .at_least
+            .iter()
+            .filter(|(topic, _)| reads_topic(table, topic))
+            .flat_map(|(topic, partitions)| {
+                partitions
+                    .iter()
+                    .map(|(partition, offset)| (topic.clone(), *partition, *offset))
+            })
+            .collect();
+        let sequence = barrier
+            .tokens
+            .iter()
+            .filter(|token| token.table == name)
+            .map(|token| token.snapshot.sequence)
+            .max()
+            .unwrap_or(0);
+        Wanted { offsets, sequence }
+    }
+
+    fn met(&self, snapshot: &Snapshot) -> bool {
+        snapshot.sequence() >= self.sequence && self.missing_topics(snapshot).next().is_none()
+    }
+
+    fn missing_topics<'a>(&'a self, snapshot: &'a Snapshot) -> impl Iterator<Item = &'a str> {
+        self.offsets
+            .iter()
+            .filter(|(topic, partition, offset)| {
+                snapshot
+                    .positions()
+                    .next_offset(topic, *partition)
+                    .is_none_or(|next| next <= *offset)
+            })
+            .map(|(topic, _, _)| topic.as_str())
+    }
+}

@@ -1,0 +1,143 @@
+//! Where the server listens, and its limits.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Settings of a server. Sizes are bytes.
+#[derive(Debug, Clone)]
+pub struct ServerConfig {
+    /// TCP addresses for Flight. Port 0 takes a free one, reported by
+    /// [`crate::BoundAddresses`].
+    pub flight: Vec<SocketAddr>,
+    /// Unix socket for Flight, created with mode 0660.
+    pub uds: Option<PathBuf>,
+    /// Address of the HTTP admin port (`/livez`, `/readyz`, `/metrics`).
+    pub admin: Option<SocketAddr>,
+    /// Allows addresses other than loopback, although nobody is authenticated.
+    pub insecure: bool,
+    /// A reply message is at most this large unless the request raises it. Default
+    /// 4 MiB - 64 KiB: most gRPC clients refuse messages over 4 MiB.
+    pub max_message_bytes: usize,
+    /// How far a request may raise `max_message_bytes`. Default 2 GiB - 1.
+    pub max_message_cap_bytes: usize,
+    /// A request message is at most this large. Default 64 MiB.
+    pub max_request_bytes: usize,
+    /// Rows of one put together, in memory. Default 256 MiB.
+    pub put_max_bytes: u64,
+    /// Keys of one lookup. Default 1 Mi.
+    pub lookup_max_rows: usize,
+    /// Connections at once, over all sockets. Default 1,024.
+    pub max_connections: usize,
+    /// Streams at once per connection. Default 256.
+    pub max_concurrent_streams: u32,
+    /// DoGet streams at once: each holds a thread while it reads. Default 128.
+    pub max_scans: usize,
+    /// A DoGet stream whose client reads nothing for this long is ended. Default 5 min.
+    pub reader_idle: Duration,
+    /// Longest wait that a barrier (`at_least`, `token`) may ask for. Default 60 s.
+    pub max_barrier: Duration,
+    /// How long open streams may run on after shutdown was asked for. Default 10 s.
+    pub drain: Duration,
+}
+
+impl Default for ServerConfig {
+    fn default() -> ServerConfig {
+        ServerConfig {
+            flight: Vec::new(),
+            uds: None,
+            admin: None,
+            insecure: false,
+            max_message_bytes: (4 << 20) - (64 << 10),
+            max_message_cap_bytes: (2 << 30) - 1,
+            max_request_bytes: 64 << 20,
+            put_max_bytes: 256 << 20,
+            lookup_max_rows: 1 << 20,
+            max_connections: 1024,
+            max_concurrent_streams: 256,
+            max_scans: 128,
+            reader_idle: Duration::from_secs(300),
+            max_barrier: Duration::from_secs(60),
+            drain: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Nowhere to listen.
+    #[error("no address to serve Flight on: give a TCP address or a Unix socket path")]
+    Nowhere,
+    /// Reachable from other machines, without authentication.
+    #[error(
+        "{address} is reachable from other machines and requests are not authenticated; listen on loopback or a Unix socket, or pass --insecure"
+    )]
+    Exposed {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// A size that makes no sense.
+    #[error("{what} is {value}; it must lie between {least} and {most}")]
+    Range {
+        /// Which setting.
+        what: &'static str,
+        /// Its value.
+        value: usize,
+        /// Least value.
+        least: usize,
+        /// Greatest value.
+        most: usize,
+    },
+}
+
+impl ServerConfig {
+    /// Checks the settings that do not need a socket.
+    ///
+    /// # Errors
+    ///
+    /// See [`ConfigError`].
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.flight.is_empty() && self.uds.is_none() {
+            return Err(ConfigError::Nowhere);
+        }
+        if !self.insecure {
+            let exposed = self
+                .flight
+                .iter()
+                .chain(&self.admin)
+                .find(|a| !a.ip().is_loopback());
+            if let Some(address) = exposed {
+                return Err(ConfigError::Exposed { address: *address });
+            }
+        }
+        let range = |what, value, least, most| {
+            if (least..=most).contains(&value) {
+                Ok(())
+            } else {
+                Err(ConfigError::Range {
+                    what,
+                    value,
+                    least,
+                    most,
+                })
+            }
+        };
+        let cap = (2usize << 30) - 1;
+        range(
+            "max_message_cap_bytes",
+            self.max_message_cap_bytes,
+            64 << 10,
+            cap,
+        )?;
+        range(
+            "max_message_bytes",
+            self.max_message_bytes,
+            64 << 10,
+            self.max_message_cap_bytes,
+        )?;
+        range("max_request_bytes", self.max_request_bytes, 64 << 10, cap)?;
+        range("max_connections", self.max_connections, 1, 1 << 20)?;
+        range("max_scans", self.max_scans, 1, 1 << 16)
+    }
+}

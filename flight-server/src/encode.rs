@@ -1,0 +1,366 @@
+//! Batches into Flight messages, each below a size that the client accepts.
+//!
+//! Batches that come from a mapped segment are slices of very large buffers, and the usual
+//! encoder splits by the size of the buffers behind a slice: two rows a message. Here a
+//! batch is split by the bytes its own rows take, and what the IPC writer would send whole
+//! (the data of views) is compacted first, so `limit 10` sends ten rows' bytes.
+
+use std::sync::Arc;
+
+use arrow_array::cast::AsArray;
+use arrow_array::{Array, ArrayRef, RecordBatch, RecordBatchOptions};
+use arrow_flight::FlightData;
+use arrow_ipc::writer::{
+    DictionaryTracker, EncodedData, IpcDataGenerator, IpcWriteContext, IpcWriteOptions,
+};
+use arrow_schema::{DataType, Schema};
+use tonic::Code;
+
+use crate::error::Failure;
+
+/// Room in a message for the gRPC and protobuf framing and the app_metadata.
+const FRAMING_BYTES: usize = 16 << 10;
+
+/// Encodes the batches of one stream.
+pub(crate) struct Encoder {
+    generator: IpcDataGenerator,
+    dictionaries: DictionaryTracker,
+    options: IpcWriteOptions,
+    context: IpcWriteContext,
+    max_message_bytes: usize,
+}
+
+impl Encoder {
+    /// `max_message_bytes` bounds a whole message, framing included.
+    pub(crate) fn new(max_message_bytes: usize) -> Encoder {
+        Encoder {
+            generator: IpcDataGenerator::default(),
+            dictionaries: DictionaryTracker::new(false),
+            options: IpcWriteOptions::default(),
+            context: IpcWriteContext::default(),
+            max_message_bytes,
+        }
+    }
+
+    /// The message that starts the stream.
+    pub(crate) fn schema(&mut self, schema: &Schema) -> FlightData {
+        message(self.generator.schema_to_bytes_with_dictionary_tracker(
+            schema,
+            &mut self.dictionaries,
+            &self.options,
+        ))
+    }
+
+    /// Encodes `batch` into as many messages as the limit asks for, in row order.
+    ///
+    /// # Errors
+    ///
+    /// `RESOURCE_EXHAUSTED` when a single row or a dictionary does not fit; the messages
+    /// already in `out` are good.
+    pub(crate) fn batch(
+        &mut self,
+        batch: &RecordBatch,
+        out: &mut impl FnMut(FlightData) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let rows = batch.num_rows();
+        let estimate = batch.columns().iter().map(rows_bytes).sum::<usize>();
+        let room = self.max_message_bytes.saturating_sub(FRAMING_BYTES).max(1);
+        let pieces = estimate.div_ceil(room).clamp(1, rows.max(1));
+        if pieces > 1 {
+            let step = rows.div_ceil(pieces);
+            for start in (0..rows).step_by(step) {
+                self.batch(&batch.slice(start, step.min(rows - start)), out)?;
+            }
+            return Ok(());
+        }
+        let compact = compact(batch)?;
+        let (dictionaries, encoded) = self
+            .generator
+            .encode(
+                &compact,
+                &mut self.dictionaries,
+                &self.options,
+                &mut self.context,
+            )
+            .map_err(internal)?;
+        for dictionary in dictionaries {
+            let bytes = dictionary.ipc_message.len() + dictionary.arrow_data.len();
+            if bytes + FRAMING_BYTES > self.max_message_bytes {
+                return Err(self.too_large("a dictionary", bytes));
+            }
+            out(message(dictionary))?;
+        }
+        let bytes = encoded.ipc_message.len() + encoded.arrow_data.len();
+        if bytes + FRAMING_BYTES <= self.max_message_bytes {
+            return out(message(encoded));
+        }
+        // The header was larger than the room left for it: many columns, or skewed rows.
+        if rows <= 1 {
+            return Err(self.too_large("a single row", bytes));
+        }
+        let half = rows / 2;
+        self.batch(&batch.slice(0, half), out)?;
+        self.batch(&batch.slice(half, rows - half), out)
+    }
+
+    /// Encodes `batch` as exactly one message.
+    ///
+    /// # Errors
+    ///
+    /// `RESOURCE_EXHAUSTED` when it does not fit.
+    pub(crate) fn whole(&mut self, batch: &RecordBatch) -> Result<Vec<FlightData>, Failure> {
+        let rows = batch.num_rows();
+        let (dictionaries, encoded) = self
+            .generator
+            .encode(
+                &compact(batch)?,
+                &mut self.dictionaries,
+                &self.options,
+                &mut self.context,
+            )
+            .map_err(internal)?;
+        let mut messages = Vec::with_capacity(dictionaries.len() + 1);
+        for data in dictionaries.into_iter().chain(std::iter::once(encoded)) {
+            let bytes = data.ipc_message.len() + data.arrow_data.len();
+            if bytes + FRAMING_BYTES > self.max_message_bytes {
+                return Err(self.too_large(&format!("the reply to {rows} keys"), bytes));
+            }
+            messages.push(message(data));
+        }
+        Ok(messages)
+    }
+
+    fn too_large(&self, what: &str, bytes: usize) -> Failure {
+        Failure::new(
+            Code::ResourceExhausted,
+            "MESSAGE_TOO_LARGE",
+            format!(
+                "{what} takes {bytes} bytes, over the limit of {} bytes a message; raise max_message_bytes in the request, and the client's own limit",
+                self.max_message_bytes
+            ),
+        )
+        .with("bytes", bytes as u64)
+        .with("limit_bytes", self.max_message_bytes as u64)
+    }
+}
+
+fn message(data: EncodedData) -> FlightData {
+    FlightData {
+        data_header: data.ipc_message.into(),
+        data_body: data.arrow_data.into(),
+        ..FlightData::default()
+    }
+}
+
+fn internal(error: arrow_schema::ArrowError) -> Failure {
+    Failure::new(
+        Code::Internal,
+        "ENCODE",
+        format!("cannot encode the reply: {error}"),
+    )
+}
+
+/// Bytes that the rows of `array` take in a message, nothing behind the slice counted.
+pub(crate) fn rows_bytes(array: &ArrayRef) -> usize {
+    let rows = array.len();
+    let validity = if array.null_count() > 0 {
+        rows.div_ceil(8)
+    } else {
+        0
+    };
+    let values = match array.data_type() {
+        DataType::Null => 0,
+        DataType::Boolean => rows.div_ceil(8),
+        DataType::Utf8 => offsets_bytes(array.as_string::<i32>().value_offsets()),
+        DataType::LargeUtf8 => offsets_bytes(array.as_string::<i64>().value_offsets()),
+        DataType::Binary => offsets_bytes(array.as_binary::<i32>().value_offsets()),
+        DataType::LargeBinary => offsets_bytes(array.as_binary::<i64>().value_offsets()),
+        DataType::Utf8View => views_bytes(array.as_string_view().views()),
+        DataType::BinaryView => views_bytes(array.as_binary_view().views()),
+        // Inline views carry their value; only the others count again.
+        DataType::List(_) => {
+            let list = array.as_list::<i32>();
+            items_bytes(list.values(), list.value_offsets())
+        }
+        DataType::LargeList(_) => {
+            let list = array.as_list::<i64>();
+            items_bytes(list.values(), list.value_offsets())
+        }
+        DataType::Map(_, _) => {
+            let map = array.as_map();
+            let entries: ArrayRef = Arc::new(map.entries().clone());
+            items_bytes(&entries, map.value_offsets())
+        }
+        DataType::FixedSizeList(_, _) => rows_bytes(array.as_fixed_size_list().values()),
+        DataType::Struct(_) => array.as_struct().columns().iter().map(rows_bytes).sum(),
+        DataType::Dictionary(key, _) => rows * key.primitive_width().unwrap_or(8),
+        DataType::FixedSizeBinary(size) => rows * usize::try_from(*size).unwrap_or(0),
+        other => rows * other.primitive_width().unwrap_or(16),
+    };
+    values + validity
+}
+
+/// Offsets of a variable-length column, and the bytes between the first and the last.
+fn offsets_bytes<O: Copy + Into<i64>>(offsets: &[O]) -> usize {
+    span(offsets).map_or(0, |(start, end)| end - start) + std::mem::size_of_val(offsets)
+}
+
+fn items_bytes<O: Copy + Into<i64>>(values: &ArrayRef, offsets: &[O]) -> usize {
+    let Some((start, end)) = span(offsets) else {
+        return 0;
+    };
+    let length = end.min(values.len()).saturating_sub(start);
+    rows_bytes(&values.slice(start.min(values.len()), length)) + std::mem::size_of_val(offsets)
+}
+
+fn span<O: Copy + Into<i64>>(offsets: &[O]) -> Option<(usize, usize)> {
+    let start = usize::try_from((*offsets.first()?).into()).ok()?;
+    let end = usize::try_from((*offsets.last()?).into()).ok()?;
+    (start <= end).then_some((start, end))
+}
+
+fn views_bytes(views: &[u128]) -> usize {
+    views
+        .iter()
+        .map(|view| match *view as u32 as usize {
+            inline if inline <= 12 => 16,
+            length => 16 + length,
+        })
+        .sum()
+}
+
+/// Copies the values of view columns together when the writer would send far more than the
+/// rows need. Every other type the writer cuts to the slice itself.
+fn compact(batch: &RecordBatch) -> Result<RecordBatch, Failure> {
+    let wasteful = |total: usize, used: usize| total > used.saturating_mul(2) + 4096;
+    let mut changed = false;
+    let columns: Vec<ArrayRef> = batch
+        .columns()
+        .iter()
+        .map(|column| match column.data_type() {
+            DataType::Utf8View => {
+                let views = column.as_string_view();
+                let total: usize = views.data_buffers().iter().map(|b| b.len()).sum();
+                if wasteful(total, views_bytes(views.views())) {
+                    changed = true;
+                    return Arc::new(views.gc()) as ArrayRef;
+                }
+                Arc::clone(column)
+            }
+            DataType::BinaryView => {
+                let views = column.as_binary_view();
+                let total: usize = views.data_buffers().iter().map(|b| b.len()).sum();
+                if wasteful(total, views_bytes(views.views())) {
+                    changed = true;
+                    return Arc::new(views.gc()) as ArrayRef;
+                }
+                Arc::clone(column)
+            }
+            _ => Arc::clone(column),
+        })
+        .collect();
+    if !changed {
+        return Ok(batch.clone());
+    }
+    let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+    RecordBatch::try_new_with_options(batch.schema(), columns, &options).map_err(internal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow_array::builder::{FixedSizeListBuilder, Float32Builder, ListBuilder, StringBuilder};
+    use arrow_array::{Int64Array, StringArray, StringViewArray};
+    use arrow_flight::utils::flight_data_to_batches;
+
+    fn encode(batch: &RecordBatch, limit: usize) -> Result<Vec<FlightData>, Failure> {
+        let mut encoder = Encoder::new(limit);
+        let mut messages = vec![encoder.schema(&batch.schema())];
+        encoder.batch(batch, &mut |message| {
+            messages.push(message);
+            Ok(())
+        })?;
+        Ok(messages)
+    }
+
+    fn size(message: &FlightData) -> usize {
+        message.data_header.len() + message.data_body.len()
+    }
+
+    fn mixed(rows: usize) -> RecordBatch {
+        let ints: ArrayRef = Arc::new(Int64Array::from_iter_values(0..rows as i64));
+        let strings: ArrayRef = Arc::new(StringArray::from_iter_values(
+            (0..rows).map(|i| "x".repeat(i % 90)),
+        ));
+        let views: ArrayRef = Arc::new(StringViewArray::from_iter_values(
+            (0..rows).map(|i| format!("a string of more than twelve bytes {i}")),
+        ));
+        let mut lists = ListBuilder::new(StringBuilder::new());
+        let mut vectors = FixedSizeListBuilder::new(Float32Builder::new(), 8);
+        for row in 0..rows {
+            lists.values().append_value(format!("item {row}"));
+            lists.append(true);
+            vectors.values().append_slice(&[row as f32; 8]);
+            vectors.append(true);
+        }
+        RecordBatch::try_from_iter(vec![
+            ("ints", ints),
+            ("strings", strings),
+            ("views", views),
+            ("lists", Arc::new(lists.finish()) as ArrayRef),
+            ("vectors", Arc::new(vectors.finish()) as ArrayRef),
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn messages_stay_below_the_limit_and_together_equal_the_batch() {
+        let batch = mixed(20_000);
+        let messages = encode(&batch, 100_000).unwrap();
+        assert!(messages.len() > 20);
+        assert!(messages.iter().all(|m| size(m) <= 100_000));
+        let back = flight_data_to_batches(&messages).unwrap();
+        let back = arrow_select::concat::concat_batches(&batch.schema(), &back).unwrap();
+        assert_eq!(back, batch);
+    }
+
+    #[test]
+    fn ten_rows_of_a_large_batch_send_few_bytes() {
+        let batch = mixed(50_000).slice(30_000, 10);
+        let messages = encode(&batch, 4 << 20).unwrap();
+        assert_eq!(messages.len(), 2);
+        assert!(size(&messages[1]) < 6_000, "{} bytes", size(&messages[1]));
+        assert_eq!(flight_data_to_batches(&messages).unwrap(), vec![batch]);
+    }
+
+    #[test]
+    fn a_row_over_the_limit_is_refused_with_its_size() {
+        let long: ArrayRef = Arc::new(StringArray::from(vec!["y".repeat(200_000)]));
+        let batch = RecordBatch::try_from_iter(vec![("long", long)]).unwrap();
+        let error = encode(&batch, 100_000).unwrap_err();
+        assert_eq!(error.code(), Code::ResourceExhausted);
+    }
+
+    #[test]
+    fn one_long_row_among_short_ones_does_not_hurt_its_neighbours() {
+        let values: Vec<String> = (0..1000)
+            .map(|i| {
+                if i == 500 {
+                    "z".repeat(60_000)
+                } else {
+                    "s".into()
+                }
+            })
+            .collect();
+        let column: ArrayRef = Arc::new(StringArray::from(values));
+        let batch = RecordBatch::try_from_iter(vec![("s", column)]).unwrap();
+        let messages = encode(&batch, 80_000).unwrap();
+        assert!(messages.iter().all(|m| size(m) <= 80_000));
+        let rows: usize = flight_data_to_batches(&messages)
+            .unwrap()
+            .iter()
+            .map(RecordBatch::num_rows)
+            .sum();
+        assert_eq!(rows, 1000);
+    }
+}

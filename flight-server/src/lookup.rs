@@ -1,0 +1,529 @@
+//! Lookups: key columns in, features out, in the order asked.
+//!
+//! One snapshot per table and request. A request is a batch of key columns: from the ticket
+//! (DoGet), or from the client's stream (DoExchange), where each batch is answered with one.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+use arrow_array::{
+    Array, ArrayRef, BinaryArray, FixedSizeBinaryArray, RecordBatch, RecordBatchOptions,
+    StringArray,
+};
+use arrow_cast::{CastOptions, cast_with_options};
+use arrow_schema::{DataType, Field, FieldRef, Schema, SchemaRef};
+use chrono::Utc;
+use pinion_feature_store::{LookupRequest, LookupResult, Snapshot, Table};
+use pinion_schemas::{TableDefinition, storage_type};
+use serde_json::Value;
+use tonic::Code;
+
+use crate::command::{CommandError, LookupCommand, checked_table_name, parse_time_nanos};
+use crate::error::Failure;
+use crate::service::Context;
+
+/// A lookup whose tables and output names are settled.
+pub(crate) struct LookupPlan {
+    parts: Vec<Part>,
+    outputs: Vec<Output>,
+    as_of_nanos: Option<i64>,
+    status: bool,
+    event_time: bool,
+    keep_expired: bool,
+    max_rows: usize,
+}
+
+/// The features asked of one table.
+struct Part {
+    table: Table,
+    features: Vec<String>,
+}
+
+/// One feature of the reply.
+struct Output {
+    name: String,
+    part: usize,
+    /// Position among the part's features.
+    feature: usize,
+}
+
+/// A lookup bound to the schema of its request.
+pub(crate) struct BoundLookup {
+    plan: LookupPlan,
+    /// Per part, which request columns are its key columns, in entity order.
+    keys: Vec<Vec<usize>>,
+    schema: SchemaRef,
+}
+
+impl LookupPlan {
+    /// Settles a lookup.
+    ///
+    /// # Errors
+    ///
+    /// Unknown tables, malformed references, two outputs of one name.
+    pub(crate) fn new(context: &Context, command: &LookupCommand) -> Result<LookupPlan, Failure> {
+        if let Some(service) = &command.service {
+            return Err(Failure::invalid(
+                "UNKNOWN_SERVICE",
+                format!("no feature service {service:?}: none is defined in this store; name the features"),
+            )
+            .with("service", service.clone()));
+        }
+        let features = command.features.as_deref().unwrap_or_default();
+        if features.is_empty() {
+            return Err(CommandError::member(
+                "features",
+                "name at least one feature as \"table:feature\"",
+            )
+            .into());
+        }
+        let full = command.full_feature_names.unwrap_or(false);
+        let mut parts: Vec<Part> = Vec::new();
+        let mut outputs = Vec::with_capacity(features.len());
+        let mut names = HashSet::new();
+        for reference in features {
+            let (table, feature) = reference.split_once(':').ok_or_else(|| {
+                CommandError::member(
+                    "features",
+                    format!("{reference:?} is not a reference; write \"table:feature\""),
+                )
+            })?;
+            let name = if full {
+                format!("{table}__{feature}")
+            } else {
+                feature.to_owned()
+            };
+            if !names.insert(name.clone()) {
+                return Err(duplicate(&name, full));
+            }
+            let part = part_of(context, &mut parts, table)?;
+            let Some(entry) = parts.get_mut(part) else {
+                continue;
+            };
+            outputs.push(Output {
+                name,
+                part,
+                feature: entry.features.len(),
+            });
+            entry.features.push(feature.to_owned());
+        }
+        Ok(LookupPlan {
+            parts,
+            outputs,
+            as_of_nanos: command.as_of.as_deref().map(parse_time_nanos).transpose()?,
+            status: command.status.unwrap_or(false),
+            event_time: command.event_time.unwrap_or(false),
+            keep_expired: command.keep_expired.unwrap_or(false),
+            max_rows: context.config.lookup_max_rows,
+        })
+    }
+
+    /// The tables it reads, in the order they are first named.
+    pub(crate) fn tables(&self) -> Vec<Table> {
+        self.parts.iter().map(|part| part.table.clone()).collect()
+    }
+
+    /// The key columns given in JSON as a batch, typed as the tables declare them.
+    pub(crate) fn keys_from_json(
+        &self,
+        keys: &BTreeMap<String, Vec<Value>>,
+    ) -> Result<RecordBatch, Failure> {
+        let rows = keys.values().map(Vec::len).max().unwrap_or(0);
+        let definitions: Vec<Arc<TableDefinition>> = self
+            .parts
+            .iter()
+            .map(|part| part.table.definition())
+            .collect();
+        let mut fields = Vec::new();
+        let mut columns = Vec::new();
+        for (name, values) in keys {
+            if values.len() != rows {
+                return Err(CommandError::member(
+                    "keys",
+                    format!(
+                        "column {name:?} has {} values, another has {rows}",
+                        values.len()
+                    ),
+                )
+                .into());
+            }
+            let declared = definitions
+                .iter()
+                .flat_map(|definition| &definition.entity)
+                .find(|key| key.name == *name)
+                .ok_or_else(|| {
+                    CommandError::member(
+                        "keys",
+                        format!("{name:?} is a key column of none of the tables asked"),
+                    )
+                })?;
+            columns.push(json_column(name, &declared.data_type, values)?);
+            let plain = columns
+                .last()
+                .map(|c| c.data_type().clone())
+                .unwrap_or(DataType::Null);
+            fields.push(Field::new(name, plain, false));
+        }
+        let options = RecordBatchOptions::new().with_row_count(Some(rows));
+        RecordBatch::try_new_with_options(Arc::new(Schema::new(fields)), columns, &options)
+            .map_err(|error| CommandError::member("keys", error.to_string()).into())
+    }
+
+    /// Binds the lookup to its request's schema: finds the key columns of every table and
+    /// makes the reply's schema.
+    pub(crate) fn bind(
+        self,
+        request: &Schema,
+        snapshots: &[Snapshot],
+    ) -> Result<BoundLookup, Failure> {
+        let mut keys = Vec::with_capacity(self.parts.len());
+        let mut results = Vec::with_capacity(self.parts.len());
+        let none = RecordBatch::new_empty(Arc::new(request.clone()));
+        for (part, snapshot) in self.parts.iter().zip(snapshots) {
+            let columns = key_columns(request, snapshot)?;
+            results.push(self.ask(part, snapshot, &none, &columns, 0)?);
+            keys.push(columns);
+        }
+        let mut fields: Vec<FieldRef> = request.fields().iter().map(Arc::clone).collect();
+        fields.extend(
+            self.reply_columns(&results)?
+                .into_iter()
+                .map(|(field, _)| Arc::new(field)),
+        );
+        let mut names = HashSet::new();
+        for field in &fields {
+            if !names.insert(field.name().as_str()) {
+                return Err(duplicate(field.name(), false));
+            }
+        }
+        let schema = Arc::new(Schema::new(fields));
+        Ok(BoundLookup {
+            plan: self,
+            keys,
+            schema,
+        })
+    }
+
+    fn ask(
+        &self,
+        part: &Part,
+        snapshot: &Snapshot,
+        request: &RecordBatch,
+        columns: &[usize],
+        now_nanos: i64,
+    ) -> Result<LookupResult, Failure> {
+        let keys = columns
+            .iter()
+            .map(|index| Arc::clone(request.column(*index)))
+            .collect();
+        let lookup = LookupRequest {
+            keys,
+            features: part.features.clone(),
+            as_of_nanos: self.as_of_nanos,
+            now_nanos: Some(now_nanos),
+            keep_expired: self.keep_expired,
+        };
+        Ok(snapshot.lookup(&lookup)?)
+    }
+
+    /// Features in the order asked, then statuses, then event times.
+    fn reply_columns(&self, results: &[LookupResult]) -> Result<Vec<(Field, ArrayRef)>, Failure> {
+        let mut columns = Vec::with_capacity(self.outputs.len() * 3);
+        for output in &self.outputs {
+            let result = results
+                .get(output.part)
+                .ok_or_else(|| missing(&output.name))?;
+            let (field, column) = result
+                .fields
+                .get(output.feature)
+                .zip(result.columns.get(output.feature))
+                .ok_or_else(|| missing(&output.name))?;
+            let field = field
+                .as_ref()
+                .clone()
+                .with_name(&output.name)
+                .with_nullable(true);
+            columns.push((field, Arc::clone(column)));
+        }
+        if self.status {
+            for output in &self.outputs {
+                let status = results
+                    .get(output.part)
+                    .and_then(|result| result.status.get(output.feature))
+                    .ok_or_else(|| missing(&output.name))?;
+                let name = format!("{}__status", output.name);
+                let column: ArrayRef = Arc::new(status.clone());
+                columns.push((Field::new(name, DataType::UInt8, false), column));
+            }
+        }
+        if self.event_time {
+            for output in &self.outputs {
+                // A table without event time has none to give.
+                let Some(time) = results.get(output.part).and_then(|r| r.event_time.as_ref())
+                else {
+                    continue;
+                };
+                let name = format!("{}__event_time", output.name);
+                columns.push((
+                    Field::new(name, time.data_type().clone(), true),
+                    Arc::clone(time),
+                ));
+            }
+        }
+        Ok(columns)
+    }
+}
+
+impl BoundLookup {
+    /// Schema of every reply.
+    pub(crate) fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    /// The tables it reads, in the order they are first named.
+    pub(crate) fn tables(&self) -> Vec<Table> {
+        self.plan.tables()
+    }
+
+    /// Answers one batch of keys: as many rows, in the same order.
+    pub(crate) fn answer(
+        &self,
+        request: &RecordBatch,
+        snapshots: &[Snapshot],
+    ) -> Result<RecordBatch, Failure> {
+        let rows = request.num_rows();
+        if rows > self.plan.max_rows {
+            return Err(Failure::new(
+                Code::ResourceExhausted,
+                "LOOKUP_TOO_LARGE",
+                format!(
+                    "{rows} keys in one batch, over the limit of {} (lookup_max_rows): send several batches",
+                    self.plan.max_rows
+                ),
+            )
+            .with("rows", rows as u64)
+            .with("limit_rows", self.plan.max_rows as u64));
+        }
+        // One clock for every table of the request.
+        let now = Utc::now().timestamp_nanos_opt().unwrap_or(i64::MAX);
+        let mut results = Vec::with_capacity(self.plan.parts.len());
+        for ((part, snapshot), columns) in self.plan.parts.iter().zip(snapshots).zip(&self.keys) {
+            results.push(self.plan.ask(part, snapshot, request, columns, now)?);
+        }
+        let mut columns = request.columns().to_vec();
+        let features = self.plan.reply_columns(&results)?;
+        for ((_, column), field) in features.into_iter().zip(
+            self.schema
+                .fields()
+                .iter()
+                .skip(columns.len())
+                .cloned()
+                .collect::<Vec<_>>(),
+        ) {
+            columns.push(conform(column, &field)?);
+        }
+        let options = RecordBatchOptions::new().with_row_count(Some(rows));
+        RecordBatch::try_new_with_options(Arc::clone(&self.schema), columns, &options).map_err(
+            |error| {
+                Failure::new(
+                    Code::FailedPrecondition,
+                    "DEFINITION_CHANGED",
+                    format!("the table changed during the stream; open a new one: {error}"),
+                )
+            },
+        )
+    }
+}
+
+/// A stream keeps the types it started with, also when a feature is widened meanwhile.
+fn conform(column: ArrayRef, field: &Field) -> Result<ArrayRef, Failure> {
+    if column.data_type() == field.data_type() {
+        return Ok(column);
+    }
+    let strict = CastOptions {
+        safe: false,
+        ..CastOptions::default()
+    };
+    cast_with_options(&column, field.data_type(), &strict).map_err(|error| {
+        Failure::new(
+            Code::FailedPrecondition,
+            "DEFINITION_CHANGED",
+            format!(
+                "feature {} changed its type during the stream; open a new one: {error}",
+                field.name()
+            ),
+        )
+    })
+}
+
+fn part_of(context: &Context, parts: &mut Vec<Part>, table: &str) -> Result<usize, Failure> {
+    if let Some(known) = parts.iter().position(|part| part.table.name() == table) {
+        return Ok(known);
+    }
+    let table = context.store.table(checked_table_name(table)?)?;
+    parts.push(Part {
+        table,
+        features: Vec::new(),
+    });
+    Ok(parts.len() - 1)
+}
+
+/// Where the table's key columns are in the request.
+fn key_columns(request: &Schema, snapshot: &Snapshot) -> Result<Vec<usize>, Failure> {
+    snapshot
+        .definition()
+        .entity
+        .iter()
+        .map(|key| {
+            request.index_of(&key.name).map_err(|_| {
+                let given: Vec<&str> = request.fields().iter().map(|f| f.name().as_str()).collect();
+                Failure::invalid(
+                    "KEYS",
+                    format!(
+                        "table {} needs key column {:?}; the request has {}",
+                        snapshot.table(),
+                        key.name,
+                        if given.is_empty() {
+                            "none".to_owned()
+                        } else {
+                            given.join(", ")
+                        }
+                    ),
+                )
+                .with("table", snapshot.table())
+                .with("column", key.name.clone())
+            })
+        })
+        .collect()
+}
+
+fn duplicate(name: &str, full: bool) -> Failure {
+    let cure = if full {
+        "ask for it once"
+    } else {
+        "set \"full_feature_names\": true"
+    };
+    Failure::invalid(
+        "DUPLICATE_NAME",
+        format!("two columns of the reply would be named {name:?}; {cure}"),
+    )
+    .with("name", name)
+}
+
+fn missing(name: &str) -> Failure {
+    Failure::new(
+        Code::Internal,
+        "LOOKUP",
+        format!("feature {name:?} was not answered"),
+    )
+}
+
+/// JSON values as an Arrow column of the plain form of `data_type`.
+fn json_column(name: &str, data_type: &DataType, values: &[Value]) -> Result<ArrayRef, Failure> {
+    let wrong = |row: usize, problem: String| {
+        Failure::from(CommandError::member(
+            "keys",
+            format!("{name:?}, value {row}: {problem}"),
+        ))
+        .with("column", name)
+        .with("row", row as u64)
+    };
+    let mut texts = Vec::with_capacity(values.len());
+    for (row, value) in values.iter().enumerate() {
+        texts.push(match value {
+            Value::String(text) => text.clone(),
+            Value::Number(number) => number.to_string(),
+            Value::Bool(flag) => flag.to_string(),
+            Value::Null => return Err(wrong(row, "a key is never null".to_owned())),
+            Value::Array(_) | Value::Object(_) => {
+                return Err(wrong(
+                    row,
+                    "a key is a string, number or boolean".to_owned(),
+                ));
+            }
+        });
+    }
+    let plain = storage_type(data_type);
+    let bytes = || -> Result<Vec<Vec<u8>>, Failure> {
+        texts
+            .iter()
+            .enumerate()
+            .map(|(row, text)| key_bytes(text, &plain).map_err(|problem| wrong(row, problem)))
+            .collect()
+    };
+    match &plain {
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => {
+            let column: ArrayRef = Arc::new(BinaryArray::from_iter_values(bytes()?));
+            Ok(column)
+        }
+        DataType::FixedSizeBinary(size) => {
+            let values = bytes()?.into_iter().map(Some);
+            FixedSizeBinaryArray::try_from_sparse_iter_with_size(values, *size)
+                .map(|column| Arc::new(column) as ArrayRef)
+                .map_err(|error| CommandError::member("keys", format!("{name:?}: {error}")).into())
+        }
+        _ => {
+            let column: ArrayRef = Arc::new(StringArray::from(texts));
+            let strict = CastOptions {
+                safe: false,
+                ..CastOptions::default()
+            };
+            cast_with_options(&column, &plain, &strict).map_err(|error| {
+                CommandError::member("keys", format!("{name:?} is of type {plain}: {error}")).into()
+            })
+        }
+    }
+}
+
+/// A binary key from text: `0x` and hex digits, a UUID for 16 bytes, or the text's own bytes.
+fn key_bytes(text: &str, data_type: &DataType) -> Result<Vec<u8>, String> {
+    if let Some(hex) = text.strip_prefix("0x") {
+        let digits: Option<Vec<u32>> = hex.chars().map(|c| c.to_digit(16)).collect();
+        let digits = digits
+            .filter(|digits| digits.len() % 2 == 0)
+            .ok_or_else(|| format!("{text:?} is not hexadecimal"))?;
+        return Ok(digits
+            .chunks_exact(2)
+            .map(|pair| pair.iter().fold(0u32, |byte, digit| byte * 16 + digit) as u8)
+            .collect());
+    }
+    match data_type {
+        DataType::FixedSizeBinary(16) if text.len() != 16 => uuid::Uuid::parse_str(text)
+            .map(|id| id.as_bytes().to_vec())
+            .map_err(|error| format!("{text:?} is not a UUID: {error}")),
+        DataType::FixedSizeBinary(size) if usize::try_from(*size) != Ok(text.len()) => Err(
+            format!("{text:?} has {} bytes, the key has {size}", text.len()),
+        ),
+        _ => Ok(text.as_bytes().to_vec()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow_array::cast::AsArray;
+    use arrow_array::types::Int64Type;
+    use serde_json::json;
+
+    #[test]
+    fn json_keys_take_the_declared_type() {
+        let ints = json_column("id", &DataType::Int64, &[json!(7), json!("8")]).unwrap();
+        assert_eq!(ints.as_primitive::<Int64Type>().values(), &[7, 8]);
+        assert!(json_column("id", &DataType::Int64, &[json!(1.5)]).is_err());
+        assert!(json_column("id", &DataType::Int8, &[json!(300)]).is_err());
+        assert!(json_column("id", &DataType::Int64, &[json!(null)]).is_err());
+        let empty = json_column("id", &DataType::Utf8, &[]).unwrap();
+        assert_eq!(empty.len(), 0);
+    }
+
+    #[test]
+    fn binary_keys_are_hex_or_uuid_or_text() {
+        let uuid = "67e55044-10b1-426f-9247-bb680e5fe0c8";
+        let column = json_column("u", &DataType::FixedSizeBinary(16), &[json!(uuid)]).unwrap();
+        assert_eq!(column.as_fixed_size_binary().value(0)[0], 0x67);
+        let column = json_column("b", &DataType::Binary, &[json!("0x00ff"), json!("ab")]).unwrap();
+        assert_eq!(column.as_binary::<i32>().value(0), &[0, 255]);
+        assert_eq!(column.as_binary::<i32>().value(1), b"ab");
+        assert!(json_column("b", &DataType::Binary, &[json!("0xzz")]).is_err());
+    }
+}

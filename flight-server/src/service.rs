@@ -1,0 +1,249 @@
+//! The Flight trait: each method hands its request to the file that knows it, and turns a
+//! [`Failure`] into a status.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use arrow_flight::flight_service_server::FlightService;
+use arrow_flight::{
+    Action, ActionType, Criteria, Empty, FlightData, FlightDescriptor, FlightInfo,
+    HandshakeRequest, HandshakeResponse, PollInfo, PutResult, SchemaResult, Ticket,
+};
+use futures::{Stream, StreamExt, stream};
+use pinion_feature_store::Store;
+use tokio::sync::Semaphore;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use crate::command::CommandError;
+use crate::config::ServerConfig;
+use crate::error::Failure;
+use crate::hooks::Hooks;
+use crate::{action, exchange, info, measure, put};
+
+/// Smallest message size a request may ask for.
+const MIN_MESSAGE_BYTES: u64 = 64 << 10;
+
+/// What every request needs.
+pub(crate) struct Context {
+    pub(crate) store: Store,
+    pub(crate) hooks: Hooks,
+    pub(crate) config: ServerConfig,
+    /// One permit per open DoGet stream.
+    pub(crate) scans: Arc<Semaphore>,
+}
+
+pub(crate) type SharedContext = Arc<Context>;
+
+impl Context {
+    pub(crate) fn new(store: Store, hooks: Hooks, config: ServerConfig) -> SharedContext {
+        let scans = Arc::new(Semaphore::new(config.max_scans));
+        Arc::new(Context {
+            store,
+            hooks,
+            config,
+            scans,
+        })
+    }
+
+    /// The message size for a request that asked for `wanted`.
+    pub(crate) fn message_limit(&self, wanted: Option<u64>) -> Result<usize, Failure> {
+        let cap = self.config.max_message_cap_bytes;
+        match wanted {
+            None => Ok(self.config.max_message_bytes),
+            Some(wanted) => usize::try_from(wanted)
+                .ok()
+                .filter(|_| (MIN_MESSAGE_BYTES..=cap as u64).contains(&wanted))
+                .ok_or_else(|| {
+                    CommandError::member(
+                        "max_message_bytes",
+                        format!("{wanted}; it must lie between {MIN_MESSAGE_BYTES} and {cap}"),
+                    )
+                    .into()
+                }),
+        }
+    }
+}
+
+/// Serves the Flight protocol.
+#[derive(Clone)]
+pub(crate) struct Service {
+    pub(crate) context: SharedContext,
+}
+
+type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// Runs a request and records what became of it.
+async fn answer<T>(
+    method: &'static str,
+    work: impl Future<Output = Result<T, Failure>>,
+) -> Result<Response<T>, Status> {
+    let request = measure::Request::start(method);
+    match work.await {
+        Ok(reply) => {
+            request.finish(Code::Ok);
+            Ok(Response::new(reply))
+        }
+        Err(failure) => {
+            request.finish(failure.code());
+            Err(failure.into())
+        }
+    }
+}
+
+/// As `answer`, for a reply that is a stream: it ends when the stream does.
+async fn answer_stream<T: Send + 'static>(
+    method: &'static str,
+    work: impl Future<Output = Result<Replies<T>, Failure>>,
+) -> Result<Response<Replies<T>>, Status> {
+    let request = measure::Request::start(method);
+    match work.await {
+        Ok(replies) => {
+            let measured = stream::unfold(
+                (replies, Some(request), Code::Ok),
+                |(mut replies, mut request, mut code)| async move {
+                    match replies.next().await {
+                        Some(item) => {
+                            if let Err(status) = &item {
+                                code = status.code();
+                            }
+                            Some((item, (replies, request, code)))
+                        }
+                        None => {
+                            if let Some(request) = request.take() {
+                                request.finish(code);
+                            }
+                            None
+                        }
+                    }
+                },
+            );
+            Ok(Response::new(Box::pin(measured)))
+        }
+        Err(failure) => {
+            request.finish(failure.code());
+            Err(failure.into())
+        }
+    }
+}
+
+fn list<T: Send + 'static>(items: Vec<T>) -> Replies<T> {
+    Box::pin(stream::iter(items.into_iter().map(Ok)))
+}
+
+#[tonic::async_trait]
+impl FlightService for Service {
+    type HandshakeStream = Replies<HandshakeResponse>;
+    type ListFlightsStream = Replies<FlightInfo>;
+    type DoGetStream = Replies<FlightData>;
+    type DoPutStream = Replies<PutResult>;
+    type DoExchangeStream = Replies<FlightData>;
+    type DoActionStream = Replies<arrow_flight::Result>;
+    type ListActionsStream = Replies<ActionType>;
+
+    async fn handshake(
+        &self,
+        _request: Request<Streaming<HandshakeRequest>>,
+    ) -> Result<Response<Self::HandshakeStream>, Status> {
+        Err(Failure::new(
+            Code::Unimplemented,
+            "UNIMPLEMENTED",
+            "this server authenticates nobody and needs no handshake; call the other methods directly",
+        )
+        .into())
+    }
+
+    async fn list_flights(
+        &self,
+        request: Request<Criteria>,
+    ) -> Result<Response<Self::ListFlightsStream>, Status> {
+        let criteria = request.into_inner().expression;
+        answer("ListFlights", async {
+            Ok(list(info::list(&self.context, &criteria)?))
+        })
+        .await
+    }
+
+    async fn get_flight_info(
+        &self,
+        request: Request<FlightDescriptor>,
+    ) -> Result<Response<FlightInfo>, Status> {
+        answer(
+            "GetFlightInfo",
+            info::describe(&self.context, request.into_inner()),
+        )
+        .await
+    }
+
+    async fn poll_flight_info(
+        &self,
+        _request: Request<FlightDescriptor>,
+    ) -> Result<Response<PollInfo>, Status> {
+        Err(Failure::new(
+            Code::Unimplemented,
+            "UNIMPLEMENTED",
+            "every request is ready at once; use GetFlightInfo",
+        )
+        .into())
+    }
+
+    async fn get_schema(
+        &self,
+        request: Request<FlightDescriptor>,
+    ) -> Result<Response<SchemaResult>, Status> {
+        answer("GetSchema", async {
+            let info = info::describe(&self.context, request.into_inner()).await?;
+            Ok(SchemaResult {
+                schema: info.schema,
+            })
+        })
+        .await
+    }
+
+    async fn do_get(
+        &self,
+        request: Request<Ticket>,
+    ) -> Result<Response<Self::DoGetStream>, Status> {
+        let ticket = request.into_inner().ticket;
+        answer_stream("DoGet", info::open(&self.context, &ticket)).await
+    }
+
+    async fn do_put(
+        &self,
+        request: Request<Streaming<FlightData>>,
+    ) -> Result<Response<Self::DoPutStream>, Status> {
+        answer_stream("DoPut", put::put(&self.context, request.into_inner())).await
+    }
+
+    async fn do_exchange(
+        &self,
+        request: Request<Streaming<FlightData>>,
+    ) -> Result<Response<Self::DoExchangeStream>, Status> {
+        let context = Arc::clone(&self.context);
+        answer_stream(
+            "DoExchange",
+            exchange::exchange(context, request.into_inner()),
+        )
+        .await
+    }
+
+    async fn do_action(
+        &self,
+        request: Request<Action>,
+    ) -> Result<Response<Self::DoActionStream>, Status> {
+        let context = Arc::clone(&self.context);
+        answer("DoAction", async {
+            let value = action::act(context, request.into_inner()).await?;
+            Ok(list(vec![arrow_flight::Result {
+                body: value.to_string().into(),
+            }]))
+        })
+        .await
+    }
+
+    async fn list_actions(
+        &self,
+        _request: Request<Empty>,
+    ) -> Result<Response<Self::ListActionsStream>, Status> {
+        answer("ListActions", async { Ok(list(action::list())) }).await
+    }
+}
