@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as parquet
+from pyarrow import parquet
 
 DEFINITION = """
 [table]
@@ -82,7 +82,9 @@ def write_parquet(path, count, seed=1, duplicates=0.10, chunk=1_000_000):
     partial = path.with_suffix(".partial")
     with parquet.ParquetWriter(partial, SCHEMA, compression="zstd", compression_level=1) as writer:
         for start in range(0, count, chunk):
-            writer.write_table(rows(generator, ids[start : start + chunk], START_MICROS + start), row_group_size=chunk // 4)
+            writer.write_table(
+                rows(generator, ids[start : start + chunk], START_MICROS + start), row_group_size=chunk // 4
+            )
     partial.rename(path)
     return path
 

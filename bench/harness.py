@@ -8,15 +8,19 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support.process import Server, binary, environment, pinion  # noqa: E402,F401
+from support.process import Server, binary, environment, pinion  # noqa: F401
 
-DATA = Path(os.environ.get("PINION_BENCH_DATA", Path(os.environ.get("PINION_CACHE", Path.home() / ".cache" / "pinion")) / "bench"))
+DATA = Path(
+    os.environ.get(
+        "PINION_BENCH_DATA", Path(os.environ.get("PINION_CACHE", Path.home() / ".cache" / "pinion")) / "bench"
+    )
+)
 RESULTS = ROOT / "bench" / "results"
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 
@@ -32,7 +36,7 @@ def machine():
         "memory_gib": round(int(memory.group(1)) / 2**20, 1),
         "kernel": platform.release(),
         "pinion": version[0] if version else "",
-        "when": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "when": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "load_before": os.getloadavg()[0],
     }
 
@@ -98,7 +102,12 @@ def render(name, result):
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']}; "
         f"{machine['pinion']}; {machine['when']}; load average before: {machine['load_before']:.1f}"
     )
-    body = table(result["header"], result["rows"]) + "\n\n" + "\n".join(f"- {note}" for note in result["notes"]) + f"\n\n{where}\n"
+    body = (
+        table(result["header"], result["rows"])
+        + "\n\n"
+        + "\n".join(f"- {note}" for note in result["notes"])
+        + f"\n\n{where}\n"
+    )
     print(body)
     text = DOCUMENT.read_text() if DOCUMENT.exists() else ""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"

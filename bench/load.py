@@ -51,7 +51,9 @@ def main():
     folder = DATA / "load"
     folder.mkdir(parents=True, exist_ok=True)
     rows, raw = [], {}
-    notes = [f"load_memory {MEMORY_MIB} MiB; goals: at least 0.5x the peer's rows/s, anonymous memory under {MEMORY_MIB + 128} MiB"]
+    notes = [
+        f"load_memory {MEMORY_MIB} MiB; goals: at least 0.5x the peer's rows/s, anonymous memory under {MEMORY_MIB + 128} MiB"
+    ]
     for count in options.rows:
         file = gen.write_parquet(DATA / f"wide-{count}.parquet", count)
         file.read_bytes() if file.stat().st_size < 4 << 30 else None  # warm
@@ -72,15 +74,24 @@ def main():
                 ]
             )
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(*found.values())]
-        notes.append(f"{count:,} rows: {median(ratios):.2f}x the peer's rows/s (rounds: {', '.join(f'{r:.2f}' for r in ratios)})")
-        notes.append(f"last report of Pinion at {count:,} rows: `{' '.join(found['pinion load'][-1]['output'].split())[:300]}`")
+        notes.append(
+            f"{count:,} rows: {median(ratios):.2f}x the peer's rows/s (rounds: {', '.join(f'{r:.2f}' for r in ratios)})"
+        )
+        notes.append(
+            f"last report of Pinion at {count:,} rows: `{' '.join(found['pinion load'][-1]['output'].split())[:300]}`"
+        )
         for runs in found.values():
             for run in runs:
                 run["output"] = run["output"][-2000:]
         raw[count] = found
     save(
         "load",
-        {"header": ["rows", "", "seconds", "rows/s", "peak RssAnon MiB", "GB written"], "rows": rows, "notes": notes, "runs": raw},
+        {
+            "header": ["rows", "", "seconds", "rows/s", "peak RssAnon MiB", "GB written"],
+            "rows": rows,
+            "notes": notes,
+            "runs": raw,
+        },
     )
 
 

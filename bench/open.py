@@ -13,6 +13,7 @@ import gen
 import numpy as np
 import pyarrow as pa
 from harness import DATA, Server, binary, directory_bytes, environment, median, pinion, save
+
 from support import flight as calls
 
 SEGMENTS = 8
@@ -54,7 +55,11 @@ def build(count):
             ids = generator.integers(0, new * SEGMENTS, 5_000)
             calls.put(client, "wide", gen.rows(generator, ids, gen.START_MICROS + 100 * count + start))
         (stats,) = calls.action(client, "stats", table="wide")
-        print({k: v for k, v in stats["tables"][0].items() if k != "segments"}, len(stats["tables"][0]["segments"]), "segments")
+        print(
+            {k: v for k, v in stats["tables"][0].items() if k != "segments"},
+            len(stats["tables"][0]["segments"]),
+            "segments",
+        )
         assert len(stats["tables"][0]["segments"]) == SEGMENTS and stats["tables"][0]["log_rows"] == LOG_ROWS
         server.kill()
     (folder / "complete").touch()
@@ -82,7 +87,12 @@ def main():
     for count, data in stores.items():
         subprocess.run(f"cat {data}/tables/*/*/* {data}/tables/*/* >/dev/null 2>&1", shell=True)
         cases[f"pinion get, {count:,} rows"] = lambda n, data=data, count=count: [
-            str(binary()), "get", "--data", str(data), "wide", str(n * 7919 % int(count * 0.9)),
+            str(binary()),
+            "get",
+            "--data",
+            str(data),
+            "wide",
+            str(n * 7919 % int(count * 0.9)),
         ]
     times = {name: [] for name in cases}
     for number in range(options.repeat + 2):

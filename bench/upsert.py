@@ -8,13 +8,16 @@ Three questions, each optional:
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import time
+from pathlib import Path
 
 import gen
 import numpy as np
 from harness import DATA, Server, cpu_seconds, directory_bytes, median, pinion, save
+
 from support import flight as calls
 
 
@@ -41,8 +44,6 @@ def store_with(count):
 
 def link_or_copy(source, target):
     """Segments never change, so they are linked; the rest is copied."""
-    import os
-
     if source.endswith((".arrow", ".sys", ".idx", ".rows", ".del", ".dix")):
         os.link(source, target)
     else:
@@ -63,7 +64,11 @@ def cost(sizes, rounds=60, rows_per_put=1_000):
             client = calls.connect(server)
             each = []
             for number in range(rounds + 10):
-                batch = gen.rows(generator, generator.integers(0, count, rows_per_put), gen.START_MICROS + 10**12 + number * rows_per_put)
+                batch = gen.rows(
+                    generator,
+                    generator.integers(0, count, rows_per_put),
+                    gen.START_MICROS + 10**12 + number * rows_per_put,
+                )
                 cpu, wall = cpu_seconds(server.process.pid), time.perf_counter()
                 calls.put(client, "wide", batch)
                 if number >= 10:
@@ -130,7 +135,7 @@ def thin(seconds, rate=1_000):
         topic = broker.topic("thin", partitions=1)
         data = f"{folder}/data"
         definition = f"{folder}/wide.toml"
-        open(definition, "w").write(gen.DEFINITION + f'\n[source.kafka]\ntopic = "{topic}"\nformat = "json"\n')
+        Path(definition).write_text(gen.DEFINITION + f'\n[source.kafka]\ntopic = "{topic}"\nformat = "json"\n')
         pinion("init", "--data", data)
         pinion("apply", "--data", data, definition)
         generator = np.random.default_rng(4)
@@ -182,7 +187,10 @@ def main():
     if "churn" in options.parts:
         raw["churn"] = found = churn(options.churn_rows, options.minutes, options.rows_per_second)
         rows += [
-            [f"uniform updates to {options.churn_rows:,} rows", f"{options.minutes:g} min at {found['rows_per_second']:,.0f} rows/s"],
+            [
+                f"uniform updates to {options.churn_rows:,} rows",
+                f"{options.minutes:g} min at {found['rows_per_second']:,.0f} rows/s",
+            ],
             ["write amplification (segments and logs / rows sent)", f"{found['write_amplification']:.2f}x"],
             ["most segments", found["segments_max"]],
             ["space amplification, most", f"{found['space_amplification_max']:.2f}x"],
@@ -192,7 +200,10 @@ def main():
         raw["thin"] = found = thin(options.thin_seconds)
         rows += [
             ["log bytes per row at 1,000 single-row events/s", f"{found['log_bytes_per_row']:.0f}"],
-            ["segment bytes per row of the same rows", f"{found['segment_bytes_per_row']:.0f} ({found['ratio']:.2f}x; goal: at most 3x)"],
+            [
+                "segment bytes per row of the same rows",
+                f"{found['segment_bytes_per_row']:.0f} ({found['ratio']:.2f}x; goal: at most 3x)",
+            ],
         ]
     save("upsert", {"header": ["", ""], "rows": rows, "notes": notes or ["a part of the benchmark"], "measured": raw})
 

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
 from support import flight as calls
 from support.broker import Broker
 from support.process import REPOSITORY, Server, binary, pinion

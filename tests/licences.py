@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def allowed():
     """The licences of deny.toml (read by hand: tomllib is in Python 3.11 and newer only)."""
     text = (ROOT / "deny.toml").read_text()
-    block = re.search(r"^allow = \[(.*?)^\]", text, re.S | re.M).group(1)
+    block = re.search(r"^allow = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE).group(1)
     return set(re.findall(r'"([^"]+)"', block))
 
 
@@ -53,8 +53,20 @@ def satisfied(expression, fine):
 def main():
     metadata = json.loads(
         subprocess.run(
-            ["cargo", "metadata", "--format-version", "1", "--locked", "--offline", "--filter-platform", "x86_64-unknown-linux-gnu"],
-            cwd=ROOT, check=True, capture_output=True, text=True,
+            [
+                "cargo",
+                "metadata",
+                "--format-version",
+                "1",
+                "--locked",
+                "--offline",
+                "--filter-platform",
+                "x86_64-unknown-linux-gnu",
+            ],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
     )
     fine = allowed()

@@ -11,9 +11,9 @@ import time
 
 import grpc
 import pyarrow as pa
-import pyarrow.flight as flight
-import pyarrow.parquet as parquet
 import pytest
+from pyarrow import flight, parquet
+
 from support import flight as calls
 from support import raw
 from support.broker import Log
@@ -138,7 +138,10 @@ def test_a_parquet_file_with_damaged_pages_never_panics(readings):
         shutil.copytree(readings.data, copy)
         done = subprocess.run(
             [str(binary()), "load", "--data", str(copy), "readings", str(damaged)],
-            env=environment(), capture_output=True, text=True, timeout=60,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode in (0, 1), (done.returncode, done.stderr)
         assert "panicked" not in done.stderr, done.stderr
@@ -146,9 +149,7 @@ def test_a_parquet_file_with_damaged_pages_never_panics(readings):
 
 def test_a_bad_csv_cell_names_file_row_column_and_value(readings):
     file = readings.folder / "bad.csv"
-    file.write_text(
-        "sensor,at,celsius,count\na,2024-01-01T00:00:00Z,1.5,1\nb,2024-01-01T00:00:00Z,warm,2\n"
-    )
+    file.write_text("sensor,at,celsius,count\na,2024-01-01T00:00:00Z,1.5,1\nb,2024-01-01T00:00:00Z,warm,2\n")
     said = refused(readings, "load", "readings", file)
     assert "bad.csv" in said and "celsius" in said and "warm" in said and "2" in said, said
 
@@ -157,12 +158,13 @@ def test_a_bad_csv_cell_may_be_skipped_and_is_reported(readings):
     copy = readings.folder / "copy"
     shutil.copytree(readings.data, copy)
     file = readings.folder / "bad.csv"
-    file.write_text(
-        "sensor,at,celsius,count\na,2024-01-01T00:00:00Z,1.5,1\nb,2024-01-01T00:00:00Z,warm,2\n"
-    )
+    file.write_text("sensor,at,celsius,count\na,2024-01-01T00:00:00Z,1.5,1\nb,2024-01-01T00:00:00Z,warm,2\n")
     done = subprocess.run(
         [str(binary()), "load", "--data", str(copy), "readings", str(file), "--on-error", "skip"],
-        env=environment(), capture_output=True, text=True, timeout=60,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert "warm" in done.stdout + done.stderr
@@ -171,7 +173,9 @@ def test_a_bad_csv_cell_may_be_skipped_and_is_reported(readings):
 @pytest.mark.kafka
 def test_a_json_event_with_a_wrong_type_becomes_a_dead_letter(readings, kafka, serve):
     topic = kafka.topic("readings", partitions=1)
-    readings.apply(READINGS.replace('"readings"', '"streamed"') + f'\n[source.kafka]\ntopic = "{topic}"\nformat = "json"\n')
+    readings.apply(
+        READINGS.replace('"readings"', '"streamed"') + f'\n[source.kafka]\ntopic = "{topic}"\nformat = "json"\n'
+    )
     server = serve(brokers=kafka.bootstrap)
     client = calls.connect(server)
     log = Log(kafka.producer(), topic)
@@ -273,7 +277,10 @@ def test_a_compressed_body_that_claims_a_tebibyte_is_refused(served):
                 raw.stream(
                     address,
                     "DoPut",
-                    [raw.flight_data(raw.schema_header(batch.schema), descriptor=descriptor), raw.flight_data(header, bytes(bomb))],
+                    [
+                        raw.flight_data(raw.schema_header(batch.schema), descriptor=descriptor),
+                        raw.flight_data(header, bytes(bomb)),
+                    ],
                 )
             assert failure.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
     rss = int(open(f"/proc/{server.process.pid}/status").read().split("VmHWM:")[1].split()[0]) * 1024
@@ -289,7 +296,9 @@ def test_damaged_arrow_messages_are_refused_and_never_end_the_server(served):
     codes = {}
     for number in range(200):
         # A lookup's keys and a put to a dropped table would do as well: nothing here may be applied.
-        header, body = map(bytearray, raw.split(raw.serialize_compressed(batch, "lz4") if number % 2 else batch.serialize()))
+        header, body = map(
+            bytearray, raw.split(raw.serialize_compressed(batch, "lz4") if number % 2 else batch.serialize())
+        )
         for _ in range(generator.randrange(1, 6)):
             target = header if generator.random() < 0.7 else body
             target[generator.randrange(len(target))] ^= 1 << generator.randrange(8)
@@ -316,7 +325,21 @@ def test_damaged_arrow_messages_are_refused_and_never_end_the_server(served):
 
 
 @pytest.mark.parametrize(
-    "name", ["../escape", "/etc/passwd", "a/b", "..", "", "a\0b", "a" * 300, "Ω", "a b", "x\x1b[31m", "x\ny", "readings/../readings"]
+    "name",
+    [
+        "../escape",
+        "/etc/passwd",
+        "a/b",
+        "..",
+        "",
+        "a\0b",
+        "a" * 300,
+        "Ω",
+        "a b",
+        "x\x1b[31m",
+        "x\ny",
+        "readings/../readings",
+    ],
 )
 def test_path_traversal_names_are_refused_everywhere(served, readings, name):
     _, client = served
@@ -362,7 +385,10 @@ def test_a_newer_format_version_is_refused_with_both_versions_named(readings, ki
     newest.write_bytes(b" ".join([*words[:2], b"999", *words[3:]]) + b"\n" + payload)
     done = subprocess.run(
         [str(binary()), "scan", "--data", str(copy), "readings"],
-        env=environment(), capture_output=True, text=True, timeout=60,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 1
     assert "999" in done.stderr and words[2].decode() in done.stderr and "upgrade" in done.stderr, done.stderr

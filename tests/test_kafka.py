@@ -7,10 +7,11 @@ that was deleted and made again under the same name; a poison record that stops 
 
 import json
 import random
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
-import pyarrow.flight as flight
 import pytest
+from pyarrow import flight
+
 from oracle import NOT_FOUND, Oracle, same_rows
 from support import flight as calls
 from support.broker import Log
@@ -195,9 +196,11 @@ key = "string"
     for stage in ("log", "segment", "merged"):
         for at in (None, 9, 10, 15, 19, 20, 29, 30):
             as_of = None if at is None else START + at
-            request = {} if at is None else {
-                "as_of": datetime.fromtimestamp(as_of / 1000, timezone.utc).isoformat(timespec="milliseconds")
-            }
+            request = (
+                {}
+                if at is None
+                else {"as_of": datetime.fromtimestamp(as_of / 1000, UTC).isoformat(timespec="milliseconds")}
+            )
             reply = calls.lookup(client, ["profiles:score"], {"id": keys}, status=True, **request)
             values, statuses = oracle.lookup([(k,) for k in keys], ["score"], as_of=as_of)["score"]
             assert reply["score"].to_pylist() == values, (stage, at)
@@ -346,4 +349,6 @@ def test_a_read_can_wait_for_an_offset(store, kafka, serve):
         calls.scan(client, "clicks", at_least={topic: {"0": 1_000}}, timeout_ms=100)
     with pytest.raises(flight.FlightError):
         calls.scan(client, "clicks", at_least={"no-such-topic": {"0": 0}}, timeout_ms=100)
-    assert calls.lookup(client, ["clicks:page"], {"user": ["z"]}, status=True)["page__status"].to_pylist() == [NOT_FOUND]
+    assert calls.lookup(client, ["clicks:page"], {"user": ["z"]}, status=True)["page__status"].to_pylist() == [
+        NOT_FOUND
+    ]

@@ -1,7 +1,8 @@
 """The oracle itself: if it is wrong, everything that is compared with it is worthless."""
 
-from oracle import NOT_FOUND, NULL_VALUE, OUTSIDE_MAX_AGE, PRESENT, Oracle, same_rows
 import pytest
+
+from oracle import NOT_FOUND, NULL_VALUE, OUTSIDE_MAX_AGE, PRESENT, Oracle, same_rows
 
 
 def row(key, time, value):

@@ -11,6 +11,7 @@ import time
 
 import pyarrow as pa
 import pytest
+
 from support import flight as calls
 from support import power
 from support.process import Server, pinion

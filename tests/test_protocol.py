@@ -3,12 +3,13 @@
 import json
 import subprocess
 import urllib.request
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pyarrow as pa
-import pyarrow.flight as flight
 import pytest
+from pyarrow import flight
+
 from oracle import NOT_FOUND, NULL_VALUE, OUTSIDE_MAX_AGE, PRESENT, Oracle, same_rows
 from support import flight as calls
 from support.process import binary, environment
@@ -50,7 +51,7 @@ SCHEMA = pa.schema(
         ("stock", pa.int32()),
     ]
 )
-NOON = datetime(2024, 5, 1, 12, tzinfo=timezone.utc)
+NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
 
 
 def at(minute):
@@ -148,7 +149,9 @@ def test_lookups_on_one_stream_answer_each_batch_in_its_order(prices):
         {"item": list(range(20)) * 3, "shop": ["north"] * 20 + [""] * 20 + ["nowhere"] * 20},
     ]
     features = ["prices:price", "prices:note", "prices:stock"]
-    replies = calls.lookups(client, features, batches, status=True, event_time=True, keep_expired=True, as_of=at(45).isoformat())
+    replies = calls.lookups(
+        client, features, batches, status=True, event_time=True, keep_expired=True, as_of=at(45).isoformat()
+    )
     for batch, reply in zip(batches, replies):
         keys = list(zip(batch["shop"], batch["item"]))
         assert reply.schema.names[:5] == ["item", "shop", "price", "note", "stock"]
@@ -231,14 +234,15 @@ def test_a_put_with_an_id_seen_before_is_acknowledged_and_not_applied(prices):
 def test_deletes_by_put_hide_the_key_from_their_time(prices):
     _, client, _ = prices
     keys = pa.Table.from_pylist(
-        [{"shop": "north", "item": 2, "at": at(30)}], schema=pa.schema([SCHEMA.field(n) for n in ("shop", "item", "at")])
+        [{"shop": "north", "item": 2, "at": at(30)}],
+        schema=pa.schema([SCHEMA.field(n) for n in ("shop", "item", "at")]),
     )
     assert calls.put(client, "prices", keys, mode="delete")[-1]["rows"] == 1
 
     def stock(minute):
-        return calls.lookup(
-            client, ["prices:stock"], {"shop": ["north"], "item": [2]}, as_of=at(minute).isoformat()
-        )["stock"].to_pylist()[0]
+        return calls.lookup(client, ["prices:stock"], {"shop": ["north"], "item": [2]}, as_of=at(minute).isoformat())[
+            "stock"
+        ].to_pylist()[0]
 
     for _ in ("log", "segment"):
         assert stock(29) == 40 and stock(30) is None and stock(44) is None and stock(45) == 90
@@ -248,7 +252,19 @@ def test_deletes_by_put_hide_the_key_from_their_time(prices):
 def test_actions_are_listed_and_answer_json(prices):
     _, client, _ = prices
     names = {action.type for action in client.list_actions()}
-    assert names >= {"apply", "drop", "flush", "merge", "stats", "source", "dead_letters", "pin", "unpin", "pins", "leases"}
+    assert names >= {
+        "apply",
+        "drop",
+        "flush",
+        "merge",
+        "stats",
+        "source",
+        "dead_letters",
+        "pin",
+        "unpin",
+        "pins",
+        "leases",
+    }
     (stats,) = calls.action(client, "stats", table="prices")
     assert stats["tables"][0]["rows"] == len(price_rows())
     (flushed,) = calls.action(client, "flush", table="prices")
@@ -312,11 +328,14 @@ def test_messages_stay_under_four_mebibytes(store, serve, connect):
 
 
 def test_rows_survive_an_orderly_restart_and_the_command_line_sees_them(prices, store):
-    server, client, oracle = prices
+    server, _, oracle = prices
     via_server = json.loads(
         subprocess.run(
             [str(binary()), "scan", "--server", server.flight, "prices", "--output", "json"],
-            env=environment(), capture_output=True, text=True, check=True,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     )
     server.stop()

@@ -7,10 +7,11 @@ same minute, of which the later in the file must win.
 import csv
 import json
 import random
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 import pytest
+
 from oracle import Oracle, same_rows
 from support import flight as calls
 from support.broker import Log
@@ -62,7 +63,7 @@ def test_weather_by_scan_and_as_of_lookup(loaded, real_data, connect):
     keys = ["EWR", "JFK", "LGA", "SFO", "EWR"]
     generator = random.Random(2013)
     moments = [None] + [
-        datetime(2012, 12, 31, tzinfo=timezone.utc) + timedelta(minutes=generator.randrange(366 * 24 * 60))
+        datetime(2012, 12, 31, tzinfo=UTC) + timedelta(minutes=generator.randrange(366 * 24 * 60))
         for _ in range(40)
     ]
     for moment in moments:
@@ -128,10 +129,11 @@ def test_flights_from_a_real_topic(real_data, kafka, store, serve, partitions):
     for flight in flights:
         # Keyed by origin: flights of one origin keep their order, whatever the number of partitions.
         log.send(json.dumps(flight).encode(), key=flight["origin"].encode())
-        moment = datetime.strptime(flight["date"], "%Y/%m/%d %H:%M").replace(tzinfo=timezone.utc)
-        oracle.upsert({"origin": flight["origin"], "time": moment} | {
-            name: flight[name] for name in ("delay", "distance", "destination")
-        })
+        moment = datetime.strptime(flight["date"], "%Y/%m/%d %H:%M").replace(tzinfo=UTC)
+        oracle.upsert(
+            {"origin": flight["origin"], "time": moment}
+            | {name: flight[name] for name in ("delay", "distance", "destination")}
+        )
     server = serve(brokers=kafka.bootstrap)
     client = calls.connect(server)
     wait_caught_up(server, client, "airport_delays", log)
@@ -143,7 +145,7 @@ def test_flights_from_a_real_topic(real_data, kafka, store, serve, partitions):
     features = ["delay", "distance", "destination"]
     generator = random.Random(2001)
     for moment in [None] + [
-        datetime(2001, 1, 1, tzinfo=timezone.utc) + timedelta(minutes=generator.randrange(90 * 24 * 60))
+        datetime(2001, 1, 1, tzinfo=UTC) + timedelta(minutes=generator.randrange(90 * 24 * 60))
         for _ in range(20)
     ]:
         request = {} if moment is None else {"as_of": moment.isoformat()}

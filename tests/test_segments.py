@@ -11,6 +11,7 @@ from decimal import Decimal
 
 import pyarrow as pa
 import pytest
+
 from oracle import same_rows
 from support import flight as calls
 

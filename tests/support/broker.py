@@ -20,9 +20,7 @@ class Broker:
         self.bootstrap = self.start()
 
     def _script(self, verb):
-        done = subprocess.run(
-            [str(SCRIPT), verb, str(self.folder)], stdout=subprocess.PIPE, text=True, timeout=300
-        )
+        done = subprocess.run([str(SCRIPT), verb, str(self.folder)], stdout=subprocess.PIPE, text=True, timeout=300)
         if done.returncode != 0:
             raise RuntimeError(f"tests/kafka/broker {verb} exited {done.returncode}")
         return done.stdout.strip()

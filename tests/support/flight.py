@@ -3,7 +3,7 @@
 import json
 
 import pyarrow as pa
-import pyarrow.flight as flight
+from pyarrow import flight
 
 # gRPC's C++ client sends a socket's path as :authority, percent-encoded; see docs/protocol.md.
 UDS_OPTIONS = [("grpc.default_authority", "localhost")]

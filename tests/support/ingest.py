@@ -6,7 +6,7 @@ from support.wait import until
 
 def caught_up(client, table, topic, ends):
     """True when the table's positions reached `ends` ({partition: next offset})."""
-    rows, found = calls.scan_with_positions(client, table, limit=1)
+    _, found = calls.scan_with_positions(client, table, limit=1)
     reached = found.get(topic, {})
     return all(reached.get(partition, 0) >= offset for partition, offset in ends.items())
 
