@@ -9,11 +9,10 @@ use arrow_schema::DataType;
 use chrono::format::{Item, StrftimeItems};
 
 use crate::defaults::check_default;
-use crate::definition::{
-    DefinitionError, Feature, History, KafkaSource, TableDefinition, TimeColumn,
-};
+use crate::definition::{DefinitionError, Feature, KafkaSource, TableDefinition, TimeColumn};
 use crate::keys::check_key_type;
 use crate::names::{nearest, valid_name};
+use crate::policies::History;
 use crate::types::{format_type, is_known_zone, nearest_zone, parse_type};
 
 /// Most key columns.

@@ -1,17 +1,18 @@
 //! What a table definition says: the types, and the Arrow schemas that follow from them.
 //!
-//! Elsewhere: reading TOML (`parse`), writing it (`render`), the rules (`check`), what may
+//! Elsewhere: the words that settings take (`policies`), reading TOML (`parse`), writing it (`render`), the rules (`check`), what may
 //! change (`evolution`).
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
-use std::str::FromStr;
+use std::fmt::{self, Write as _};
 use std::sync::Arc;
 
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
-use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
 
+use crate::policies::{
+    BatchFormat, History, KeyFormat, LookupLayout, StartPolicy, UnknownFields, ValueFormat,
+};
 use crate::span::Span;
 use crate::types::{self, storage_type};
 
@@ -154,38 +155,6 @@ impl Feature {
     }
 }
 
-/// How many versions of a key a table keeps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum History {
-    /// The greatest row of each key.
-    #[default]
-    Latest,
-    /// Every version.
-    All,
-    /// Versions up to this much older than the table's greatest event time.
-    For(Span),
-}
-
-/// What happens to a field of an event or a file that no column names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum UnknownFields {
-    /// It is dropped.
-    #[default]
-    Ignore,
-    /// The row is refused.
-    Refuse,
-}
-
-/// Where lookups gather values from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum LookupLayout {
-    /// The segment's columns: no memory beyond them.
-    #[default]
-    Columns,
-    /// A row-packed copy beside each segment: faster for many features, as much disk again.
-    Rows,
-}
-
 /// Files that feed a table.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
 pub struct BatchSource {
@@ -198,19 +167,6 @@ pub struct BatchSource {
     /// Texts that mean null in CSV files.
     #[serde(default)]
     pub null_values: Vec<String>,
-}
-
-/// Format of a batch file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BatchFormat {
-    /// Apache Parquet.
-    Parquet,
-    /// Comma-separated values with a header line.
-    Csv,
-    /// One JSON object per line.
-    Jsonl,
-    /// Arrow IPC, file or stream.
-    Arrow,
 }
 
 /// The topic that feeds a table.
@@ -270,172 +226,6 @@ impl KafkaSource {
     }
 }
 
-/// Encoding of record values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum ValueFormat {
-    /// One JSON object per record.
-    #[default]
-    Json,
-}
-
-/// Encoding of record keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeyFormat {
-    /// A JSON object of the key columns, or a bare JSON value when there is one key column.
-    Json,
-    /// The text of the only key column.
-    String,
-}
-
-/// Where consumption of a topic begins when no position is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum StartPolicy {
-    /// The oldest record that the topic keeps.
-    #[default]
-    Earliest,
-    /// Records that arrive from now on.
-    Latest,
-    /// The first record whose timestamp is at or after this many milliseconds since the Unix
-    /// epoch, UTC.
-    At(i64),
-}
-
-/// A word that is not one of a setting's values.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown {what} \"{text}\" (known: {known})")]
-pub struct UnknownWord {
-    /// The setting.
-    pub what: &'static str,
-    /// The word as given, cut to a readable length.
-    pub text: String,
-    /// The words that are known.
-    pub known: &'static str,
-}
-
-/// Gives an enum of plain words its text form: `Display`, `FromStr`, serde.
-macro_rules! words {
-    ($name:ident, $what:literal, $known:literal, { $($variant:ident => $word:literal),+ }) => {
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(match self { $($name::$variant => $word),+ })
-            }
-        }
-
-        impl FromStr for $name {
-            type Err = UnknownWord;
-
-            fn from_str(text: &str) -> Result<$name, UnknownWord> {
-                match text {
-                    $($word => Ok($name::$variant),)+
-                    _ => Err(unknown_word($what, text, $known)),
-                }
-            }
-        }
-
-        serde_as_text!($name);
-    };
-}
-
-/// Serialises by `Display`, deserialises by `FromStr`.
-macro_rules! serde_as_text {
-    ($name:ident) => {
-        impl Serialize for $name {
-            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.collect_str(self)
-            }
-        }
-
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: serde::Deserializer<'de>>(
-                deserializer: D,
-            ) -> Result<$name, D::Error> {
-                String::deserialize(deserializer)?
-                    .parse()
-                    .map_err(serde::de::Error::custom)
-            }
-        }
-    };
-}
-
-fn unknown_word(what: &'static str, text: &str, known: &'static str) -> UnknownWord {
-    UnknownWord {
-        what,
-        text: text.chars().take(40).collect(),
-        known,
-    }
-}
-
-words!(UnknownFields, "setting", "ignore, refuse", { Ignore => "ignore", Refuse => "refuse" });
-words!(LookupLayout, "layout", "columns, rows", { Columns => "columns", Rows => "rows" });
-words!(ValueFormat, "format", "json", { Json => "json" });
-words!(KeyFormat, "key format", "json, string", { Json => "json", String => "string" });
-words!(BatchFormat, "format", "parquet, csv, jsonl, arrow", {
-    Parquet => "parquet", Csv => "csv", Jsonl => "jsonl", Arrow => "arrow"
-});
-serde_as_text!(History);
-serde_as_text!(StartPolicy);
-
-impl fmt::Display for History {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            History::Latest => f.write_str("latest"),
-            History::All => f.write_str("all"),
-            History::For(span) => span.fmt(f),
-        }
-    }
-}
-
-impl FromStr for History {
-    type Err = UnknownWord;
-
-    fn from_str(text: &str) -> Result<History, UnknownWord> {
-        match text {
-            "latest" => Ok(History::Latest),
-            "all" => Ok(History::All),
-            _ => text.parse().map(History::For).map_err(|_| {
-                unknown_word(
-                    "history",
-                    text,
-                    "latest, all, a duration such as 90d or 1h30m",
-                )
-            }),
-        }
-    }
-}
-
-impl fmt::Display for StartPolicy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            StartPolicy::Earliest => f.write_str("earliest"),
-            StartPolicy::Latest => f.write_str("latest"),
-            StartPolicy::At(millis) => match DateTime::<Utc>::from_timestamp_millis(*millis) {
-                Some(time) => f.write_str(&time.to_rfc3339_opts(SecondsFormat::AutoSi, true)),
-                None => write!(f, "{millis}ms after 1970"),
-            },
-        }
-    }
-}
-
-impl FromStr for StartPolicy {
-    type Err = UnknownWord;
-
-    fn from_str(text: &str) -> Result<StartPolicy, UnknownWord> {
-        match text {
-            "earliest" => Ok(StartPolicy::Earliest),
-            "latest" => Ok(StartPolicy::Latest),
-            _ => DateTime::parse_from_rfc3339(text)
-                .map(|time| StartPolicy::At(time.timestamp_millis()))
-                .map_err(|_| {
-                    unknown_word(
-                        "start",
-                        text,
-                        "earliest, latest, a time such as 2026-01-31T00:00:00Z",
-                    )
-                }),
-        }
-    }
-}
-
 /// Why a definition was refused. Its text names the line, the setting and the way out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct DefinitionError {
@@ -457,13 +247,29 @@ impl fmt::Display for DefinitionError {
             write!(f, "line {line}: ")?;
         }
         if !self.path.is_empty() {
-            write!(f, "{}: ", self.path)?;
+            write!(f, "{}: ", Printable(&self.path))?;
         }
-        f.write_str(&self.problem)?;
+        Printable(&self.problem).fmt(f)?;
         match &self.hint {
-            Some(hint) => write!(f, "; {hint}"),
+            Some(hint) => write!(f, "; {}", Printable(hint)),
             None => Ok(()),
         }
+    }
+}
+
+/// Text with its control characters escaped: messages quote definitions, and a definition from
+/// elsewhere must not steer a terminal.
+struct Printable<'a>(&'a str);
+
+impl fmt::Display for Printable<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().try_for_each(|c| {
+            if c.is_control() {
+                write!(f, "{}", c.escape_debug())
+            } else {
+                f.write_char(c)
+            }
+        })
     }
 }
 

@@ -42,18 +42,21 @@ mod evolution;
 mod keys;
 mod names;
 mod parse;
+mod policies;
 mod render;
 mod span;
 mod toml_reader;
 mod types;
 
 pub use definition::{
-    BatchFormat, BatchSource, DefinitionError, Feature, History, KafkaSource, KeyColumn, KeyFormat,
-    LookupLayout, StartPolicy, TableDefinition, TimeColumn, UnknownFields, UnknownWord,
-    ValueFormat,
+    BatchSource, DefinitionError, Feature, KafkaSource, KeyColumn, TableDefinition, TimeColumn,
 };
 pub use evolution::{Change, EvolutionError, can_widen, plan_evolution};
 pub use keys::{EncodedKeys, KeyEncoder, KeyError, KeyTypeError, check_key_type, key_hash};
 pub use names::{NameError, nearest, valid_name};
+pub use policies::{
+    BatchFormat, History, KeyFormat, LookupLayout, StartPolicy, UnknownFields, UnknownWord,
+    ValueFormat,
+};
 pub use span::{Span, SpanError};
 pub use types::{TypeError, format_type, parse_type, storage_type};

@@ -6,9 +6,9 @@ use std::fmt::{Display, Write as _};
 use serde_json::Value as Json;
 
 use crate::definition::{
-    BatchSource, Feature, KafkaSource, LookupLayout, StartPolicy, TableDefinition, TimeColumn,
-    UnknownFields, ValueFormat, default_max_future,
+    BatchSource, Feature, KafkaSource, TableDefinition, TimeColumn, default_max_future,
 };
+use crate::policies::{LookupLayout, StartPolicy, UnknownFields, ValueFormat};
 use crate::types::format_type;
 
 impl TableDefinition {

@@ -321,26 +321,45 @@ impl<'a> Section<'a> {
             .collect())
     }
 
-    /// A table of names and plain values, as text.
+    /// A table of names and plain values, as text. Dotted keys mean names with dots, quoted or
+    /// not: `security.protocol = "SSL"`.
     pub(crate) fn text_map(&self, key: &str) -> Result<BTreeMap<String, String>, DefinitionError> {
-        let Some(section) = self.section(key)? else {
-            return Ok(BTreeMap::new());
-        };
         let mut map = BTreeMap::new();
-        for (name, _) in section.keys() {
-            let text = match section.value(name)? {
-                Some(Value::String(text)) => text.value().clone(),
-                Some(Value::Integer(number)) => number.value().to_string(),
-                Some(Value::Boolean(truth)) => truth.value().to_string(),
-                Some(other) => {
-                    let problem = format!("it is of kind {}, a string is due", other.type_name());
-                    return Err(section.refuse(name, problem, None));
-                }
-                None => continue,
-            };
-            map.insert(name.to_owned(), text);
+        if let Some(section) = self.section(key)? {
+            section.flatten_into("", &mut map)?;
         }
         Ok(map)
+    }
+
+    fn flatten_into(
+        &self,
+        prefix: &str,
+        map: &mut BTreeMap<String, String>,
+    ) -> Result<(), DefinitionError> {
+        for (name, _) in self.keys() {
+            let Some(item) = self.item(name) else {
+                continue;
+            };
+            let text = match item {
+                Item::Value(Value::String(text)) => text.value().clone(),
+                Item::Value(Value::Integer(number)) => number.value().to_string(),
+                Item::Value(Value::Boolean(truth)) => truth.value().to_string(),
+                item if item.is_table_like() => {
+                    if let Some(inner) = self.section(name)? {
+                        inner.flatten_into(&format!("{prefix}{name}."), map)?;
+                    }
+                    continue;
+                }
+                other => {
+                    let problem = format!("it is of kind {}, a string is due", other.type_name());
+                    return Err(self.refuse(name, problem, None));
+                }
+            };
+            if map.insert(format!("{prefix}{name}"), text).is_some() {
+                return Err(self.refuse(name, "it is set twice", None));
+            }
+        }
+        Ok(())
     }
 
     /// An array whose elements `read` understands.

@@ -5,6 +5,7 @@ use pinion_schemas::{
     BatchFormat, Feature, History, KeyFormat, LookupLayout, Span, StartPolicy, TableDefinition,
     UnknownFields, ValueFormat,
 };
+use proptest::prelude::*;
 use serde_json::json;
 
 fn parse(text: &str) -> TableDefinition {
@@ -64,8 +65,8 @@ zone = "America/New_York"
 
 [[feature]]
 name = "first"
-type = "list<item: float>[2]"
-default = [0.5, 1e300]
+type = "list<item: double>[2]"
+default = [0.5, 1.3051e-7]
 null = "refuse"
 tags = { a = "b" }
 
@@ -103,7 +104,7 @@ unknown_fields = "ignore"
 partitions = [0, 2]
 
 [source.kafka.options]
-"security.protocol" = "SASL_SSL"
+security.protocol = "SASL_SSL"
 "fetch.wait.max.ms" = 5
 "#;
 
@@ -135,7 +136,7 @@ fn every_setting_is_read_and_survives_a_round_trip() {
         "in the order of the file"
     );
     assert!(!table.features[0].nullable);
-    assert_eq!(table.features[0].default, Some(json!([0.5, 1e300])));
+    assert_eq!(table.features[0].default, Some(json!([0.5, 1.3051e-7])));
     assert_eq!(table.features[1], Feature::new("second", DataType::Int8));
     assert_eq!(table.features[3].default, Some(json!({"a": 1, "b": "z"})));
     assert_eq!(
@@ -155,6 +156,7 @@ fn every_setting_is_read_and_survives_a_round_trip() {
     assert_eq!(kafka.where_equals["live"], "true");
     assert_eq!(kafka.partitions.as_deref(), Some(&[0, 2][..]));
     assert_eq!(kafka.options["fetch.wait.max.ms"], "5");
+    assert_eq!(kafka.options["security.protocol"], "SASL_SSL");
 
     let canonical = table.to_toml();
     assert_eq!(parse(&canonical), table, "{canonical}");
@@ -589,4 +591,48 @@ fn columns_count_characters_not_bytes() {
         TableDefinition::parse_toml("[table]\nname = \"t\"\ntags = { \"é\" = \"\", b = 1.5 }")
             .unwrap_err();
     assert_eq!((error.line, error.column), (Some(3), Some(24)));
+}
+
+#[test]
+fn a_message_never_carries_control_characters() {
+    for text in [
+        "[table]\nname = \"\\u001b[2J\"\nentity = [{ name = \"id\", type = \"int8\" }]\n[features]\nx = \"int8\"",
+        "[table]\nname = \"t\"\nentity = [{ name = \"\\u001b[2J\", type = \"int8\" }]\n[features]\nx = \"int8\"",
+        "[table]\nname = \"t\"\nttl = \"\\u001b[2J\"\nentity = [{ name = \"id\", type = \"int8\" }]",
+        "[\"\\u001b[2J\"]",
+    ] {
+        assert!(!refusal(text).contains('\u{1b}'), "{text}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_damaged_definition_is_refused_with_a_line_or_is_whole(
+        at in 0..EVERYTHING.len(),
+        cut_chars in 0..40_usize,
+        inserted in "[\\[\\]{}=\"\\\\#.a-z0-9\\n \u{1b}é-]{0,6}|\\\\u001b",
+    ) {
+        let kept: String = EVERYTHING.chars().take(at).collect();
+        let tail: String = EVERYTHING.chars().skip(at + cut_chars).collect();
+        let text = format!("{kept}{inserted}{tail}");
+        match TableDefinition::parse_toml(&text) {
+            Ok(table) => prop_assert_eq!(TableDefinition::parse_toml(&table.to_toml()), Ok(table)),
+            Err(error) => {
+                let lines = text.lines().count() + 1;
+                prop_assert!(error.line.is_some_and(|line| line <= lines));
+                prop_assert!(error.column.is_some());
+                prop_assert!(!error.to_string().contains('\u{1b}'), "{}", error);
+            }
+        }
+    }
+
+    #[test]
+    fn a_default_keeps_its_value_in_both_notations(number in any::<f64>()) {
+        prop_assume!(number.is_finite());
+        let mut table = parse(&with_table(""));
+        table.features[0].default = Some(json!(number));
+        prop_assert_eq!(&parse(&table.to_toml()), &table);
+        let json = serde_json::to_string(&table).unwrap();
+        prop_assert_eq!(serde_json::from_str::<TableDefinition>(&json).unwrap(), table);
+    }
 }

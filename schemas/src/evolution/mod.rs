@@ -4,9 +4,14 @@
 //! segments keep the version they were written with, and readers bring old rows up to date.
 //! Everything that would change the meaning of stored rows is refused, naming the field.
 
+mod sources;
+
+use std::collections::BTreeMap;
+
 use arrow_schema::DataType;
 
-use crate::definition::{BatchSource, Feature, History, KafkaSource, TableDefinition, TimeColumn};
+use crate::definition::{Feature, TableDefinition, TimeColumn};
+use crate::policies::History;
 use crate::types::format_type;
 
 /// One difference between two definitions of a table.
@@ -153,8 +158,8 @@ pub fn plan_evolution(
     );
     changes.set("table.lookup", old.lookup, new.lookup);
     plan_features(old, new, &mut changes)?;
-    plan_batch(&old.batch, &new.batch, &mut changes);
-    plan_kafka(old.kafka.as_ref(), new.kafka.as_ref(), &mut changes);
+    sources::plan_batch(&old.batch, &new.batch, &mut changes);
+    sources::plan_kafka(old.kafka.as_ref(), new.kafka.as_ref(), &mut changes);
     Ok(changes.0)
 }
 
@@ -456,73 +461,11 @@ fn narrowing_hint(old: &DataType, new: &DataType) -> &'static str {
     }
 }
 
-fn plan_batch(old: &BatchSource, new: &BatchSource, changes: &mut Changes) {
-    changes.set("source.batch.uri", text(&old.uri), text(&new.uri));
-    changes.set("source.batch.format", text(&old.format), text(&new.format));
-    changes.set(
-        "source.batch.null_values",
-        list(&old.null_values),
-        list(&new.null_values),
-    );
-}
-
-fn plan_kafka(old: Option<&KafkaSource>, new: Option<&KafkaSource>, changes: &mut Changes) {
-    let (old, new) = match (old, new) {
-        (Some(old), Some(new)) => (old, new),
-        (old, new) => {
-            let topic = |source: Option<&KafkaSource>| {
-                source.map_or_else(String::new, |source| format!("topic {}", source.topic))
-            };
-            changes.set("source.kafka", topic(old), topic(new));
-            return;
-        }
-    };
-    let partitions = |source: &KafkaSource| {
-        source
-            .partitions
-            .as_ref()
-            .map_or_else(String::new, |partitions| format!("{partitions:?}"))
-    };
-    let mut set = |what: &str, from: String, to: String| {
-        changes.set(format!("source.kafka.{what}"), from, to);
-    };
-    set("topic", old.topic.clone(), new.topic.clone());
-    set("format", old.format.to_string(), new.format.to_string());
-    set("brokers", text(&old.brokers), text(&new.brokers));
-    set("key", text(&old.key), text(&new.key));
-    set("start", old.start.to_string(), new.start.to_string());
-    set("fields", pairs(&old.fields), pairs(&new.fields));
-    set("where", pairs(&old.where_equals), pairs(&new.where_equals));
-    set("max_future", text(&old.max_future), text(&new.max_future));
-    set(
-        "unknown_fields",
-        text(&old.unknown_fields),
-        text(&new.unknown_fields),
-    );
-    set("partitions", partitions(old), partitions(new));
-    plan_options(old, new, changes);
-}
-
-/// Options may be passwords: what changed is told, never the value.
-fn plan_options(old: &KafkaSource, new: &KafkaSource, changes: &mut Changes) {
-    let names: std::collections::BTreeSet<&String> =
-        old.options.keys().chain(new.options.keys()).collect();
-    for name in names {
-        let (from, to) = match (old.options.get(name), new.options.get(name)) {
-            (None, _) => ("", "a value"),
-            (_, None) => ("a value", ""),
-            (before, after) if before == after => continue,
-            _ => ("a value", "another value"),
-        };
-        changes.set(format!("source.kafka.options.{name}"), from, to);
-    }
-}
-
 fn text(value: &Option<impl ToString>) -> String {
     value.as_ref().map_or_else(String::new, ToString::to_string)
 }
 
-fn pairs(map: &std::collections::BTreeMap<String, String>) -> String {
+fn pairs(map: &BTreeMap<String, String>) -> String {
     if map.is_empty() {
         return String::new();
     }
@@ -531,12 +474,4 @@ fn pairs(map: &std::collections::BTreeMap<String, String>) -> String {
         .map(|(name, value)| format!("{name} = {value:?}"))
         .collect();
     format!("{{ {} }}", pairs.join(", "))
-}
-
-fn list(values: &[String]) -> String {
-    if values.is_empty() {
-        String::new()
-    } else {
-        format!("{values:?}")
-    }
 }

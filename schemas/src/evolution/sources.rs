@@ -1,0 +1,79 @@
+//! Changes to where rows come from: always allowed, listed setting by setting.
+
+use std::collections::BTreeSet;
+
+use super::{Changes, pairs, text};
+use crate::definition::{BatchSource, KafkaSource};
+
+pub(super) fn plan_batch(old: &BatchSource, new: &BatchSource, changes: &mut Changes) {
+    changes.set("source.batch.uri", text(&old.uri), text(&new.uri));
+    changes.set("source.batch.format", text(&old.format), text(&new.format));
+    changes.set(
+        "source.batch.null_values",
+        list(&old.null_values),
+        list(&new.null_values),
+    );
+}
+
+pub(super) fn plan_kafka(
+    old: Option<&KafkaSource>,
+    new: Option<&KafkaSource>,
+    changes: &mut Changes,
+) {
+    let (old, new) = match (old, new) {
+        (Some(old), Some(new)) => (old, new),
+        (old, new) => {
+            let topic = |source: Option<&KafkaSource>| {
+                source.map_or_else(String::new, |source| format!("topic {}", source.topic))
+            };
+            changes.set("source.kafka", topic(old), topic(new));
+            return;
+        }
+    };
+    let partitions = |source: &KafkaSource| {
+        source
+            .partitions
+            .as_ref()
+            .map_or_else(String::new, |partitions| format!("{partitions:?}"))
+    };
+    let mut set = |what: &str, from: String, to: String| {
+        changes.set(format!("source.kafka.{what}"), from, to);
+    };
+    set("topic", old.topic.clone(), new.topic.clone());
+    set("format", old.format.to_string(), new.format.to_string());
+    set("brokers", text(&old.brokers), text(&new.brokers));
+    set("key", text(&old.key), text(&new.key));
+    set("start", old.start.to_string(), new.start.to_string());
+    set("fields", pairs(&old.fields), pairs(&new.fields));
+    set("where", pairs(&old.where_equals), pairs(&new.where_equals));
+    set("max_future", text(&old.max_future), text(&new.max_future));
+    set(
+        "unknown_fields",
+        text(&old.unknown_fields),
+        text(&new.unknown_fields),
+    );
+    set("partitions", partitions(old), partitions(new));
+    plan_options(old, new, changes);
+}
+
+/// Options may be passwords: what changed is told, never the value.
+fn plan_options(old: &KafkaSource, new: &KafkaSource, changes: &mut Changes) {
+    let names: BTreeSet<&String> = old.options.keys().chain(new.options.keys()).collect();
+    for name in names {
+        let (from, to) = match (old.options.get(name), new.options.get(name)) {
+            (None, _) => ("", "a value"),
+            (_, None) => ("a value", ""),
+            (before, after) if before == after => continue,
+            _ => ("a value", "another value"),
+        };
+        changes.set(format!("source.kafka.options.{name}"), from, to);
+    }
+}
+
+fn list(values: &[String]) -> String {
+    if values.is_empty() {
+        String::new()
+    } else {
+        format!("{values:?}")
+    }
+}
