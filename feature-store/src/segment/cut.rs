@@ -15,9 +15,15 @@ use arrow_select::concat::concat_batches;
 use super::PAGE_BYTES;
 use super::body::{offset_range, padded_bytes};
 
-/// Below this a batch is too small for anybody's good; only [`Cutter`] goes lower, for rows
-/// so wide that even this many exceed the limit.
-const SMALLEST_USUAL_BATCH_ROWS: usize = 4096;
+/// With fewer rows than this the sample says little, unless it is very large already.
+const SAMPLE_ROWS: usize = 4096;
+
+/// A sample of this many bodies is judged however few rows it has, to bound memory.
+const SAMPLE_BODIES: usize = 16;
+
+/// The fewest rows of a full batch. One giant value in a small sample must not make tiny
+/// batches of all that follows; where rows really are so wide, each batch is cut.
+const MIN_BATCH_ROWS: usize = 64;
 
 /// Bytes of each buffer of a batch, in the order of the IPC format (the data buffers of a view
 /// column count as one).
@@ -182,13 +188,16 @@ impl Cutter {
             self.sample.add_batch(&batch);
         }
         self.pending.push_back(batch);
-        if self.batch_rows.is_none()
-            && (self.pending_rows >= self.max_batch_rows
-                || (self.pending_rows >= SMALLEST_USUAL_BATCH_ROWS
-                    && self.sample.body_bytes() > self.max_body_bytes))
-        {
+        if self.batch_rows.is_none() && self.sample_suffices() {
             self.decide();
         }
+    }
+
+    fn sample_suffices(&self) -> bool {
+        let bodies = self.sample.body_bytes() / self.max_body_bytes.max(1);
+        self.pending_rows >= self.max_batch_rows
+            || (self.pending_rows >= SAMPLE_ROWS && bodies >= 1)
+            || bodies >= SAMPLE_BODIES
     }
 
     /// Rows of a full batch; decides it if the rows so far were too few to do so.
@@ -202,7 +211,7 @@ impl Cutter {
     fn decide(&mut self) -> usize {
         let mut rows = self.max_batch_rows;
         if self.pending_rows > 0 {
-            while rows > 1
+            while rows > MIN_BATCH_ROWS
                 && self.sample.expected_body_bytes(self.pending_rows, rows) > self.max_body_bytes
             {
                 rows /= 2;
@@ -335,6 +344,21 @@ mod tests {
         assert_eq!(rows.iter().sum::<usize>(), 3 * 4096);
         assert_eq!(rows[0], 4096);
         assert!(rows[1] < 4096, "{rows:?}");
+    }
+
+    #[test]
+    fn a_giant_value_at_the_start_does_not_decide_for_all_rows() {
+        let mut lengths = vec![10; 1000];
+        lengths[0] = 1 << 20;
+        let batches: Vec<_> = lengths.chunks(10).map(strings).collect();
+        let rows = cut(&batches, 1 << 14, 4096);
+        assert_eq!(rows[0], 1);
+        assert!(
+            rows[3..rows.len() - 1]
+                .iter()
+                .all(|rows| *rows == MIN_BATCH_ROWS),
+            "{rows:?}"
+        );
     }
 
     #[test]
