@@ -39,7 +39,7 @@ impl TableDefinition {
             .map(|key| {
                 inline(&[
                     ("name", Some(quoted(&key.name))),
-                    ("type", Some(quoted(&format_type(&key.data_type)))),
+                    ("type", Some(quoted(format_type(&key.data_type)))),
                     ("from", key.from.as_deref().map(quoted)),
                 ])
             })
@@ -53,7 +53,7 @@ impl TableDefinition {
                 out.set(setting, render_time(time));
             }
         }
-        out.text("history", &self.history);
+        out.text("history", self.history);
         out.optional("ttl", self.ttl.as_ref());
         let max_future = Some(&self.max_future).filter(|span| **span != default_max_future());
         out.optional("max_future", max_future);
@@ -70,7 +70,7 @@ impl TableDefinition {
 fn render_time(time: &TimeColumn) -> String {
     inline(&[
         ("name", Some(quoted(&time.name))),
-        ("type", Some(quoted(&format_type(&time.data_type)))),
+        ("type", Some(quoted(format_type(&time.data_type)))),
         ("from", time.from.as_deref().map(quoted)),
         ("format", time.format.as_deref().map(quoted)),
         ("zone", time.zone.as_deref().map(quoted)),
