@@ -143,7 +143,7 @@ def test_a_segment_with_superseded_rows_equals_the_scan_plus_those_rows(mixed):
     old = {row["id"]: row for row in calls.scan(client, "mixed").to_pylist()}
     before = set(store.segments())
     changed = range(100, 3_000, 7)
-    newer = pa.Table.from_pylist(rows(99, changed, 2 * 10**15), schema=schema)
+    newer = pa.Table.from_pylist(rows(99, changed, 10**15 + 10**9), schema=schema)
     calls.put(client, "mixed", newer)
     calls.action(client, "flush", table="mixed")
     scanned = calls.scan(client, "mixed").to_pylist()

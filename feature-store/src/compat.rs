@@ -39,6 +39,10 @@ pub(crate) struct Times {
 }
 
 impl Times {
+    #[cfg(test)]
+    pub(crate) fn of_ticks(event: Option<Int64Array>, created: Option<Int64Array>) -> Times {
+        Times { event, created }
+    }
     /// Event time in ticks, 0 without one.
     pub(crate) fn event(&self, row: usize) -> i64 {
         self.event.as_ref().map_or(0, |a| a.value(row))

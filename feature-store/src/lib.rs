@@ -19,6 +19,7 @@ mod error;
 pub mod fail;
 pub mod json;
 mod level;
+pub mod load;
 
 pub mod ipc_gate;
 mod lock;

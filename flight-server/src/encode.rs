@@ -21,6 +21,13 @@ use crate::error::Failure;
 /// Room in a message for the gRPC and protobuf framing and the app_metadata.
 const FRAMING_BYTES: usize = 16 << 10;
 
+/// What a message holds. Some clients show the metadata of a message with rows only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Dictionary,
+    Rows,
+}
+
 /// Encodes the batches of one stream.
 pub(crate) struct Encoder {
     generator: IpcDataGenerator,
@@ -60,7 +67,7 @@ impl Encoder {
     pub(crate) fn batch(
         &mut self,
         batch: &RecordBatch,
-        out: &mut impl FnMut(FlightData) -> Result<(), Failure>,
+        out: &mut impl FnMut(FlightData, Kind) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let rows = batch.num_rows();
         let estimate = batch.columns().iter().map(rows_bytes).sum::<usize>();
@@ -88,11 +95,11 @@ impl Encoder {
             if bytes + FRAMING_BYTES > self.max_message_bytes {
                 return Err(self.too_large("a dictionary", bytes));
             }
-            out(message(dictionary))?;
+            out(message(dictionary), Kind::Dictionary)?;
         }
         let bytes = encoded.ipc_message.len() + encoded.arrow_data.len();
         if bytes + FRAMING_BYTES <= self.max_message_bytes {
-            return out(message(encoded));
+            return out(message(encoded), Kind::Rows);
         }
         // The header was larger than the room left for it: many columns, or skewed rows.
         if rows <= 1 {
@@ -276,7 +283,7 @@ mod tests {
     fn encode(batch: &RecordBatch, limit: usize) -> Result<Vec<FlightData>, Failure> {
         let mut encoder = Encoder::new(limit);
         let mut messages = vec![encoder.schema(&batch.schema())];
-        encoder.batch(batch, &mut |message| {
+        encoder.batch(batch, &mut |message, _| {
             messages.push(message);
             Ok(())
         })?;

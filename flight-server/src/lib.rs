@@ -20,6 +20,7 @@
 mod action;
 mod admin;
 mod barrier;
+mod cancel;
 mod command;
 mod config;
 mod connection;

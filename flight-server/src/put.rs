@@ -11,13 +11,14 @@ use arrow_buffer::Buffer;
 use arrow_flight::{FlightData, PutResult};
 use arrow_schema::Schema;
 use futures::Stream;
-use pinion_feature_store::ipc_gate::{Admitted, Gate, GateLimits};
+use pinion_feature_store::ipc_gate::{Admitted, Gate, GateError, GateLimits};
 use pinion_feature_store::{Change, Commit, Table};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Status, Streaming};
 
+use crate::cancel::Cancelled;
 use crate::command::{
     Command, CommandError, PutCommand, PutMode, Target, Token, checked_table_name,
 };
@@ -39,6 +40,7 @@ const MAX_ID_BYTES: usize = 256;
 pub(crate) async fn put(
     context: &Context,
     mut incoming: Streaming<FlightData>,
+    cancelled: Cancelled,
 ) -> Result<PutResults, Failure> {
     let limit = context.config.max_request_bytes;
     let first = next(&mut incoming, limit)
@@ -65,6 +67,10 @@ pub(crate) async fn put(
             taken = take(&table, &command, incoming, first, limit, max_bytes, &sender) => taken,
             () = sender.closed() => return,
         };
+        if cancelled.is_set() {
+            // The stream of a cancelled call ends like that of a finished one.
+            return;
+        }
         let last = match taken {
             Ok(batches) => commit(table, command, batches).await,
             Err(status) => Err(status),
@@ -115,7 +121,8 @@ async fn take(
     let mut message = Some(first);
     while let Some(data) = message {
         if !data.data_header.is_empty() {
-            match admit(&mut gate, &data)? {
+            let admitted = gate.admit(&data.data_header, &Buffer::from(data.data_body.clone()));
+            match admitted.map_err(|error| refused(error, max_bytes))? {
                 Admitted::Schema(schema) => check_schema(table, command.mode, &schema)?,
                 Admitted::Dictionary => {}
                 Admitted::Batch(batch) => {
@@ -135,6 +142,14 @@ async fn take(
         return Err(Failure::invalid("ARROW_MALFORMED", "the put ended before its schema").into());
     }
     Ok(batches)
+}
+
+/// A batch over the gate's limit is a put over its own.
+fn refused(error: GateError, max_bytes: u64) -> Failure {
+    match error {
+        GateError::Limit { limit, .. } if limit == max_bytes => too_large(max_bytes),
+        error => error.into(),
+    }
 }
 
 /// Passes one message of a client through the gate.
@@ -189,17 +204,20 @@ fn check_schema(table: &Table, mode: PutMode, schema: &Schema) -> Result<(), Fai
     }
 }
 
+fn too_large(max_bytes: u64) -> Failure {
+    Failure::new(
+        Code::ResourceExhausted,
+        "PUT_TOO_LARGE",
+        format!(
+            "the put has more than {max_bytes} bytes (put_max_bytes), and a put is applied whole: split it, or use `pinion load`"
+        ),
+    )
+    .with("limit_bytes", max_bytes)
+}
+
 fn check_size(bytes: u64, max_bytes: u64, batches: usize) -> Result<(), Failure> {
     if bytes > max_bytes {
-        return Err(Failure::new(
-            Code::ResourceExhausted,
-            "PUT_TOO_LARGE",
-            format!(
-                "the put has more than {max_bytes} bytes (put_max_bytes), and a put is applied whole: split it, or use `pinion load`"
-            ),
-        )
-        .with("bytes", bytes)
-        .with("limit_bytes", max_bytes));
+        return Err(too_large(max_bytes));
     }
     if batches >= MAX_BATCHES {
         return Err(Failure::new(

@@ -22,7 +22,7 @@ use tonic::{Code, Status};
 
 use crate::barrier::await_barrier;
 use crate::command::{CommandError, ScanCommand, checked_table_name};
-use crate::encode::{Encoder, rows_bytes};
+use crate::encode::{Encoder, Kind, rows_bytes};
 use crate::error::Failure;
 use crate::measure;
 use crate::reply::{Shares, metadata, snapshots_json};
@@ -204,8 +204,10 @@ impl Outlet {
             self.shares.mapped_bytes += bytes;
         }
         let mut metadata = first.then(|| self.metadata());
-        encoder.batch(batch, &mut |mut message| {
-            if let Some(metadata) = metadata.take() {
+        encoder.batch(batch, &mut |mut message, kind| {
+            if kind == Kind::Rows
+                && let Some(metadata) = metadata.take()
+            {
                 message.app_metadata = metadata;
             }
             match self.held.replace(message) {

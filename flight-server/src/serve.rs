@@ -17,6 +17,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::admin;
+use crate::cancel::WatchCancel;
 use crate::config::{ConfigError, ServerConfig};
 use crate::connection::{Listener, SocketFile, bind_unix};
 use crate::hooks::Hooks;
@@ -121,7 +122,7 @@ pub async fn serve(
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .http2_max_header_list_size(MAX_HEADER_BYTES)
             .add_service(health)
-            .add_service(flight)
+            .add_service(WatchCancel(flight))
             .serve_with_incoming_shutdown(
                 listener.incoming(Arc::clone(&permits)),
                 until_stopped(stopped.clone()),

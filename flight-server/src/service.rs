@@ -14,6 +14,7 @@ use pinion_feature_store::Store;
 use tokio::sync::Semaphore;
 use tonic::{Code, Request, Response, Status, Streaming};
 
+use crate::cancel::Cancelled;
 use crate::command::CommandError;
 use crate::config::ServerConfig;
 use crate::error::Failure;
@@ -211,7 +212,17 @@ impl FlightService for Service {
         &self,
         request: Request<Streaming<FlightData>>,
     ) -> Result<Response<Self::DoPutStream>, Status> {
-        answer_stream("DoPut", put::put(&self.context, request.into_inner())).await
+        // Absent only where the service is called without a server around it.
+        let cancelled = request
+            .extensions()
+            .get::<Cancelled>()
+            .cloned()
+            .unwrap_or_default();
+        answer_stream(
+            "DoPut",
+            put::put(&self.context, request.into_inner(), cancelled),
+        )
+        .await
     }
 
     async fn do_exchange(

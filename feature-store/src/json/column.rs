@@ -24,11 +24,11 @@ use super::time_text::{TimeText, clip};
 
 /// What is wrong with a value, and where inside the column it stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct ValueProblem {
+pub(crate) struct ValueProblem {
     /// Path below the column: empty, `[3]`, `.zip`.
-    pub(super) path: String,
+    pub(crate) path: String,
     /// Expected and found.
-    pub(super) problem: String,
+    pub(crate) problem: String,
 }
 
 impl ValueProblem {
@@ -47,7 +47,7 @@ impl ValueProblem {
 
 /// A column under construction.
 #[derive(Debug)]
-pub(super) struct ColumnBuilder {
+pub(crate) struct ColumnBuilder {
     data_type: DataType,
     valid: BooleanBufferBuilder,
     values: Values,
@@ -88,7 +88,7 @@ impl ColumnBuilder {
     /// A column of `data_type`, or `None` when JSON cannot express that type.
     ///
     /// Time text inside the column is ISO and in UTC; see [`ColumnBuilder::with_time`].
-    pub(super) fn new(data_type: &DataType, refuse_unknown: bool) -> Option<ColumnBuilder> {
+    pub(crate) fn new(data_type: &DataType, refuse_unknown: bool) -> Option<ColumnBuilder> {
         let fixed = |width_bytes| Values::Fixed {
             width_bytes,
             bytes: MutableBuffer::new(0),
@@ -151,13 +151,13 @@ impl ColumnBuilder {
     }
 
     /// Reads time text with the column's own format and zone.
-    pub(super) fn with_time(mut self, time: TimeText) -> ColumnBuilder {
+    pub(crate) fn with_time(mut self, time: TimeText) -> ColumnBuilder {
         self.time = Some(time);
         self
     }
 
     /// Values so far.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.valid.len()
     }
 
@@ -167,7 +167,7 @@ impl ColumnBuilder {
     ///
     /// The value does not fit the type. Parts of it may have been appended: cut back with
     /// [`ColumnBuilder::truncate`].
-    pub(super) fn push(&mut self, value: &Value) -> Result<(), ValueProblem> {
+    pub(crate) fn push(&mut self, value: &Value) -> Result<(), ValueProblem> {
         if value.is_null() {
             self.push_null();
             return Ok(());
@@ -221,7 +221,7 @@ impl ColumnBuilder {
     }
 
     /// Appends a null.
-    pub(super) fn push_null(&mut self) {
+    pub(crate) fn push_null(&mut self) {
         match &mut self.values {
             Values::Bool(bits) => bits.append(false),
             Values::Fixed { width_bytes, bytes } => bytes.extend_zeros(*width_bytes),
@@ -267,7 +267,7 @@ impl ColumnBuilder {
     }
 
     /// Cuts back to the first `len` values, and drops what a failed push left behind.
-    pub(super) fn truncate(&mut self, len: usize) {
+    pub(crate) fn truncate(&mut self, len: usize) {
         cut_bits(&mut self.valid, len);
         match &mut self.values {
             Values::Bool(bits) => cut_bits(bits, len),
@@ -290,7 +290,7 @@ impl ColumnBuilder {
     }
 
     /// The column, leaving an empty builder.
-    pub(super) fn finish(&mut self) -> Result<ArrayRef, ArrowError> {
+    pub(crate) fn finish(&mut self) -> Result<ArrayRef, ArrowError> {
         let len = self.len();
         let nulls = Some(NullBuffer::new(self.valid.finish())).filter(|n| n.null_count() > 0);
         Ok(match &mut self.values {

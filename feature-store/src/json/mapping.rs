@@ -142,8 +142,8 @@ pub(super) fn follow<'v>(root: &'v Value, path: &[String]) -> Result<Option<&'v 
 /// The record key as JSON values to try in turn.
 ///
 /// With `key = "json"` the bytes must be JSON, with `key = "string"` UTF-8 text. When the
-/// definition says neither, JSON comes first and plain text second, so that both `"EWR"` and
-/// `EWR` name that airport.
+/// definition says neither, a JSON object is that, and anything else is read as a JSON value
+/// first and as plain text second, so that both `"EWR"` and `EWR` name that airport.
 pub(super) fn key_values(key: &[u8], format: Option<KeyFormat>) -> Result<Vec<Value>, String> {
     let json = || serde_json::from_slice::<Value>(key);
     let text = || std::str::from_utf8(key).map(|t| Value::String(t.to_owned()));
@@ -158,13 +158,13 @@ pub(super) fn key_values(key: &[u8], format: Option<KeyFormat>) -> Result<Vec<Va
             Ok(value) => Ok(vec![value]),
             Err(e) => Err(format!("the record key is no UTF-8 text ({e})")),
         },
-        None => {
-            let values: Vec<Value> = json().into_iter().chain(text()).collect();
-            if values.is_empty() {
-                return Err("the record key is neither JSON nor UTF-8 text".to_owned());
-            }
-            Ok(values)
-        }
+        None => match (json(), text()) {
+            // An object is never meant as text.
+            (Ok(object @ Value::Object(_)), _) => Ok(vec![object]),
+            (Ok(scalar), Ok(text)) => Ok(vec![scalar, text]),
+            (Ok(value), Err(_)) | (Err(_), Ok(value)) => Ok(vec![value]),
+            (Err(_), Err(_)) => Err("the record key is neither JSON nor UTF-8 text".to_owned()),
+        },
     }
 }
 

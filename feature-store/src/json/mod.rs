@@ -33,6 +33,7 @@ mod time_text;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use column::ColumnBuilder;
 pub use key::KeyBuilder;
 pub use mapping::{JsonMappingError, RecordMeta};
 pub use row::RowBuilder;

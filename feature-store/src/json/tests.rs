@@ -396,6 +396,10 @@ fn deletes_read_their_key_from_an_object_a_value_or_plain_text() {
             .contains("key = \"string\"")
     );
     assert!(key_of(&[0xff, 0xfe], None).is_err());
+    assert!(
+        key_of(br#"{"other":"EWR"}"#, None).is_err(),
+        "an object is never meant as text"
+    );
 }
 
 #[test]

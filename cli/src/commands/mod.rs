@@ -1,0 +1,20 @@
+//! The commands, one file each: its flags, its examples, what it does.
+
+pub mod apply;
+pub mod check;
+pub mod completions;
+pub mod config;
+pub mod delete;
+pub mod demo;
+pub mod describe;
+pub mod flush;
+pub mod get;
+pub mod init;
+pub mod load;
+pub mod ls;
+pub mod merge;
+pub mod plan;
+pub mod put;
+pub mod scan;
+pub mod serve;
+pub mod version;

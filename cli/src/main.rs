@@ -1,0 +1,65 @@
+//! The `pinion` binary: wires the rooms together, one file per command.
+//!
+//! A command runs through a running server or directly on a data directory ([`target`]).
+//! Reading directly starts no runtime, no threads and no log: `pinion get` maps the files,
+//! prints and exits. Settings come from a file, the environment and flags ([`config`]);
+//! results go to standard output in one of four forms ([`output`]), everything else to
+//! standard error. Exit codes: 0 done, 1 failed, 2 wrong usage. A key that is not found is a
+//! result, not a failure.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod commands;
+mod config;
+mod error;
+mod keys;
+mod log;
+mod output;
+mod progress;
+mod remote;
+mod rows;
+mod server;
+mod target;
+mod values;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+use crate::error::CliResult;
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => error.report(),
+    }
+}
+
+fn run(cli: Cli) -> CliResult {
+    let global = &cli.global;
+    if global.verbose > 0 && !matches!(cli.command, Command::Serve(_) | Command::Demo(_)) {
+        log::start(log::verbose_filter(global.verbose), log::LogForm::Text)?;
+    }
+    match cli.command {
+        Command::Init(args) => args.run(global),
+        Command::Apply(args) => args.run(global),
+        Command::Plan(args) => args.run(global),
+        Command::Load(args) => args.run(global),
+        Command::Serve(args) => args.run(global),
+        Command::Get(args) => args.run(global),
+        Command::Scan(args) => args.run(global),
+        Command::Ls(args) => args.run(global),
+        Command::Describe(args) => args.run(global),
+        Command::Put(args) => args.run(global),
+        Command::Delete(args) => args.run(global),
+        Command::Flush(args) => args.run(global),
+        Command::Merge(args) => args.run(global),
+        Command::Check(args) => args.run(global),
+        Command::Demo(args) => args.run(global),
+        Command::Config(args) => args.run(global),
+        Command::Version(args) => args.run(global),
+        Command::Completions(args) => args.run(global),
+    }
+}

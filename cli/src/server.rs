@@ -1,0 +1,159 @@
+//! A server in this process: the store, its Kafka sources, and Flight in front of it.
+//!
+//! Used by `pinion serve` and `pinion demo`. Start order: store, sources, sockets. Stop order:
+//! sockets (health says NOT_SERVING first, open streams drain), sources (what was read is
+//! committed), store (final sync).
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
+
+use pinion_feature_store::Store;
+use pinion_flight_server::{
+    BoundAddresses, Hooks, ServerConfig, SourceControl, install_metrics, serve,
+};
+use pinion_ingest::{Ingest, IngestConfig, IngestHandle, SourceState};
+use serde_json::{Value, json};
+
+use crate::config::Config;
+use crate::error::{CliError, CliResult};
+
+/// The server's settings.
+///
+/// # Errors
+///
+/// An address that is none.
+pub fn server_config(config: &Config) -> CliResult<ServerConfig> {
+    let mut server = ServerConfig {
+        uds: config.path("serve.uds"),
+        insecure: config.switch("serve.insecure"),
+        ..ServerConfig::default()
+    };
+    for text in config.list("serve.flight") {
+        if text != "none" {
+            server.flight.push(address("serve.flight", &text)?);
+        }
+    }
+    server.admin = config
+        .text("serve.admin")
+        .map(|text| address("serve.admin", text))
+        .transpose()?;
+    if let Some(bytes) = config.bytes("serve.max_message_bytes") {
+        server.max_message_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+    }
+    if let Some(bytes) = config.bytes("store.put_max_bytes") {
+        server.put_max_bytes = bytes;
+    }
+    Ok(server)
+}
+
+fn address(setting: &str, text: &str) -> CliResult<SocketAddr> {
+    let refused = || {
+        CliError::usage(format!("{setting}: {text:?} is no address"))
+            .hint("write HOST:PORT, for example 127.0.0.1:8815; port 0 takes a free one")
+    };
+    text.to_socket_addrs()
+        .map_err(|_| refused())?
+        .next()
+        .ok_or_else(refused)
+}
+
+/// The settings of Kafka sources.
+pub fn ingest_config(config: &Config) -> IngestConfig {
+    let mut ingest = IngestConfig {
+        brokers: config.text("kafka.brokers").map(str::to_owned),
+        options: config.kafka_options(),
+        ..IngestConfig::default()
+    };
+    if let Some(instance) = config.text("kafka.instance") {
+        instance.clone_into(&mut ingest.instance);
+    }
+    ingest
+}
+
+/// Serves a store until `shutdown` completes; `ready` is told the addresses. Blocks.
+///
+/// Sources are started even where no table has one yet: a table applied later may.
+///
+/// # Errors
+///
+/// An address that cannot be had, a Kafka setting that is refused.
+pub fn run(
+    store: &Store,
+    server: ServerConfig,
+    ingest: IngestConfig,
+    ready: impl FnOnce(&BoundAddresses) + Send,
+    shutdown: impl Future<Output = ()> + Send,
+) -> CliResult {
+    // Before the sources start: counters are bound to the recorder that is there.
+    install_metrics();
+    server.check().map_err(CliError::from_error)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let sources = Arc::new(
+        Ingest::start(store.clone(), ingest)
+            .map_err(|e| CliError::caused("cannot start the Kafka sources", e))?,
+    );
+    let hooks = Hooks {
+        sources: Some(Arc::new(KafkaSources(Arc::clone(&sources)))),
+    };
+    let served = runtime.block_on(serve(store.clone(), hooks, server, ready, shutdown));
+    sources.stop();
+    served.map_err(CliError::from_error)
+}
+
+/// Completes when the process is asked to end (SIGTERM, SIGINT).
+pub async fn asked_to_end() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut terminate), Ok(mut interrupt)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
+        // Without handlers the signals end the process by themselves.
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+/// The sources as the Flight server sees them.
+struct KafkaSources(Arc<IngestHandle>);
+
+impl SourceControl for KafkaSources {
+    fn list(&self) -> Value {
+        json!({ "sources": self.0.status() })
+    }
+
+    fn act(&self, body: &Value) -> Result<Value, String> {
+        let topic = body
+            .get("topic")
+            .and_then(Value::as_str)
+            .ok_or("a topic is due: {\"action\": \"pause\" | \"resume\", \"topic\": NAME}")?;
+        let done = match body.get("action").and_then(Value::as_str) {
+            Some("pause") => self.0.pause(topic),
+            Some("resume") => self.0.resume(topic),
+            other => {
+                return Err(format!(
+                    "unknown source action {:?}; known: list, pause, resume",
+                    other.unwrap_or_default()
+                ));
+            }
+        };
+        done.map_err(|e| e.to_string())?;
+        Ok(self.list())
+    }
+
+    fn stopped(&self, topic: &str) -> Option<String> {
+        let status = self.0.status();
+        match status.into_iter().find(|source| source.topic == topic) {
+            None => Some(format!("no table reads topic {topic:?}")),
+            Some(source) => match source.state {
+                SourceState::Stopped { reason } => Some(reason),
+                SourceState::Paused => Some("it is paused".to_owned()),
+                SourceState::Starting | SourceState::Running | SourceState::Degraded { .. } => None,
+            },
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! One random case of the property test: a table, operations on it, and the comparison of
+//! every answer with the oracle's.
+
+mod compare;
+mod rng;
+mod table;
+mod values;
+mod world;
+
+pub use rng::Rng;
+pub use world::World;

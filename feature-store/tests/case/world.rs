@@ -1,0 +1,590 @@
+//! A store and the oracle, side by side, and the steps they take together.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use pinion_feature_store::{
+    Change, Commit, CommitError, OpenError, Position, RowProblem, Snapshot, SnapshotId, Store,
+    StoreOptions, Table,
+};
+
+use super::Rng;
+use super::compare::compare;
+use super::table::{NO_CREATED_TIME, Spec};
+use crate::oracle::{Cell, Event, Oracle, Rules, View};
+
+const TOPIC: &str = "events";
+const PARTITIONS: usize = 3;
+
+/// A snapshot kept, with what the oracle knew when it was taken.
+struct Kept {
+    snapshot: Snapshot,
+    spec: Spec,
+    rules: Rules,
+    events: usize,
+    /// Handed to [`Table::retain`] in this run of the store.
+    findable: bool,
+}
+
+/// The state after a commit, by which a crash may have cut.
+struct Mark {
+    /// The store's sequence then.
+    sequence: u64,
+    oracle: Oracle,
+}
+
+pub struct World {
+    rng: Rng,
+    dir: tempfile::TempDir,
+    options: StoreOptions,
+    store: Option<Store>,
+    spec: Spec,
+    keys: Vec<Vec<Cell>>,
+    oracle: Oracle,
+    /// Records of each partition, and where its reader stands.
+    partitions: Vec<(Vec<Event>, usize)>,
+    kept: Vec<Kept>,
+    /// One for every commit to the present log, after one for its beginning.
+    marks: Vec<Mark>,
+    log: u64,
+    /// Newest manifest seen, and bytes of the present log that were synced before it.
+    synced: (u64, usize),
+    /// What was done, for the report of a failure.
+    pub steps: Vec<String>,
+}
+
+impl World {
+    pub fn new(seed: u64) -> World {
+        let mut rng = Rng::new(seed);
+        let spec = Spec::draw(&mut rng);
+        let keys = spec.draw_keys(&mut rng);
+        let options = StoreOptions {
+            background: rng.chance(15),
+            delta_max_rows: rng.pick(&[4, 16, 64, 4096]),
+            max_segments: rng.between(2, 5),
+            snapshot_grace: Duration::from_secs(3600),
+            ..StoreOptions::default()
+        };
+        let dir = fast_dir();
+        Store::init(dir.path()).unwrap();
+        let store = Store::open(dir.path(), options.clone()).unwrap();
+        store.apply(vec![spec.definition()]).unwrap();
+        let mut world = World {
+            rng,
+            dir,
+            options,
+            store: Some(store),
+            spec,
+            keys,
+            oracle: Oracle::default(),
+            partitions: vec![Default::default(); PARTITIONS],
+            kept: Vec::new(),
+            marks: Vec::new(),
+            log: 0,
+            synced: (0, 0),
+            steps: Vec::new(),
+        };
+        world.mark();
+        world
+    }
+
+    pub fn describe(&self) -> String {
+        let steps = self.steps.join("\n  ");
+        format!(
+            "{}\n{:?}\nsteps:\n  {steps}",
+            self.spec.definition().to_toml(),
+            self.options
+        )
+    }
+
+    /// Takes some steps, comparing on the way and at the end.
+    pub fn run(&mut self) {
+        for _ in 0..self.rng.between(8, 40) {
+            self.step();
+        }
+        self.compare_all();
+        self.table()
+            .merge()
+            .unwrap_or_else(|e| panic!("merge: {e}"));
+        self.steps.push("merge".to_owned());
+        self.compare_all();
+        let report = self.store().check();
+        assert!(report.problems.is_empty(), "check: {:?}", report.problems);
+    }
+
+    fn store(&self) -> &Store {
+        self.store
+            .as_ref()
+            .expect("the store is open between steps")
+    }
+
+    fn table(&self) -> Table {
+        self.store().table("t").unwrap()
+    }
+
+    fn step(&mut self) {
+        match self.rng.below(100) {
+            0..45 => self.consume(),
+            45..58 => self.put(),
+            58..64 => {
+                self.steps.push("flush".to_owned());
+                self.table()
+                    .flush()
+                    .unwrap_or_else(|e| panic!("flush: {e}"));
+            }
+            64..69 => {
+                self.steps.push("merge".to_owned());
+                self.table()
+                    .merge()
+                    .unwrap_or_else(|e| panic!("merge: {e}"));
+            }
+            69..72 => self.commit_during_merge(),
+            72..77 => self.restart(),
+            77..80 => self.tear(),
+            80..82 => self.read_only(),
+            82..86 => self.change_definition(),
+            86..91 => self.keep(),
+            _ => self.compare_all(),
+        }
+        if self.rng.chance(25) {
+            self.compare_now();
+        }
+    }
+
+    /// Reads some records of the topic and commits them, as ingest does.
+    fn consume(&mut self) {
+        if self.rng.chance(15) {
+            // Delivered again: a reader starts over from some earlier offset.
+            let at = self.rng.below(PARTITIONS);
+            let (_, next) = &mut self.partitions[at];
+            *next = self.rng.below(*next + 1);
+        }
+        let stored = self.table().positions();
+        let mut taken: Vec<Event> = Vec::new();
+        let mut positions: Vec<Position> = Vec::new();
+        let count = self.rng.pick(&[0, 1, 1, 2, 5, 12]);
+        for _ in 0..count {
+            let partition = self.rng.below(PARTITIONS);
+            let (records, next) = &mut self.partitions[partition];
+            if *next == records.len() {
+                records.push(self.spec.draw_event(&mut self.rng, &self.keys));
+            }
+            let (offset, mut event) = (*next as i64, records[*next].clone());
+            *next += 1;
+            // Of a feature that did not exist when the record was made.
+            if let Some(values) = &mut event.values {
+                values.resize(self.spec.features.len(), Cell::Null);
+            }
+            let number = partition as i32;
+            let fresh = stored
+                .next_offset(TOPIC, number)
+                .is_none_or(|next| offset >= next);
+            assert_eq!(
+                self.oracle.take_record(number, offset),
+                fresh,
+                "position of partition {number}"
+            );
+            if fresh {
+                taken.push(event);
+                positions.retain(|p| p.partition != number);
+                positions.push(position(number, offset + 1));
+            }
+        }
+        let taken = self.without_late(taken);
+        self.steps.push(format!(
+            "consume {} to {:?}",
+            shown(&taken),
+            self.oracle.next_offsets
+        ));
+        self.commit(taken, positions, None);
+    }
+
+    fn put(&mut self) {
+        let count = self.rng.between(1, 6);
+        let events: Vec<Event> = (0..count)
+            .map(|_| self.spec.draw_event(&mut self.rng, &self.keys))
+            .collect();
+        let events = self.without_late(events);
+        let id = self
+            .rng
+            .chance(60)
+            .then(|| format!("put-{}", self.rng.below(12)));
+        self.steps.push(format!("put {id:?} {}", shown(&events)));
+        self.commit(events, Vec::new(), id);
+    }
+
+    /// Drops what the table's `late_bound` refuses, and sees that the table refuses it.
+    fn without_late(&mut self, events: Vec<Event>) -> Vec<Event> {
+        let greatest = self.oracle.events.iter().map(|e| e.event).max();
+        let bound = self
+            .spec
+            .late_bound
+            .zip(greatest)
+            .map(|(bound, greatest)| greatest - bound);
+        let (on_time, late): (Vec<Event>, Vec<Event>) = events
+            .into_iter()
+            .partition(|e| bound.is_none_or(|bound| e.event >= bound));
+        let rows: Vec<Event> = late.into_iter().filter(|e| e.values.is_some()).collect();
+        if !rows.is_empty() {
+            let batch = self.spec.batch(&mut self.rng, &rows);
+            let refused = self.table().check_rows(&batch).unwrap();
+            let numbers: Vec<usize> = refused.iter().map(|(row, _)| *row).collect();
+            assert_eq!(
+                numbers,
+                (0..rows.len()).collect::<Vec<_>>(),
+                "late rows are refused"
+            );
+            let commit = Commit {
+                changes: vec![Change::Upsert(batch)],
+                ..Commit::default()
+            };
+            let error = self.table().commit(commit).unwrap_err();
+            assert!(
+                matches!(
+                    error,
+                    CommitError::Row {
+                        row: 0,
+                        problem: RowProblem::Late { .. },
+                        ..
+                    }
+                ),
+                "{error}"
+            );
+        }
+        on_time
+    }
+
+    fn commit(&mut self, events: Vec<Event>, positions: Vec<Position>, put_id: Option<String>) {
+        let mut changes = Vec::new();
+        let mut rest = events.as_slice();
+        while let Some(first) = rest.first() {
+            let alike = |e: &&Event| {
+                e.values.is_some() == first.values.is_some()
+                    && (e.created == NO_CREATED_TIME) == (first.created == NO_CREATED_TIME)
+            };
+            let run = rest.iter().take_while(alike).count();
+            let (batch, after) = rest.split_at(self.rng.between(1, run));
+            rest = after;
+            let deletes = first.values.is_none();
+            let batch = self.spec.batch(&mut self.rng, batch);
+            changes.push(if deletes {
+                Change::Delete(batch)
+            } else {
+                Change::Upsert(batch)
+            });
+        }
+        let seen = put_id
+            .as_ref()
+            .is_some_and(|id| self.oracle.put_ids.contains(id));
+        let rows = if seen { 0 } else { events.len() as u64 };
+        let empty = events.is_empty() && positions.is_empty();
+        let commit = Commit {
+            changes,
+            positions,
+            put_id: put_id.clone(),
+            ..Commit::default()
+        };
+        let receipt = self
+            .table()
+            .commit(commit)
+            .unwrap_or_else(|e| panic!("commit: {e}"));
+        assert_eq!((receipt.rows, receipt.applied), (rows, !seen), "receipt");
+        if !seen {
+            self.oracle.events.extend(events);
+            self.oracle.put_ids.extend(put_id.filter(|_| !empty));
+        }
+        self.mark();
+    }
+
+    /// Notes the state by which a torn log may be cut.
+    fn mark(&mut self) {
+        self.note_synced();
+        let id = self.table().snapshot().id();
+        if self.log != id.log {
+            // What an earlier log holds may be torn as well, but its end is not here.
+            self.marks.drain(..self.marks.len().saturating_sub(1));
+            self.log = id.log;
+            self.synced.1 = 0;
+        }
+        self.marks.push(Mark {
+            sequence: id.sequence,
+            oracle: self.oracle.clone(),
+        });
+    }
+
+    /// A manifest stands only for what is on disk: when there is a new one, a power cut can
+    /// no longer take what the log held by then.
+    fn note_synced(&mut self) {
+        let manifest = self.table().stats().manifest;
+        if manifest != self.synced.0 {
+            let log = self.table().snapshot().id().log;
+            self.synced = (manifest, used_bytes(&self.log_path(log)));
+        }
+    }
+
+    fn log_path(&self, log: u64) -> PathBuf {
+        let table = self.table().id().to_string();
+        self.dir
+            .path()
+            .join("tables")
+            .join(table)
+            .join("log")
+            .join(format!("{log:016x}.log"))
+    }
+
+    fn commit_during_merge(&mut self) {
+        self.steps.push("merge beside commits:".to_owned());
+        let table = self.table();
+        std::thread::scope(|scope| {
+            let merge = scope.spawn(move || table.merge());
+            for _ in 0..6 {
+                self.put();
+                std::thread::sleep(Duration::from_micros(self.rng.below(400) as u64));
+            }
+            self.compare_now();
+            merge
+                .join()
+                .unwrap()
+                .unwrap_or_else(|e| panic!("merge: {e}"));
+        });
+        self.steps.push("merged".to_owned());
+        self.compare_all();
+    }
+
+    fn restart(&mut self) {
+        self.steps.push("restart".to_owned());
+        self.store = None;
+        self.reopen();
+        self.compare_now();
+    }
+
+    /// Opens the closed store, once its background threads have let go of it.
+    fn open(&self, open: fn(&Path, StoreOptions) -> Result<Store, OpenError>) -> Store {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match open(self.dir.path(), self.options.clone()) {
+                Ok(store) => return store,
+                Err(OpenError::Locked { .. }) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => panic!("open: {error}"),
+            }
+        }
+    }
+
+    fn reopen(&mut self) {
+        for kept in &mut self.kept {
+            kept.findable = false;
+        }
+        self.store = Some(self.open(Store::open));
+        self.marks.drain(..self.marks.len().saturating_sub(1));
+        let id = self.table().snapshot().id();
+        if let Some(mark) = self.marks.last_mut() {
+            mark.sequence = id.sequence;
+        }
+        self.log = id.log;
+    }
+
+    /// A power cut: the end of the log never reached the disk. What is left must be the
+    /// state after some commit, positions included; the source delivers the rest again.
+    fn tear(&mut self) {
+        // Maps of the log would see it change, as no running process ever does.
+        self.kept.clear();
+        self.note_synced();
+        let log = self.table().snapshot().id().log;
+        let path = self.log_path(log);
+        let synced = if self.log == log { self.synced.1 } else { 0 };
+        self.store = None;
+        let used = used_bytes(&path);
+        // With background work nobody knows what is synced.
+        let torn = !self.options.background && used > synced;
+        if torn {
+            let from = self.rng.between(synced, used);
+            let file = File::options().write(true).open(&path).unwrap();
+            file.write_all_at(&vec![0; used - from], from as u64)
+                .unwrap();
+            self.steps.push(format!(
+                "log {log} torn at {from} of {used} bytes, {synced} synced"
+            ));
+        } else {
+            self.steps.push("restart".to_owned());
+        }
+        let marks = std::mem::take(&mut self.marks);
+        self.reopen();
+        let table = self.table();
+        let (sequence, positions) = (table.snapshot().id().sequence, table.positions());
+        let survived = |mark: &&Mark| {
+            let of = |partition: i32| positions.next_offset(TOPIC, partition);
+            (0..PARTITIONS as i32).all(|p| of(p) == mark.oracle.next_offsets.get(&p).copied())
+                && (!torn || mark.sequence == sequence)
+        };
+        let Some(mark) = marks.iter().rev().find(survived) else {
+            let known: Vec<_> = marks
+                .iter()
+                .map(|m| (m.sequence, &m.oracle.next_offsets))
+                .collect();
+            panic!(
+                "after the crash the table stands at {sequence} {positions:?}, after no commit of {known:?}"
+            );
+        };
+        self.oracle = mark.oracle.clone();
+        for (partition, (_, next)) in self.partitions.iter_mut().enumerate() {
+            *next = self
+                .oracle
+                .next_offsets
+                .get(&(partition as i32))
+                .map_or(0, |&next| next as usize);
+        }
+        self.mark();
+        self.compare_now();
+    }
+
+    /// A second process looks at the closed store.
+    fn read_only(&mut self) {
+        self.steps.push("open read-only".to_owned());
+        self.store = None;
+        let store = self.open(Store::open_read_only);
+        self.store = Some(store);
+        self.compare_now();
+        let refused = self.table().commit(Commit {
+            positions: vec![position(0, 1 << 40)],
+            ..Commit::default()
+        });
+        assert!(
+            matches!(refused, Err(CommitError::ReadOnly { .. })),
+            "{refused:?}"
+        );
+        self.store = None;
+        self.reopen();
+    }
+
+    fn change_definition(&mut self) {
+        self.spec.evolve(&mut self.rng);
+        let names: Vec<String> = self
+            .spec
+            .features
+            .iter()
+            .map(|f| format!("{}: {}", f.name, f.data_type))
+            .collect();
+        self.steps.push(format!(
+            "definition with {} and ttl {:?}",
+            names.join(", "),
+            self.spec.ttl
+        ));
+        self.store()
+            .apply(vec![self.spec.definition()])
+            .unwrap_or_else(|e| panic!("apply: {e}"));
+        self.mark();
+        self.compare_now();
+    }
+
+    fn keep(&mut self) {
+        let snapshot = self.table().snapshot();
+        self.steps.push(format!("keep {}", snapshot.id()));
+        let findable = self.rng.chance(60);
+        if findable {
+            self.table().retain(&snapshot);
+        }
+        self.kept.push(Kept {
+            snapshot,
+            spec: self.spec.clone(),
+            rules: self.spec.rules(),
+            events: self.oracle.events.len(),
+            findable,
+        });
+        if self.kept.len() > 6 {
+            let forgotten = self.rng.below(self.kept.len());
+            self.kept.remove(forgotten);
+        }
+    }
+
+    fn compare_now(&mut self) {
+        let snapshot = self.table().snapshot();
+        self.steps.push(format!("compare {}", snapshot.id()));
+        let rules = self.spec.rules();
+        for partition in 0..PARTITIONS as i32 {
+            let expected = self.oracle.next_offsets.get(&partition).copied();
+            assert_eq!(
+                snapshot.positions().next_offset(TOPIC, partition),
+                expected,
+                "partition {partition}"
+            );
+        }
+        compare(
+            &mut self.rng,
+            &self.spec,
+            &self.keys,
+            &snapshot,
+            View {
+                events: &self.oracle.events,
+                rules: &rules,
+            },
+        );
+    }
+
+    fn compare_all(&mut self) {
+        self.compare_now();
+        let kept = std::mem::take(&mut self.kept);
+        for kept in &kept {
+            self.steps
+                .push(format!("compare kept {}", kept.snapshot.id()));
+            let view = View {
+                events: &self.oracle.events[..kept.events],
+                rules: &kept.rules,
+            };
+            let mut snapshots = vec![kept.snapshot.clone()];
+            if kept.findable {
+                let id: SnapshotId = kept.snapshot.id().to_string().parse().unwrap();
+                snapshots.push(
+                    self.table()
+                        .snapshot_by_id(id)
+                        .unwrap_or_else(|e| panic!("{e}")),
+                );
+            }
+            for snapshot in snapshots {
+                compare(&mut self.rng, &kept.spec, &self.keys, &snapshot, view);
+            }
+        }
+        self.kept = kept;
+    }
+}
+
+/// A folder in memory where there is such a thing: the cases are about order, not disks.
+fn fast_dir() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
+}
+
+/// Bytes before the zeros that a log ends in; 0 when there is no such file.
+fn used_bytes(path: &Path) -> usize {
+    let bytes = std::fs::read(path).unwrap_or_default();
+    bytes
+        .iter()
+        .rposition(|&b| b != 0)
+        .map_or(0, |last| last + 1)
+}
+
+fn position(partition: i32, next_offset: i64) -> Position {
+    Position {
+        topic: TOPIC.to_owned(),
+        topic_id: "id".to_owned(),
+        partition,
+        next_offset,
+    }
+}
+
+fn shown(events: &[Event]) -> String {
+    let events = events.iter().map(|e| {
+        let created = if e.created == NO_CREATED_TIME {
+            "-".to_owned()
+        } else {
+            e.created.to_string()
+        };
+        match &e.values {
+            Some(values) => format!("{:?}@{}/{created} {values:?}", e.key, e.event),
+            None => format!("{:?}@{}/{created} delete", e.key, e.event),
+        }
+    });
+    format!("[{}]", events.collect::<Vec<_>>().join("; "))
+}

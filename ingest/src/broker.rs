@@ -1,0 +1,197 @@
+//! Questions to the broker: a topic's partitions and id, and where a start policy points.
+
+use std::collections::BTreeSet;
+use std::sync::Weak;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::time::Duration;
+
+use pinion_schemas::StartPolicy;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::{Offset, TopicPartitionList};
+
+use crate::assign::{NAMED, Offsets};
+use crate::config::IngestError;
+use crate::feed::TopicView;
+use crate::native::{self, LogContext, TopicIdError};
+
+/// The consumer of every source.
+pub(crate) type Consumer = BaseConsumer<LogContext>;
+
+/// Partitions and id of a topic. Two round trips.
+///
+/// # Errors
+///
+/// What to tell the operator; asking again may help.
+pub(crate) fn describe_topic(
+    consumer: &Consumer,
+    topic: &str,
+    timeout: Duration,
+) -> Result<TopicView, String> {
+    let metadata = consumer
+        .fetch_metadata(Some(topic), timeout)
+        .map_err(|e| format!("cannot reach the brokers: {e}"))?;
+    let found = metadata
+        .topics()
+        .iter()
+        .find(|t| t.name() == topic)
+        .ok_or_else(|| format!("the brokers do not know topic {topic}"))?;
+    if let Some(error) = found.error() {
+        let code = rdkafka::types::RDKafkaErrorCode::from(error);
+        return Err(format!("the brokers refuse topic {topic}: {code}"));
+    }
+    let partitions: BTreeSet<i32> = found
+        .partitions()
+        .iter()
+        .map(rdkafka::metadata::MetadataPartition::id)
+        .collect();
+    if partitions.is_empty() {
+        return Err(format!("topic {topic} has no partitions yet"));
+    }
+    let Some(leader) = found
+        .partitions()
+        .iter()
+        .map(|p| p.leader())
+        .find(|id| *id >= 0)
+    else {
+        return Err(format!("no partition of topic {topic} has a leader"));
+    };
+    let id = match native::topic_id(consumer, topic, leader, timeout) {
+        Ok(id) => id,
+        Err(TopicIdError::Unsupported) => format!("{NAMED}{topic}"),
+        Err(failed @ TopicIdError::Failed { .. }) => return Err(failed.to_string()),
+    };
+    Ok(TopicView {
+        name: topic.to_owned(),
+        id,
+        partitions,
+    })
+}
+
+/// First and next offset of a partition, asked of its leader.
+///
+/// # Errors
+///
+/// What to tell the operator; asking again may help.
+pub(crate) fn watermarks(
+    consumer: &Consumer,
+    topic: &str,
+    partition: i32,
+    timeout: Duration,
+) -> Result<(i64, i64), String> {
+    consumer
+        .fetch_watermarks(topic, partition, timeout)
+        .map_err(|e| format!("cannot read the offsets of {topic} partition {partition}: {e}"))
+}
+
+/// The offsets that a start policy means now.
+///
+/// # Errors
+///
+/// What to tell the operator; asking again may help.
+pub(crate) fn resolve_start(
+    consumer: &Consumer,
+    topic: &str,
+    policy: StartPolicy,
+    partitions: &BTreeSet<i32>,
+    timeout: Duration,
+) -> Result<Offsets, String> {
+    let mut offsets = Offsets::new();
+    let mut open = partitions.clone();
+    if let StartPolicy::At(millis) = policy {
+        let mut times = TopicPartitionList::new();
+        for &partition in partitions {
+            times
+                .add_partition_offset(topic, partition, Offset::Offset(millis))
+                .map_err(|e| format!("start time {millis} ms of {topic} is out of range: {e}"))?;
+        }
+        let found = consumer
+            .offsets_for_times(times, timeout)
+            .map_err(|e| format!("cannot look up the start time in {topic}: {e}"))?;
+        for element in found.elements() {
+            // A partition without a record that late answers with its end: resolved below.
+            if let Offset::Offset(next) = element.offset() {
+                offsets.insert(element.partition(), next);
+                open.remove(&element.partition());
+            }
+        }
+    }
+    for partition in open {
+        let (low, high) = watermarks(consumer, topic, partition, timeout)?;
+        let next = if policy == StartPolicy::Earliest {
+            low
+        } else {
+            high
+        };
+        offsets.insert(partition, next);
+    }
+    Ok(offsets)
+}
+
+/// Looks at the topic again and again on a thread of its own, so that a slow answer holds no
+/// record back. Dropping it ends the thread after the look in progress.
+pub(crate) struct TopicWatch {
+    seen: Receiver<Result<TopicView, String>>,
+    /// Its drop tells the thread to end.
+    _alive: Sender<()>,
+}
+
+impl TopicWatch {
+    /// Starts looking. The consumer is held only during a look.
+    ///
+    /// # Errors
+    ///
+    /// The system gave no thread.
+    pub(crate) fn start(
+        consumer: Weak<Consumer>,
+        topic: &str,
+        interval: Duration,
+        timeout: Duration,
+    ) -> Result<TopicWatch, IngestError> {
+        let (tell, seen) = mpsc::channel();
+        let (alive, ended) = mpsc::channel::<()>();
+        let name = topic.to_owned();
+        std::thread::Builder::new()
+            .name("pinion-watch".to_owned())
+            .spawn(move || {
+                let mut failed = false;
+                loop {
+                    let pause = if failed {
+                        interval.min(Duration::from_secs(1))
+                    } else {
+                        interval
+                    };
+                    match ended.recv_timeout(pause) {
+                        Err(RecvTimeoutError::Timeout) => {}
+                        Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
+                    }
+                    let Some(consumer) = consumer.upgrade() else {
+                        return;
+                    };
+                    let view = describe_topic(&consumer, &name, timeout);
+                    failed = view.is_err();
+                    if tell.send(view).is_err() {
+                        return;
+                    }
+                }
+            })
+            .map_err(|e| IngestError::Thread {
+                what: format!("watching topic {topic}"),
+                problem: e.to_string(),
+            })?;
+        Ok(TopicWatch {
+            seen,
+            _alive: alive,
+        })
+    }
+
+    /// The newest look since the last call.
+    pub(crate) fn newest(&self) -> Option<Result<TopicView, String>> {
+        let mut newest = None;
+        loop {
+            match self.seen.try_recv() {
+                Ok(view) => newest = Some(view),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return newest,
+            }
+        }
+    }
+}

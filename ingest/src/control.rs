@@ -1,0 +1,75 @@
+//! How the supervisor steers a source's thread.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use pinion_feature_store::Table;
+
+/// What a source should be doing.
+#[derive(Clone, Default)]
+pub(crate) struct Desired {
+    pub(crate) tables: Vec<Table>,
+    pub(crate) paused: bool,
+}
+
+/// Shared between a source's thread and its supervisor. Every change raises the generation.
+#[derive(Default)]
+pub(crate) struct Control {
+    desired: Mutex<Desired>,
+    changed: Condvar,
+    generation: AtomicU64,
+    stopping: AtomicBool,
+}
+
+impl Control {
+    /// What is wanted, with the generation it is of.
+    pub(crate) fn desired(&self) -> (u64, Desired) {
+        let desired = self.desired.lock();
+        (self.generation.load(Ordering::Acquire), desired.clone())
+    }
+
+    /// Number of the latest change.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Changes what is wanted and wakes the source.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Desired)) {
+        let mut desired = self.desired.lock();
+        change(&mut desired);
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.changed.notify_all();
+    }
+
+    /// Asks the thread to end.
+    pub(crate) fn stop(&self) {
+        let _desired = self.desired.lock();
+        self.stopping.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// True once the thread should end.
+    pub(crate) fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Sleeps up to `timeout`, or until a stop or a change after `generation`.
+    pub(crate) fn sleep(&self, generation: u64, timeout: Duration) {
+        let until = Instant::now() + timeout;
+        let mut desired = self.desired.lock();
+        while !self.stopping() && self.generation() == generation {
+            if self.changed.wait_until(&mut desired, until).timed_out() {
+                break;
+            }
+        }
+    }
+
+    /// Sleeps until a stop or a change after `generation`.
+    pub(crate) fn wait_for_change(&self, generation: u64) {
+        let mut desired = self.desired.lock();
+        while !self.stopping() && self.generation() == generation {
+            self.changed.wait(&mut desired);
+        }
+    }
+}

@@ -1,0 +1,401 @@
+//! One table reading one topic: which records are new to it, and their commit.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use pinion_feature_store::{Change, Commit, CommitError, DeadLetter, Position, Table};
+use pinion_schemas::{StartPolicy, TableDefinition};
+
+use crate::assign::{Offsets, Opening, open_topic};
+use crate::decode::{Decoded, Decoder, Incoming, Run, RunKind};
+
+/// One thing a micro-batch brought, in the order it came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// The record at this index.
+    Record(usize),
+    /// Nothing below `next_offset` is left to read in the partition.
+    End { partition: i32, next_offset: i64 },
+}
+
+/// Why a table does not go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum FeedProblem {
+    /// Passes by itself: try again later.
+    Wait(String),
+    /// Does not pass by itself.
+    Stop(String),
+}
+
+/// What one micro-batch did to a table.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Applied {
+    pub(crate) rows: u64,
+    pub(crate) deletes: u64,
+    pub(crate) dead_letters: u64,
+    pub(crate) filtered: u64,
+}
+
+/// The topic as the broker describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TopicView {
+    pub(crate) name: String,
+    /// The topic id, or `name:<topic>` where the broker has none.
+    pub(crate) id: String,
+    pub(crate) partitions: BTreeSet<i32>,
+}
+
+/// Turns a start policy into numbers, or says why the broker did not answer.
+pub(crate) type ResolveStart<'a> =
+    &'a dyn Fn(StartPolicy, &BTreeSet<i32>) -> Result<Offsets, String>;
+
+/// A table that is reading.
+pub(crate) struct Feed {
+    table: Table,
+    topic: String,
+    topic_id: String,
+    decoder: Decoder,
+    next: Offsets,
+}
+
+impl Feed {
+    /// Takes up the table's reading of `topic`: from its stored positions, or where its start
+    /// policy says. New positions are committed before anything is fetched, so that a restart
+    /// finds the same numbers.
+    pub(crate) fn open(
+        table: &Table,
+        definition: &Arc<TableDefinition>,
+        topic: &TopicView,
+        value_max_bytes: usize,
+        resolve: ResolveStart<'_>,
+    ) -> Result<Feed, FeedProblem> {
+        let name = &definition.name;
+        let Some(source) = &definition.kafka else {
+            return Err(FeedProblem::Stop(format!(
+                "table {name} has no Kafka source any more"
+            )));
+        };
+        let decoder = Decoder::new(definition, source, value_max_bytes)
+            .map_err(|e| FeedProblem::Stop(format!("table {name}: {e}")))?;
+        let opening = open_topic(
+            &table.positions(),
+            &topic.name,
+            &topic.id,
+            &topic.partitions,
+            source.partitions.as_deref(),
+        );
+        let (next, fresh, topic_id) = match opening {
+            Opening::Continue {
+                positions,
+                discovered,
+                topic_id,
+            } => (positions, discovered, topic_id),
+            Opening::Begin { partitions } => {
+                let next = resolve(source.start, &partitions).map_err(FeedProblem::Wait)?;
+                (next, partitions, topic.id.clone())
+            }
+            Opening::Recreated { stored, current } => {
+                return Err(FeedProblem::Stop(format!(
+                    "topic {} was re-created: table {name} last read the topic with id {stored}, \
+                     now it has id {current}, and stored positions mean nothing in it; to read \
+                     the new topic, drop the table and apply it again",
+                    topic.name
+                )));
+            }
+        };
+        let mut feed = Feed {
+            table: table.clone(),
+            topic: topic.name.clone(),
+            topic_id,
+            decoder,
+            next,
+        };
+        if !fresh.is_empty() {
+            let positions = feed.next.iter().filter(|(p, _)| fresh.contains(p));
+            let positions = positions
+                .map(|(&p, &next)| feed.position(p, next))
+                .collect();
+            feed.commit(
+                &mut [],
+                Commit {
+                    positions,
+                    ..Commit::default()
+                },
+                &[],
+            )?;
+        }
+        Ok(feed)
+    }
+
+    /// Next offset to read of each partition.
+    pub(crate) fn positions(&self) -> &Offsets {
+        &self.next
+    }
+
+    /// True when some column is read from a header.
+    pub(crate) fn reads_headers(&self) -> bool {
+        self.decoder.reads_headers()
+    }
+
+    /// Applies what is new to this table in one commit: rows, deletes, dead letters, positions.
+    /// Records below its positions, or of partitions it does not read, are dropped.
+    ///
+    /// On an error nothing was applied and the positions stand.
+    pub(crate) fn apply(
+        &mut self,
+        records: &[Incoming<'_>],
+        steps: &[Step],
+        now_millis: i64,
+    ) -> Result<Applied, FeedProblem> {
+        let (selected, advanced) = advance(&self.next, records, steps);
+        if advanced.is_empty() {
+            return Ok(Applied::default());
+        }
+        let name = self.table.name();
+        let Decoded {
+            mut runs,
+            refused,
+            filtered,
+        } = self
+            .decoder
+            .decode(records, &selected, now_millis)
+            .map_err(|e| {
+                FeedProblem::Stop(format!(
+                    "table {name}: decoded columns do not fit together: {e}"
+                ))
+            })?;
+        let commit = Commit {
+            positions: advanced
+                .iter()
+                .map(|(&p, &next)| self.position(p, next))
+                .collect(),
+            dead_letters: self.dead_letters(records, &refused),
+            ..Commit::default()
+        };
+        let mut applied = self.commit(&mut runs, commit, records)?;
+        applied.filtered = filtered;
+        self.next.extend(advanced);
+        Ok(applied)
+    }
+
+    /// Commits the runs with everything in `commit`. Rows that the table refuses become dead
+    /// letters of the same commit.
+    fn commit(
+        &mut self,
+        runs: &mut [Run],
+        mut commit: Commit,
+        records: &[Incoming<'_>],
+    ) -> Result<Applied, FeedProblem> {
+        let mut checked_all = false;
+        loop {
+            commit.changes = runs
+                .iter()
+                .filter(|r| !r.records.is_empty())
+                .map(change)
+                .collect();
+            let (row, problem) = match self.table.commit(commit.clone()) {
+                Ok(_) => return Ok(count(runs, &commit)),
+                Err(CommitError::Row { row, problem, .. }) => (row, problem.to_string()),
+                Err(other) => return Err(problem_of(&other)),
+            };
+            let mut refused = Vec::new();
+            if !checked_all {
+                // All bad rows at once, rather than one per attempt.
+                checked_all = true;
+                for run in runs.iter().filter(|r| r.kind == RunKind::Upsert) {
+                    let found = self
+                        .table
+                        .check_rows(&run.batch)
+                        .map_err(|e| problem_of(&e))?;
+                    refused.extend(found.into_iter().filter_map(|(row, problem)| {
+                        Some((*run.records.get(row)?, problem.to_string()))
+                    }));
+                }
+            }
+            if refused.is_empty() {
+                let index = runs.iter().flat_map(|r| r.records.iter()).nth(row).copied();
+                let Some(index) = index else {
+                    return Err(FeedProblem::Stop(format!(
+                        "the table refuses row {row} of a commit that has no such row: {problem}"
+                    )));
+                };
+                refused.push((index, problem));
+            }
+            let indices: BTreeSet<usize> = refused.iter().map(|(index, _)| *index).collect();
+            for run in runs.iter_mut() {
+                run.drop_records(&indices)
+                    .map_err(|e| FeedProblem::Stop(format!("cannot take refused rows out: {e}")))?;
+            }
+            commit
+                .dead_letters
+                .extend(self.dead_letters(records, &refused));
+        }
+    }
+
+    fn position(&self, partition: i32, next_offset: i64) -> Position {
+        Position {
+            topic: self.topic.clone(),
+            topic_id: self.topic_id.clone(),
+            partition,
+            next_offset,
+        }
+    }
+
+    fn dead_letters(
+        &self,
+        records: &[Incoming<'_>],
+        refused: &[(usize, String)],
+    ) -> Vec<DeadLetter> {
+        let of = |(index, reason): &(usize, String)| {
+            records
+                .get(*index)
+                .map(|record| self.dead_letter(record, reason))
+        };
+        refused.iter().filter_map(of).collect()
+    }
+
+    fn dead_letter(&self, record: &Incoming<'_>, reason: &str) -> DeadLetter {
+        DeadLetter {
+            topic: self.topic.clone(),
+            partition: record.partition,
+            offset: record.offset,
+            timestamp_millis: record.timestamp_millis.unwrap_or(-1),
+            error: reason.to_owned(),
+            key: record.key.map(<[u8]>::to_vec),
+            value: record.value.map(<[u8]>::to_vec),
+        }
+    }
+}
+
+/// Which records are new to a table at `next`, and where that leaves the partitions that moved.
+fn advance(next: &Offsets, records: &[Incoming<'_>], steps: &[Step]) -> (Vec<usize>, Offsets) {
+    let mut selected = Vec::new();
+    let mut advanced: BTreeMap<i32, i64> = BTreeMap::new();
+    for step in steps {
+        let (partition, after, index) = match *step {
+            Step::Record(index) => match records.get(index) {
+                Some(record) => (
+                    record.partition,
+                    record.offset.saturating_add(1),
+                    Some(index),
+                ),
+                None => continue,
+            },
+            Step::End {
+                partition,
+                next_offset,
+            } => (partition, next_offset, None),
+        };
+        let Some(stored) = next.get(&partition) else {
+            continue;
+        };
+        let current = advanced.get(&partition).copied().unwrap_or(*stored);
+        if after > current {
+            advanced.insert(partition, after);
+            selected.extend(index);
+        }
+    }
+    (selected, advanced)
+}
+
+fn change(run: &Run) -> Change {
+    match run.kind {
+        RunKind::Upsert => Change::Upsert(run.batch.clone()),
+        RunKind::Delete => Change::Delete(run.batch.clone()),
+    }
+}
+
+fn count(runs: &[Run], commit: &Commit) -> Applied {
+    let rows_of = |kind| {
+        runs.iter()
+            .filter(|r| r.kind == kind)
+            .map(|r| r.records.len() as u64)
+            .sum::<u64>()
+    };
+    Applied {
+        rows: rows_of(RunKind::Upsert),
+        deletes: rows_of(RunKind::Delete),
+        dead_letters: commit.dead_letters.len() as u64,
+        filtered: 0,
+    }
+}
+
+/// Whether a refused commit may succeed later. No `_` arm: a new error has to choose.
+fn problem_of(error: &CommitError) -> FeedProblem {
+    let text = with_causes(error);
+    match error {
+        CommitError::Io { .. } | CommitError::Read(_) | CommitError::Schema { .. } => {
+            // A schema that does not fit is the definition's, changed a moment ago: the retry
+            // decodes by the new one.
+            FeedProblem::Wait(text)
+        }
+        CommitError::ReadOnly { .. }
+        | CommitError::Dropped { .. }
+        | CommitError::TooLarge { .. }
+        | CommitError::Row { .. } => FeedProblem::Stop(text),
+    }
+}
+
+/// An error with its causes, in one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::OnceCell;
+
+    fn record(partition: i32, offset: i64) -> Incoming<'static> {
+        Incoming {
+            partition,
+            offset,
+            timestamp_millis: None,
+            key: None,
+            value: None,
+            headers: Vec::new(),
+            parsed: OnceCell::new(),
+        }
+    }
+
+    #[test]
+    fn records_below_the_position_and_of_other_partitions_are_dropped() {
+        let records = [
+            record(0, 4),
+            record(0, 5),
+            record(1, 0),
+            record(7, 3),
+            record(0, 5),
+        ];
+        let steps: Vec<Step> = (0..records.len()).map(Step::Record).collect();
+        let (selected, advanced) = advance(&[(0, 5), (1, 0)].into(), &records, &steps);
+        assert_eq!(selected, [1, 2]);
+        assert_eq!(advanced, Offsets::from([(0, 6), (1, 1)]));
+    }
+
+    #[test]
+    fn positions_move_over_gaps_and_to_the_end_without_rows() {
+        let records = [record(0, 10)];
+        let steps = [
+            Step::Record(0),
+            Step::End {
+                partition: 0,
+                next_offset: 15,
+            },
+            Step::End {
+                partition: 1,
+                next_offset: 3,
+            },
+        ];
+        let (selected, advanced) = advance(&[(0, 2), (1, 3)].into(), &records, &steps);
+        assert_eq!(selected, [0]);
+        assert_eq!(advanced, Offsets::from([(0, 15)]));
+    }
+}

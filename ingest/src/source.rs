@@ -1,0 +1,658 @@
+//! One topic, one consumer, one thread; any number of tables.
+//!
+//! The consumer is assigned the least position of its tables; each table drops what it has.
+//! A table that cannot take a batch is set aside with its stored positions and opened again
+//! later, while the others go on: the consumer then goes back for it, and the others drop what
+//! they have already. Nothing is ever reset in silence: a lost offset or another topic of the
+//! same name stops the table with the reason.
+
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+use pinion_feature_store::Table;
+use pinion_schemas::TableDefinition;
+use rdkafka::consumer::Consumer as _;
+use rdkafka::types::RDKafkaErrorCode;
+use rdkafka::{Offset, TopicPartitionList};
+
+use crate::assign::{Offsets, least_positions};
+use crate::broker::{Consumer, TopicWatch, describe_topic, resolve_start, watermarks};
+use crate::config::IngestConfig;
+use crate::control::{Control, Desired};
+use crate::decode::Incoming;
+use crate::feed::{Applied, Feed, FeedProblem, Step, TopicView};
+use crate::native::{self, EventQueue, LogContext, Polled, Record};
+use crate::status::{SourceState, SourceStatus, TableProgress, lag};
+
+/// Longest wait for the first record: how soon a command is noticed on a quiet topic.
+const POLL_WAIT: Duration = Duration::from_millis(100);
+/// How often the ends of partitions are looked up for the status.
+const ENDS_INTERVAL: Duration = Duration::from_millis(200);
+/// First and longest pause between two tries.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Times an offset must be past the end before that is believed: a broker that just restarted
+/// may not yet know its own end.
+const PAST_END_TRIES: u32 = 4;
+
+/// What tells two consumers apart.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct SourceKey {
+    pub(crate) topic: String,
+    pub(crate) brokers: String,
+    pub(crate) options: BTreeMap<String, String>,
+}
+
+/// A source before and between its connections.
+pub(crate) struct Source {
+    pub(crate) key: SourceKey,
+    pub(crate) config: Arc<IngestConfig>,
+    pub(crate) control: Arc<Control>,
+    pub(crate) status: Arc<Mutex<SourceStatus>>,
+}
+
+/// How a connection ended.
+enum Ended {
+    /// By command.
+    Stopped,
+    /// Connect again soon.
+    Retry(String),
+    /// Nothing to do before somebody acts.
+    Halted(String),
+}
+
+impl Source {
+    /// Reads until told to stop. A panic leaves the source stopped with that reason.
+    pub(crate) fn run(self) {
+        let guard = PanicGuard {
+            status: Arc::clone(&self.status),
+        };
+        let mut pause = BACKOFF.0;
+        while !self.control.stopping() {
+            let (generation, _) = self.control.desired();
+            let started = Instant::now();
+            match self.connect() {
+                Ended::Stopped => break,
+                Ended::Retry(reason) => {
+                    tracing::warn!(topic = self.key.topic, "source degraded: {reason}");
+                    self.set_state(SourceState::Degraded { reason });
+                    if started.elapsed() > BACKOFF.1 {
+                        pause = BACKOFF.0;
+                    }
+                    self.control.sleep(generation, pause);
+                    pause = (pause * 2).min(BACKOFF.1);
+                }
+                Ended::Halted(reason) => {
+                    tracing::error!(topic = self.key.topic, "source stopped: {reason}");
+                    self.set_state(SourceState::Stopped { reason });
+                    self.control.wait_for_change(generation);
+                    pause = BACKOFF.0;
+                }
+            }
+        }
+        drop(guard);
+    }
+
+    fn set_state(&self, state: SourceState) {
+        self.status.lock().state = state;
+    }
+
+    fn connect(&self) -> Ended {
+        let settings = match self
+            .config
+            .client_config(&self.key.brokers, &self.key.options)
+        {
+            Ok(settings) => settings,
+            Err(e) => return Ended::Halted(e.to_string()),
+        };
+        let consumer: Arc<Consumer> = match settings.create_with_context(LogContext) {
+            Ok(consumer) => Arc::new(consumer),
+            Err(e) => return Ended::Halted(format!("the Kafka settings are refused: {e}")),
+        };
+        let timeout = self.config.request_timeout;
+        let topic = match describe_topic(&consumer, &self.key.topic, timeout) {
+            Ok(topic) => topic,
+            Err(reason) => return Ended::Retry(reason),
+        };
+        let watch = TopicWatch::start(
+            Arc::downgrade(&consumer),
+            &self.key.topic,
+            self.config.discovery_interval,
+            timeout,
+        );
+        let watch = match watch {
+            Ok(watch) => watch,
+            Err(e) => return Ended::Retry(e.to_string()),
+        };
+        let Some(events) = EventQueue::new(&consumer) else {
+            return Ended::Retry("librdkafka gave the consumer no queue".to_owned());
+        };
+        let mut session = Session {
+            source: self,
+            consumer: &consumer,
+            events,
+            topic,
+            slots: Vec::new(),
+            generation: None,
+            paused: false,
+            trouble: None,
+            assigned: None,
+            past_end_tries: 0,
+            ends: BTreeMap::new(),
+            ends_at: None,
+        };
+        session.run(&watch)
+    }
+}
+
+/// Marks the source stopped when its thread unwinds.
+struct PanicGuard {
+    status: Arc<Mutex<SourceStatus>>,
+}
+
+impl Drop for PanicGuard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let reason = "the consumer thread panicked; see the log".to_owned();
+            self.status.lock().state = SourceState::Stopped { reason };
+        }
+    }
+}
+
+/// A table of the source.
+struct Slot {
+    table: Table,
+    definition: Arc<TableDefinition>,
+    total: Applied,
+    reading: Reading,
+}
+
+enum Reading {
+    Open(Box<Feed>),
+    /// Set aside until `at`.
+    Waiting {
+        at: Instant,
+        pause: Duration,
+        reason: String,
+    },
+    Stopped {
+        reason: String,
+    },
+}
+
+impl Slot {
+    fn feed(&self) -> Option<&Feed> {
+        match &self.reading {
+            Reading::Open(feed) => Some(feed),
+            Reading::Waiting { .. } | Reading::Stopped { .. } => None,
+        }
+    }
+
+    fn set_aside(&mut self, problem: FeedProblem) {
+        let table = self.table.name();
+        self.reading = match problem {
+            FeedProblem::Wait(reason) => {
+                let pause = match &self.reading {
+                    Reading::Waiting { pause, .. } => (*pause * 2).min(BACKOFF.1),
+                    Reading::Open(_) | Reading::Stopped { .. } => BACKOFF.0,
+                };
+                tracing::warn!(table, "set aside for {pause:?}: {reason}");
+                Reading::Waiting {
+                    at: Instant::now() + pause,
+                    pause,
+                    reason,
+                }
+            }
+            FeedProblem::Stop(reason) => {
+                tracing::error!(table, "stopped: {reason}");
+                Reading::Stopped { reason }
+            }
+        };
+    }
+}
+
+/// One connection.
+struct Session<'s> {
+    source: &'s Source,
+    consumer: &'s Consumer,
+    events: EventQueue<'s>,
+    topic: TopicView,
+    slots: Vec<Slot>,
+    /// Generation of the commands followed so far.
+    generation: Option<u64>,
+    paused: bool,
+    /// What the consumer or the broker complained about last.
+    trouble: Option<String>,
+    /// What the consumer was told to read when it was last assigned; `None` when nothing.
+    assigned: Option<Offsets>,
+    past_end_tries: u32,
+    ends: Offsets,
+    ends_at: Option<Instant>,
+}
+
+/// Records and events of one micro-batch, in the order they came.
+#[derive(Default)]
+struct Gathered<'c> {
+    records: Vec<Record<'c>>,
+    steps: Vec<Step>,
+    failures: Vec<(RDKafkaErrorCode, Option<i32>, String)>,
+}
+
+impl<'s> Session<'s> {
+    fn run(&mut self, watch: &TopicWatch) -> Ended {
+        loop {
+            let control = &self.source.control;
+            if control.stopping() {
+                return Ended::Stopped;
+            }
+            if self.generation != Some(control.generation()) {
+                let (generation, desired) = control.desired();
+                self.generation = Some(generation);
+                self.follow(&desired);
+            }
+            if let Some(seen) = watch.newest() {
+                self.look(seen);
+            }
+            self.reopen_due();
+            if let Some(reason) = self.all_stopped() {
+                self.publish();
+                return Ended::Halted(reason);
+            }
+            if self.paused || !self.slots.iter().any(|s| s.feed().is_some()) {
+                self.publish();
+                control.sleep(self.generation.unwrap_or(0), POLL_WAIT);
+                continue;
+            }
+            if let Err(reason) = self.assign() {
+                return Ended::Retry(reason);
+            }
+            let gathered = self.gather();
+            self.apply(&gathered);
+            for (code, partition, message) in gathered.failures {
+                if let Some(ended) = self.handle_failure(code, partition, &message) {
+                    return ended;
+                }
+            }
+            self.publish();
+        }
+    }
+
+    /// Takes over the tables and the pause that the supervisor wants.
+    fn follow(&mut self, desired: &Desired) {
+        self.paused = desired.paused;
+        let mut former = std::mem::take(&mut self.slots);
+        for table in &desired.tables {
+            let definition = table.definition();
+            let known = former.iter().position(|s| s.table.id() == table.id());
+            let slot = match known.map(|i| former.swap_remove(i)) {
+                Some(slot) if *slot.definition == *definition && slot.feed().is_some() => slot,
+                known => {
+                    let total = known.map(|s| s.total).unwrap_or_default();
+                    let mut slot = Slot {
+                        table: table.clone(),
+                        definition,
+                        total,
+                        reading: Reading::Stopped {
+                            reason: String::new(),
+                        },
+                    };
+                    self.open(&mut slot);
+                    slot
+                }
+            };
+            self.slots.push(slot);
+        }
+        self.assigned = None;
+    }
+
+    fn open(&self, slot: &mut Slot) {
+        let timeout = self.source.config.request_timeout;
+        let resolve = |policy, partitions: &_| {
+            resolve_start(self.consumer, &self.topic.name, policy, partitions, timeout)
+        };
+        slot.definition = slot.table.definition();
+        let opened = Feed::open(
+            &slot.table,
+            &slot.definition,
+            &self.topic,
+            self.source.config.value_max_bytes,
+            &resolve,
+        );
+        match opened {
+            Ok(feed) => slot.reading = Reading::Open(Box::new(feed)),
+            Err(problem) => slot.set_aside(problem),
+        }
+    }
+
+    /// Opens again the tables whose pause is over, or all that read.
+    fn reopen(&mut self, wanted: impl Fn(&Slot) -> bool) {
+        let mut slots = std::mem::take(&mut self.slots);
+        for slot in slots.iter_mut().filter(|s| wanted(s)) {
+            self.open(slot);
+            self.assigned = None;
+        }
+        self.slots = slots;
+    }
+
+    fn reopen_due(&mut self) {
+        let now = Instant::now();
+        self.reopen(|slot| matches!(slot.reading, Reading::Waiting { at, .. } if at <= now));
+    }
+
+    /// Takes in what the watch saw: more partitions, another topic, or a broker out of reach.
+    fn look(&mut self, seen: Result<TopicView, String>) {
+        match seen {
+            Ok(topic) => {
+                self.trouble = None;
+                if topic != self.topic {
+                    self.topic = topic;
+                    self.reopen(|slot| slot.feed().is_some());
+                }
+            }
+            Err(reason) => self.trouble = Some(reason),
+        }
+    }
+
+    /// The reasons, when every table is stopped.
+    fn all_stopped(&self) -> Option<String> {
+        let mut reasons = Vec::new();
+        for slot in &self.slots {
+            match &slot.reading {
+                Reading::Stopped { reason } => reasons.push(reason.as_str()),
+                Reading::Open(_) | Reading::Waiting { .. } => return None,
+            }
+        }
+        (!reasons.is_empty()).then(|| reasons.join("; "))
+    }
+
+    /// Points the consumer at the least position of the open tables, unless it is on its way
+    /// from there already.
+    fn assign(&mut self) -> Result<(), String> {
+        if self.assigned.is_some() {
+            return Ok(());
+        }
+        let least = least_positions(
+            self.slots
+                .iter()
+                .filter_map(Slot::feed)
+                .map(Feed::positions),
+        );
+        let mut list = TopicPartitionList::new();
+        for (&partition, &next) in &least {
+            list.add_partition_offset(&self.topic.name, partition, Offset::Offset(next))
+                .map_err(|e| format!("cannot read {} from {next}: {e}", self.topic.name))?;
+        }
+        self.consumer
+            .assign(&list)
+            .map_err(|e| format!("cannot assign {}: {e}", self.topic.name))?;
+        tracing::debug!(topic = self.topic.name, ?least, "assigned");
+        self.assigned = Some(least);
+        Ok(())
+    }
+
+    /// Drains what is there: waits for the first record only, then takes more until there is
+    /// none, or a limit is reached.
+    fn gather(&self) -> Gathered<'s> {
+        let config = &self.source.config;
+        let mut gathered = Gathered::default();
+        let mut bytes = 0_usize;
+        let mut polled = self.events.poll(POLL_WAIT);
+        let started = Instant::now();
+        while let Some(event) = polled {
+            match event {
+                Polled::Record(record) => {
+                    bytes += record.value().map_or(0, <[u8]>::len);
+                    bytes += record.key().map_or(0, <[u8]>::len);
+                    gathered.steps.push(Step::Record(gathered.records.len()));
+                    gathered.records.push(record);
+                }
+                Polled::End {
+                    partition,
+                    next_offset,
+                } => {
+                    gathered.steps.push(Step::End {
+                        partition,
+                        next_offset,
+                    });
+                }
+                Polled::Failed {
+                    code,
+                    partition,
+                    message,
+                } => {
+                    gathered.failures.push((code, partition, message));
+                    break;
+                }
+            }
+            if gathered.records.len() >= config.batch_rows
+                || bytes >= config.batch_bytes
+                || started.elapsed() >= config.max_visible_delay
+            {
+                break;
+            }
+            polled = self.events.poll(Duration::ZERO);
+        }
+        gathered
+    }
+
+    fn apply(&mut self, gathered: &Gathered<'_>) {
+        if gathered.steps.is_empty() {
+            return;
+        }
+        self.trouble = None;
+        self.past_end_tries = 0;
+        let headers = self
+            .slots
+            .iter()
+            .filter_map(Slot::feed)
+            .any(Feed::reads_headers);
+        let incoming: Vec<Incoming<'_>> = gathered
+            .records
+            .iter()
+            .map(|record| Incoming {
+                partition: record.partition(),
+                offset: record.offset(),
+                timestamp_millis: record.timestamp_millis(),
+                key: record.key(),
+                value: record.value(),
+                headers: if headers {
+                    record.headers()
+                } else {
+                    Vec::new()
+                },
+                parsed: OnceCell::new(),
+            })
+            .collect();
+        let now_millis = now_millis();
+        for slot in &mut self.slots {
+            let Reading::Open(feed) = &mut slot.reading else {
+                continue;
+            };
+            match feed.apply(&incoming, &gathered.steps, now_millis) {
+                Ok(applied) => {
+                    slot.total.rows += applied.rows;
+                    slot.total.deletes += applied.deletes;
+                    slot.total.dead_letters += applied.dead_letters;
+                    slot.total.filtered += applied.filtered;
+                }
+                Err(problem) => slot.set_aside(problem),
+            }
+        }
+    }
+
+    /// Reacts to what the consumer reported. `Some` ends the connection.
+    fn handle_failure(
+        &mut self,
+        code: RDKafkaErrorCode,
+        partition: Option<i32>,
+        message: &str,
+    ) -> Option<Ended> {
+        let topic = &self.topic.name;
+        match code {
+            RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => {
+                match partition {
+                    Some(partition) => self.check_range(partition).err().map(Ended::Retry),
+                    None => Some(Ended::Retry(format!(
+                        "offset of {topic} out of range: {message}"
+                    ))),
+                }
+            }
+            RDKafkaErrorCode::UnknownTopic
+            | RDKafkaErrorCode::UnknownTopicOrPartition
+            | RDKafkaErrorCode::UnknownTopicId
+            | RDKafkaErrorCode::UnknownPartition
+            | RDKafkaErrorCode::Fatal => {
+                // A fresh connection sees what became of the topic.
+                Some(Ended::Retry(format!("topic {topic}: {message} ({code})")))
+            }
+            // One of several brokers: librdkafka finds another or tells of them all.
+            RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::Resolve => {
+                tracing::debug!(topic, "{message} ({code})");
+                None
+            }
+            _ => {
+                self.trouble = Some(format!("topic {topic}: {message} ({code})"));
+                None
+            }
+        }
+    }
+
+    /// Stops the tables whose position the partition no longer has, and reads on for the rest.
+    fn check_range(&mut self, partition: i32) -> Result<(), String> {
+        let timeout = self.source.config.request_timeout;
+        let topic = self.topic.name.clone();
+        let (low, high) = watermarks(self.consumer, &topic, partition, timeout)?;
+        self.past_end_tries += 1;
+        let mut wait = true;
+        for slot in &mut self.slots {
+            let Some(next) = slot
+                .feed()
+                .and_then(|f| f.positions().get(&partition))
+                .copied()
+            else {
+                continue;
+            };
+            let lost = if next < low {
+                format!(
+                    "its next record, offset {next} of {topic} partition {partition}, is gone: \
+                     the topic starts at {low} now"
+                )
+            } else if next > high && self.past_end_tries >= PAST_END_TRIES {
+                format!(
+                    "it has read {topic} partition {partition} up to offset {next}, but the \
+                     topic ends at {high}: the topic lost records"
+                )
+            } else {
+                continue;
+            };
+            let reason = format!(
+                "table {}: {lost}; to start over by the start policy, drop the table and apply \
+                 it again",
+                slot.table.name()
+            );
+            slot.set_aside(FeedProblem::Stop(reason));
+            wait = false;
+        }
+        if wait {
+            self.trouble = Some(format!(
+                "{topic} partition {partition}: offset out of range"
+            ));
+            let generation = self.generation.unwrap_or(0);
+            self.source
+                .control
+                .sleep(generation, Duration::from_millis(500));
+        }
+        self.assigned = None;
+        Ok(())
+    }
+
+    fn publish(&mut self) {
+        if self.ends_at.is_none_or(|at| at.elapsed() >= ENDS_INTERVAL) {
+            self.ends_at = Some(Instant::now());
+            for &partition in &self.topic.partitions {
+                let seen = native::cached_watermarks(self.consumer, &self.topic.name, partition);
+                if let Some((_, high)) = seen {
+                    self.ends.insert(partition, high);
+                }
+            }
+        }
+        let tables: Vec<TableProgress> = self.slots.iter().map(|s| self.progress(s)).collect();
+        let lag = tables
+            .iter()
+            .map(|t| lag(&t.positions, &self.ends))
+            .max()
+            .unwrap_or(0);
+        let mut status = self.source.status.lock();
+        status.topic_id.clone_from(&self.topic.id);
+        status.end_offsets.clone_from(&self.ends);
+        status.state = self.state();
+        status.tables = tables;
+        status.lag = lag;
+    }
+
+    fn state(&self) -> SourceState {
+        if self.paused {
+            return SourceState::Paused;
+        }
+        let waiting = self.slots.iter().find_map(|slot| match &slot.reading {
+            Reading::Waiting { reason, .. } => Some(reason.clone()),
+            Reading::Open(_) | Reading::Stopped { .. } => None,
+        });
+        match self.trouble.clone().or(waiting) {
+            Some(reason) => SourceState::Degraded { reason },
+            None => SourceState::Running,
+        }
+    }
+
+    fn progress(&self, slot: &Slot) -> TableProgress {
+        let (state, positions) = match &slot.reading {
+            Reading::Open(feed) => {
+                let state = if self.paused {
+                    SourceState::Paused
+                } else {
+                    SourceState::Running
+                };
+                (state, feed.positions().clone())
+            }
+            Reading::Waiting { reason, .. } => (
+                SourceState::Degraded {
+                    reason: reason.clone(),
+                },
+                self.stored_positions(slot),
+            ),
+            Reading::Stopped { reason } => (
+                SourceState::Stopped {
+                    reason: reason.clone(),
+                },
+                self.stored_positions(slot),
+            ),
+        };
+        TableProgress {
+            table: slot.table.name(),
+            state,
+            positions,
+            rows: slot.total.rows,
+            deletes: slot.total.deletes,
+            dead_letters: slot.total.dead_letters,
+            filtered: slot.total.filtered,
+        }
+    }
+
+    fn stored_positions(&self, slot: &Slot) -> Offsets {
+        slot.table
+            .positions()
+            .iter()
+            .filter(|p| p.topic == self.topic.name)
+            .map(|p| (p.partition, p.next_offset))
+            .collect()
+    }
+}
+
+fn now_millis() -> i64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}

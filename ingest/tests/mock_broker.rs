@@ -1,0 +1,476 @@
+//! Ingest against librdkafka's mock cluster, in process.
+//!
+//! The mock keeps no transactions, compacts nothing and holds 5 MiB a partition; what needs a
+//! real broker is tested end to end. Every record carries its partition and offset into its
+//! row, so that "each once" is read off the table.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Int32Type, Int64Type};
+use pinion_feature_store::{ScanRequest, Store, StoreOptions, Table};
+use pinion_ingest::{Ingest, IngestConfig, IngestError, IngestHandle, SourceState, SourceStatus};
+use pinion_schemas::TableDefinition;
+use rdkafka::ClientConfig;
+use rdkafka::mocking::MockCluster;
+use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
+
+const PARTITIONS: i32 = 3;
+
+/// A store, a broker, and the offsets produced so far.
+struct Bench {
+    cluster: MockCluster<'static, DefaultProducerContext>,
+    producer: BaseProducer,
+    dir: tempfile::TempDir,
+    produced: BTreeMap<i32, i64>,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let cluster = MockCluster::new(1).expect("mock cluster");
+        cluster
+            .create_topic("events", PARTITIONS, 1)
+            .expect("topic");
+        let producer = ClientConfig::new()
+            .set("bootstrap.servers", cluster.bootstrap_servers())
+            .set("linger.ms", "0")
+            .set("reconnect.backoff.max.ms", "100")
+            .create()
+            .expect("producer");
+        let dir = tempfile::tempdir().expect("directory");
+        Store::init(dir.path()).expect("init");
+        Bench {
+            cluster,
+            producer,
+            dir,
+            produced: BTreeMap::new(),
+        }
+    }
+
+    fn open(&self) -> Store {
+        Store::open(self.dir.path(), StoreOptions::default()).expect("open")
+    }
+
+    fn start(&self, store: &Store) -> IngestHandle {
+        let config = IngestConfig {
+            brokers: Some(self.cluster.bootstrap_servers()),
+            fetch_wait: Duration::from_millis(10),
+            catalog_poll: Duration::from_millis(20),
+            discovery_interval: Duration::from_millis(500),
+            request_timeout: Duration::from_secs(2),
+            ..IngestConfig::default()
+        };
+        Ingest::start(store.clone(), config).expect("ingest")
+    }
+
+    fn send(&mut self, partition: i32, key: &str, value: Option<&str>, timestamp_millis: i64) {
+        let mut record = BaseRecord::<str, str>::to("events")
+            .partition(partition)
+            .key(key)
+            .timestamp(timestamp_millis);
+        if let Some(value) = value {
+            record = record.payload(value);
+        }
+        self.producer
+            .send(record)
+            .map_err(|(e, _)| e)
+            .expect("send");
+        *self.produced.entry(partition).or_default() += 1;
+    }
+
+    fn flush(&self) {
+        self.producer.flush(Duration::from_secs(20)).expect("flush");
+    }
+
+    /// Sends `count` rows over all partitions, each with a time of its own.
+    fn send_rows(&mut self, first: i64, count: i64) {
+        for i in first..first + count {
+            let partition = i32::try_from(i % i64::from(PARTITIONS)).expect("small");
+            let value = format!(r#"{{"id":"k{}","ts":{i},"v":{i}}}"#, i % 7);
+            self.send(partition, "k", Some(&value), i);
+        }
+        self.flush();
+    }
+}
+
+fn definition(name: &str, source: &str) -> TableDefinition {
+    let text = format!(
+        "[table]\nname = \"{name}\"\nentity = [{{ name = \"id\", type = \"string\" }}]\n\
+         event_time = {{ name = \"ts\", type = \"timestamp[ms, tz=UTC]\" }}\nhistory = \"all\"\n\
+         [features]\nv = \"int64\"\npartition = \"int32\"\noffset = \"int64\"\n\
+         [source.kafka]\ntopic = \"events\"\n{source}\n\
+         [source.kafka.fields]\npartition = \"$partition\"\noffset = \"$offset\"\n"
+    );
+    TableDefinition::parse_toml(&text).expect("definition")
+}
+
+fn apply(store: &Store, name: &str, source: &str) -> Table {
+    store.apply(vec![definition(name, source)]).expect("apply");
+    store.table(name).expect("table")
+}
+
+/// (partition, offset) of every row, in order; fails the test when one is there twice.
+fn offsets(table: &Table) -> Vec<(i32, i64)> {
+    let request = ScanRequest {
+        columns: Some(vec!["partition".to_owned(), "offset".to_owned()]),
+        ..ScanRequest::default()
+    };
+    let mut found = Vec::new();
+    for scanned in table.snapshot().scan(&request).expect("scan") {
+        let batch = scanned.expect("batch").batch;
+        let partitions = batch.column(0).as_primitive::<Int32Type>();
+        let offsets = batch.column(1).as_primitive::<Int64Type>();
+        found.extend(
+            partitions
+                .values()
+                .iter()
+                .copied()
+                .zip(offsets.values().iter().copied()),
+        );
+    }
+    found.sort_unstable();
+    assert!(
+        found.windows(2).all(|w| w[0] != w[1]),
+        "a record became two rows"
+    );
+    found
+}
+
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !done() {
+        assert!(
+            started.elapsed() < Duration::from_secs(30),
+            "timed out waiting for {what}"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn wait_for_positions(table: &Table, produced: &BTreeMap<i32, i64>) {
+    wait_for("positions", || {
+        let positions = table.positions();
+        produced
+            .iter()
+            .all(|(p, end)| positions.next_offset("events", *p) == Some(*end))
+    });
+}
+
+fn status(ingest: &IngestHandle) -> SourceStatus {
+    ingest.status().into_iter().next().expect("one source")
+}
+
+fn table_state(ingest: &IngestHandle, table: &str) -> Option<SourceState> {
+    let status = ingest.status().into_iter().next()?;
+    status
+        .tables
+        .into_iter()
+        .find(|t| t.table == table)
+        .map(|t| t.state)
+}
+
+fn every_offset(produced: &BTreeMap<i32, i64>) -> Vec<(i32, i64)> {
+    produced
+        .iter()
+        .flat_map(|(p, end)| (0..*end).map(move |o| (*p, o)))
+        .collect()
+}
+
+#[test]
+fn json_events_become_rows_once_and_positions_follow() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let ingest = bench.start(&store);
+    bench.send_rows(0, 3_000);
+    wait_for_positions(&table, &bench.produced);
+    assert_eq!(offsets(&table), every_offset(&bench.produced));
+    wait_for("status", || {
+        status(&ingest).tables[0].rows == 3_000 && status(&ingest).lag == 0
+    });
+    assert_eq!(status(&ingest).state, SourceState::Running);
+    assert!(!status(&ingest).topic_id.is_empty());
+}
+
+#[test]
+fn tombstones_delete_at_the_record_timestamp() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let _ingest = bench.start(&store);
+    bench.send(
+        0,
+        r#"{"id":"a"}"#,
+        Some(r#"{"id":"a","ts":1000,"v":1}"#),
+        1_000,
+    );
+    bench.send(
+        0,
+        r#"{"id":"b"}"#,
+        Some(r#"{"id":"b","ts":1000,"v":2}"#),
+        1_000,
+    );
+    bench.send(0, r#"{"id":"a"}"#, None, 2_000);
+    bench.send(0, "b", None, 500);
+    bench.flush();
+    wait_for_positions(&table, &bench.produced);
+    let request = |as_of: Option<i64>| pinion_feature_store::LookupRequest {
+        keys: vec![std::sync::Arc::new(arrow_array::StringArray::from(vec![
+            "a", "b",
+        ]))],
+        features: vec!["v".to_owned()],
+        as_of_nanos: as_of,
+        now_nanos: None,
+        keep_expired: false,
+    };
+    let statuses = |as_of: Option<i64>| {
+        let found = table.snapshot().lookup(&request(as_of)).expect("lookup");
+        found.status[0].values().to_vec()
+    };
+    assert_eq!(
+        statuses(None),
+        [3, 1],
+        "a is deleted; b's delete is older than its row"
+    );
+    assert_eq!(
+        statuses(Some(1_500_000_000)),
+        [1, 1],
+        "before the delete the row is seen"
+    );
+}
+
+#[test]
+fn broken_records_become_dead_letters_and_the_rest_goes_on() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let ingest = bench.start(&store);
+    let far = "9999999999999";
+    let bad = [
+        "{broken".to_owned(),
+        r#"{"id":"a","ts":1,"v":"5"}"#.to_owned(),
+        r#"{"id":"a","ts":1,"v":1.5}"#.to_owned(),
+        r#"{"ts":1,"v":1}"#.to_owned(),
+        format!(r#"{{"id":"a","ts":{far},"v":1}}"#),
+    ];
+    for (i, value) in bad.iter().enumerate() {
+        let good = format!(r#"{{"id":"a","ts":{i},"v":1}}"#);
+        bench.send(0, "a", Some(&good), 1);
+        bench.send(0, "a", Some(value), 1);
+    }
+    bench.send(0, r#"{"other":1}"#, None, 1);
+    bench.flush();
+    wait_for_positions(&table, &bench.produced);
+    let good: Vec<(i32, i64)> = (0..5).map(|i| (0, i * 2)).collect();
+    assert_eq!(offsets(&table), good);
+    let mut letters = table.dead_letters(100).expect("dead letters");
+    letters.sort_by_key(|l| l.offset);
+    let seen: Vec<i64> = letters.iter().map(|l| l.offset).collect();
+    assert_eq!(seen, [1, 3, 5, 7, 9, 10]);
+    assert!(
+        letters[1].error.contains("expected int64, found string"),
+        "{}",
+        letters[1].error
+    );
+    assert!(
+        letters[4].error.contains("max_future"),
+        "{}",
+        letters[4].error
+    );
+    assert_eq!(letters[0].value.as_deref(), Some(b"{broken".as_slice()));
+    assert_eq!(letters[5].value, None);
+    wait_for("status", || status(&ingest).tables[0].dead_letters == 6);
+}
+
+#[test]
+fn a_restart_reads_on_from_the_stored_positions() {
+    let mut bench = Bench::new();
+    for round in 0..3 {
+        let store = bench.open();
+        let table = apply(&store, "t", "");
+        let ingest = bench.start(&store);
+        bench.send_rows(round * 1_000, 1_000);
+        if round < 2 {
+            // Stop wherever it is.
+            wait_for("some rows", || !offsets(&table).is_empty());
+            ingest.stop();
+            store.close();
+        } else {
+            wait_for_positions(&table, &bench.produced);
+            assert_eq!(offsets(&table), every_offset(&bench.produced));
+        }
+    }
+}
+
+#[test]
+fn a_table_added_later_reads_the_topic_from_its_own_start() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let first = apply(&store, "first", "");
+    let ingest = bench.start(&store);
+    bench.send_rows(0, 900);
+    wait_for_positions(&first, &bench.produced);
+    let second = apply(&store, "second", "");
+    let late = apply(&store, "late", "start = \"latest\"");
+    wait_for("the latest table", || {
+        table_state(&ingest, "late") == Some(SourceState::Running)
+    });
+    let before = bench.produced.clone();
+    bench.send_rows(900, 300);
+    for table in [&first, &second, &late] {
+        wait_for_positions(table, &bench.produced);
+    }
+    assert_eq!(offsets(&first), every_offset(&bench.produced));
+    assert_eq!(offsets(&second), every_offset(&bench.produced));
+    let newer: Vec<(i32, i64)> = every_offset(&bench.produced)
+        .into_iter()
+        .filter(|(p, o)| *o >= before[p])
+        .collect();
+    assert_eq!(offsets(&late), newer);
+    assert_eq!(ingest.status().len(), 1, "one consumer feeds all three");
+}
+
+#[test]
+fn a_listed_partition_is_the_only_one_read() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "t", "partitions = [1]");
+    let _ingest = bench.start(&store);
+    bench.send_rows(0, 30);
+    wait_for("rows", || offsets(&table).len() == 10);
+    assert!(offsets(&table).iter().all(|(p, _)| *p == 1));
+    assert_eq!(table.positions().next_offset("events", 0), None);
+}
+
+#[test]
+fn a_paused_topic_is_not_read_until_resumed() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let ingest = bench.start(&store);
+    bench.send_rows(0, 30);
+    wait_for_positions(&table, &bench.produced);
+    ingest.pause("events").expect("pause");
+    wait_for("pause", || status(&ingest).state == SourceState::Paused);
+    bench.send_rows(30, 30);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(offsets(&table).len(), 30);
+    ingest.resume("events").expect("resume");
+    wait_for_positions(&table, &bench.produced);
+    assert_eq!(offsets(&table), every_offset(&bench.produced));
+    assert!(matches!(
+        ingest.pause("nope"),
+        Err(IngestError::UnknownTopic { .. })
+    ));
+}
+
+#[test]
+fn a_broker_that_goes_away_and_returns_costs_no_record() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let ingest = bench.start(&store);
+    bench.send_rows(0, 300);
+    wait_for_positions(&table, &bench.produced);
+    bench.cluster.broker_down(-1).expect("down");
+    wait_for("degraded", || {
+        matches!(status(&ingest).state, SourceState::Degraded { .. })
+    });
+    bench.cluster.broker_up(-1).expect("up");
+    bench.send_rows(300, 300);
+    wait_for_positions(&table, &bench.produced);
+    assert_eq!(offsets(&table), every_offset(&bench.produced));
+    wait_for("running", || status(&ingest).state == SourceState::Running);
+}
+
+#[test]
+fn an_offset_the_topic_no_longer_has_stops_the_table_with_the_reason() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let ingest = bench.start(&store);
+    bench.send_rows(0, 3);
+    wait_for_positions(&table, &bench.produced);
+    ingest.stop();
+    // The mock keeps 5 MiB a partition.
+    let filler = format!(r#"{{"id":"{}","ts":1,"v":1}}"#, "x".repeat(500_000));
+    for _ in 0..20 {
+        bench.send(0, "k", Some(&filler), 1);
+    }
+    bench.flush();
+    let ingest = bench.start(&store);
+    wait_for("stop", || {
+        matches!(status(&ingest).state, SourceState::Stopped { .. })
+    });
+    let SourceState::Stopped { reason } = status(&ingest).state else {
+        unreachable!()
+    };
+    assert!(
+        reason.contains("offset 1 of events partition 0, is gone"),
+        "{reason}"
+    );
+    assert_eq!(
+        table.positions().next_offset("events", 0),
+        Some(1),
+        "never reset in silence"
+    );
+}
+
+#[test]
+fn a_source_follows_the_catalog_and_says_what_it_lacks() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let ingest = Ingest::start(
+        store.clone(),
+        IngestConfig {
+            catalog_poll: Duration::from_millis(20),
+            ..IngestConfig::default()
+        },
+    )
+    .expect("ingest");
+    assert!(ingest.status().is_empty());
+    apply(&store, "nowhere", "");
+    wait_for("a status", || !ingest.status().is_empty());
+    let SourceState::Stopped { reason } = status(&ingest).state else {
+        panic!("{:?}", ingest.status())
+    };
+    assert!(reason.contains("--brokers"), "{reason}");
+    let brokers = format!("brokers = \"{}\"", bench.cluster.bootstrap_servers());
+    let table = apply(&store, "nowhere", &brokers);
+    bench.send_rows(0, 30);
+    wait_for_positions(&table, &bench.produced);
+    store.drop_table("nowhere").expect("drop");
+    wait_for("the end of the source", || ingest.status().is_empty());
+}
+
+#[test]
+fn a_topic_that_does_not_exist_yet_is_waited_for() {
+    let bench = Bench::new();
+    let store = bench.open();
+    let text = "[table]\nname = \"t\"\nentity = [{ name = \"id\", type = \"string\" }]\n\
+        event_time = { name = \"ts\", type = \"timestamp[ms, tz=UTC]\" }\n\
+        [features]\nv = \"int64\"\n[source.kafka]\ntopic = \"later\"\n";
+    store
+        .apply(vec![TableDefinition::parse_toml(text).expect("definition")])
+        .expect("apply");
+    bench
+        .cluster
+        .topic_error(
+            "later",
+            rdkafka::types::RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART,
+        )
+        .expect("error");
+    let ingest = bench.start(&store);
+    wait_for("degraded", || {
+        matches!(status(&ingest).state, SourceState::Degraded { .. })
+    });
+    bench
+        .cluster
+        .topic_error(
+            "later",
+            rdkafka::types::RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR,
+        )
+        .expect("no error");
+    wait_for("running", || status(&ingest).state == SourceState::Running);
+}
