@@ -368,7 +368,11 @@ impl<T> Owned<T> {
     ///
     /// `ptr` is null or owned by the caller, and `destroy` is the function that frees it.
     unsafe fn new(ptr: *mut T, destroy: unsafe extern "C" fn(*mut T)) -> Option<Owned<T>> {
-        (!ptr.is_null()).then_some(Owned { ptr, destroy })
+        // Made only when it is not null: an `Owned` destroys what it holds even when dropped at once.
+        if ptr.is_null() {
+            return None;
+        }
+        Some(Owned { ptr, destroy })
     }
 }
 

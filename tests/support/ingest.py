@@ -17,7 +17,7 @@ def wait_caught_up(server, client, table, log, seconds=60):
     ends = log.ends()
 
     def done():
-        assert server.alive(), server.log_text()
+        assert server.alive(), f"the server exited {server.process.returncode}\n{server.log_text()}"
         return caught_up(client, table, log.topic, ends)
 
     until(done, seconds, f"{table} reading {log.topic} up to {ends}")
