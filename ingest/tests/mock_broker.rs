@@ -158,7 +158,17 @@ fn wait_for_positions(table: &Table, produced: &BTreeMap<i32, i64>) {
 }
 
 fn status(ingest: &IngestHandle) -> SourceStatus {
-    ingest.status().into_iter().next().expect("one source")
+    let started = Instant::now();
+    loop {
+        match ingest.status().into_iter().next() {
+            Some(status) => return status,
+            None => assert!(
+                started.elapsed() < Duration::from_secs(10),
+                "no source starts"
+            ),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 fn table_state(ingest: &IngestHandle, table: &str) -> Option<SourceState> {
