@@ -9,6 +9,7 @@ import json
 import random
 from datetime import UTC, datetime
 
+import pyarrow as pa
 import pytest
 from pyarrow import flight
 
