@@ -446,7 +446,6 @@ impl TableInner {
     ) -> Result<(), CommitError> {
         let end_sequence = writer.log.base_sequence + u64::from(writer.rows.len());
         let mut levels = Arc::clone(&self.current.load().levels);
-        let incarnation;
         if let Some(file) = &mut writer.file {
             let seal =
                 record::encode::<()>(end_sequence, &[], &[], true, &Head::default(), |_| Ok(()))
@@ -461,11 +460,11 @@ impl TableInner {
                 checkpoint: writer.checkpoint(),
                 dead_letters: std::mem::take(&mut writer.dead_letters),
             });
-            incarnation = writer.next_log;
-            writer.next_log += 1;
-        } else {
-            incarnation = writer.log.incarnation;
         }
+        // A new number even if nothing was written: snapshots of two definitions, or from
+        // before and after a load, never share an id.
+        let incarnation = writer.next_log;
+        writer.next_log += 1;
         let capacity = self.options.delta_max_rows.max(rows);
         writer.log = Arc::new(Log::live(
             incarnation,

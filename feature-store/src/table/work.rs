@@ -109,13 +109,6 @@ impl TableInner {
                 })
             };
             let Some(done) = oldest else { return Ok(()) };
-            // What the manifest's checkpoint stands for must be on disk before the log goes.
-            self.log_sync
-                .sync_all()
-                .map_err(|cause| WorkError::ReadOnly {
-                    table: self.name.name.clone(),
-                    cause,
-                })?;
             let snapshot = self.current.load_full();
             let at = snapshot
                 .levels
@@ -227,6 +220,15 @@ impl TableInner {
         done: Option<&LogDone>,
         with_load: &[(usize, RoaringBitmap)],
     ) -> Result<(), WorkError> {
+        // A row is dropped, or marked in the bitmaps, because of a log record: were that
+        // record lost in a power cut after this, the row would be gone with nothing in its
+        // place.
+        self.log_sync
+            .sync_all()
+            .map_err(|cause| WorkError::ReadOnly {
+                table: self.name.name.clone(),
+                cause,
+            })?;
         let old = &work.manifest;
         let mut manifest = Manifest {
             number: old.number + 1,
