@@ -15,6 +15,7 @@
 //! that fit one run never touch a temporary file. Elsewhere: the segment's files (`segment`),
 //! and what a load and the rows already there do to each other (`table::load`).
 
+mod conversion;
 mod convert;
 mod intake;
 mod kway;

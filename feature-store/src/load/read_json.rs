@@ -129,7 +129,7 @@ fn lines(source: &mut impl BufRead, rows: &mut Rows<'_, '_>) -> Result<(), LineE
             continue;
         }
         rows.line(&line).map_err(LineError::Load)?;
-        if rows.number % PIECE_ROWS as u64 == 0 {
+        if rows.number.is_multiple_of(PIECE_ROWS as u64) {
             rows.intake.report(position);
         }
     }

@@ -8,7 +8,7 @@ use chrono::{DateTime, LocalResult, TimeZone};
 use chrono_tz::Tz;
 use pinion_schemas::format_type;
 
-use super::convert::Wrong;
+use super::conversion::Wrong;
 use crate::order::{tick_nanos, ticks_of, time_array};
 
 const NANOS_PER_SECOND: i128 = 1_000_000_000;

@@ -1,5 +1,6 @@
 //! What does not fit is refused by file, row and column, and nothing half-done remains.
 
+use arrow_array::builder::{Float64Builder, ListBuilder};
 use arrow_array::{Float64Array, Int64Array, StringArray};
 
 use super::*;
@@ -112,7 +113,7 @@ fn typed_values_out_of_range_are_refused_cell_by_cell() {
         ..LoadOptions::default()
     };
     for uri in [
-        write_parquet(&fixture.path("in.parquet"), &[typed.clone()]),
+        write_parquet(&fixture.path("in.parquet"), std::slice::from_ref(&typed)),
         write_arrow(&fixture.path("in.arrow"), &[typed]),
     ] {
         let report = fixture.load_with(&[&uri], &options).unwrap();
@@ -124,6 +125,69 @@ fn typed_values_out_of_range_are_refused_cell_by_cell() {
         assert_eq!(report.refused[1].column.as_deref(), Some("user"));
     }
     assert_eq!(fixture.rows(), ["1|2024-01-01T00:00:00Z|127"]);
+}
+
+#[test]
+fn rows_later_than_late_bound_and_floats_beyond_their_type_are_refused() {
+    let toml = r#"
+        [table]
+        name = "late"
+        entity = [{ name = "id", type = "int64" }]
+        event_time = { name = "at", type = "timestamp[s, tz=UTC]" }
+        history = "all"
+        late_bound = "1h"
+        [features]
+        small = "float32"
+        vector = "list<item: float>"
+    "#;
+    let fixture = Fixture::new(toml);
+    let options = LoadOptions {
+        on_error: OnError::Skip,
+        ..LoadOptions::default()
+    };
+    let lists = |last: f64| {
+        let mut lists = ListBuilder::new(Float64Builder::new());
+        for values in [vec![1.5], vec![], vec![0.5, last]] {
+            lists.append_value(values.into_iter().map(Some));
+        }
+        array(lists.finish())
+    };
+    let rows = |hour: usize, small: f64, last: f64| {
+        batch(vec![
+            ("id", array(Int64Array::from(vec![1, 2, 3]))),
+            (
+                "at",
+                array(StringArray::from(vec![
+                    format!("2024-01-01T0{hour}:00:00Z");
+                    3
+                ])),
+            ),
+            ("small", array(Float64Array::from(vec![0.1, small, 0.2]))),
+            ("vector", lists(last)),
+        ])
+    };
+    let load = |batch: RecordBatch| {
+        let uri = write_parquet(&fixture.path("in.parquet"), &[batch]);
+        let report = fixture.load_with(&[&uri], &options).unwrap();
+        report
+            .refused
+            .iter()
+            .map(|r| (r.row, r.column.clone().unwrap()))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(load(rows(5, 1.0, 2.0)), []);
+    assert_eq!(
+        load(rows(4, 1e39, 1e39)),
+        [(2, "small".to_owned()), (3, "vector".to_owned())]
+    );
+    let at = || "at".to_owned();
+    assert_eq!(load(rows(3, 1.0, 2.0)), [(1, at()), (2, at()), (3, at())]);
+    let rows = fixture.rows();
+    assert_eq!(rows.len(), 4);
+    assert!(
+        rows.contains(&"1|2024-01-01T04:00:00Z|0.1|[1.5]".to_owned()),
+        "{rows:?}"
+    );
 }
 
 #[test]
@@ -171,7 +235,11 @@ fn files_cut_short_or_of_another_format_are_refused() {
         ),
         ("score", array(Int64Array::from(vec![1; 5000]))),
     ]);
-    let parquet = fs::read(write_parquet(&fixture.path("in.parquet"), &[rows.clone()])).unwrap();
+    let parquet = fs::read(write_parquet(
+        &fixture.path("in.parquet"),
+        std::slice::from_ref(&rows),
+    ))
+    .unwrap();
     let arrow = fs::read(write_arrow(&fixture.path("in.arrow"), &[rows])).unwrap();
     let files = [
         fixture.file("cut.parquet", &parquet[..parquet.len() / 2]),

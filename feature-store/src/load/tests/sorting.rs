@@ -169,6 +169,55 @@ fn a_load_beats_older_rows_by_time_and_loses_to_newer_ones() {
 }
 
 #[test]
+fn what_is_committed_while_a_load_runs_meets_it_when_it_is_published() {
+    let fixture = Fixture::new(&toml("latest"));
+    let row = |a: &str, at: i64, n: i64| (a.to_owned(), 0, at, n);
+    let loaded = [row("older", 3, 1), row("newer", 3, 2), row("equal", 3, 3)];
+    let uri = write_parquet(&fixture.path("in.parquet"), &[to_batch(&loaded)]);
+    let committed = [
+        row("older", 2, 11),
+        row("newer", 4, 12),
+        row("equal", 3, 13),
+        row("other", 1, 14),
+    ];
+    let done = Mutex::new(false);
+    load(
+        &fixture.table,
+        &[uri],
+        &LoadOptions::default(),
+        &|progress| {
+            let mut done = done.lock().unwrap();
+            if progress.phase == LoadPhase::Publishing && !*done {
+                *done = true;
+                let changes = vec![Change::Upsert(to_batch(&committed))];
+                fixture
+                    .table
+                    .commit(Commit {
+                        changes,
+                        ..Commit::default()
+                    })
+                    .unwrap();
+            }
+        },
+    )
+    .unwrap();
+    let wanted = [
+        row("equal", 3, 3),
+        row("newer", 4, 12),
+        row("older", 3, 1),
+        row("other", 1, 14),
+    ];
+    let wanted: Vec<String> = wanted.iter().map(line).collect();
+    for _ in 0..2 {
+        let mut rows = fixture.rows();
+        rows.sort();
+        assert_eq!(rows, wanted);
+        fixture.table.merge().unwrap();
+    }
+    assert!(fixture.store.check().problems.is_empty());
+}
+
+#[test]
 fn a_snapshot_taken_before_the_load_sees_nothing_of_it_and_a_restart_sees_all() {
     let Fixture { dir, store, table } = Fixture::new(&toml("latest"));
     let before = table.snapshot();
