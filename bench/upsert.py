@@ -143,7 +143,7 @@ def thin(seconds, rate=1_000):
         events = events.set_column(1, "at", events["at"].cast("int64")).to_pylist()
         with Server(data, brokers=broker.bootstrap) as server:
             client = calls.connect(server)
-            log = Log(broker.producer(**{"linger.ms": 0}), topic)
+            log = Log(broker.producer(**{"linger.ms": 0}), topic, keep=False)
             began = time.monotonic()
             for number, event in enumerate(events):
                 log.send(json.dumps(event).encode())

@@ -81,7 +81,7 @@ class Stream(threading.Thread):
 
     def __init__(self, broker, topic, rows_per_second):
         super().__init__(daemon=True)
-        self.log = Log(broker.producer(), topic)
+        self.log = Log(broker.producer(), topic, keep=False)
         self.rows_per_second = rows_per_second
         self.stopping = threading.Event()
 

@@ -65,13 +65,15 @@ class Broker:
 class Log:
     """What was produced, as the broker acknowledged it: the input of the oracle.
 
-    `records[partition]` is a list indexed by offset of (key, value, timestamp in ms).
+    `records[partition]` maps offsets to (key, value, timestamp in ms); long streams keep only their ends.
     """
 
-    def __init__(self, producer, topic):
+    def __init__(self, producer, topic, keep=True):
         self.producer = producer
         self.topic = topic
+        self.keep = keep
         self.records = {}
+        self.next_offsets = {}
         self.errors = []
 
     def send(self, value, key=None, partition=None, timestamp_millis=0):
@@ -81,8 +83,10 @@ class Log:
             if error is not None:
                 self.errors.append(str(error))
                 return
-            records = self.records.setdefault(message.partition(), {})
-            records[message.offset()] = (key, value, message.timestamp()[1])
+            partition, offset = message.partition(), message.offset()
+            self.next_offsets[partition] = max(self.next_offsets.get(partition, 0), offset + 1)
+            if self.keep:
+                self.records.setdefault(partition, {})[offset] = (key, value, message.timestamp()[1])
 
         options = {} if partition is None else {"partition": partition}
         while True:
@@ -102,7 +106,7 @@ class Log:
 
     def ends(self):
         """partition -> next offset, for every partition written to."""
-        return {partition: max(records) + 1 for partition, records in self.records.items()}
+        return dict(self.next_offsets)
 
     def in_order(self):
         """(partition, offset, key, value, timestamp) of every record, partition by partition."""
