@@ -208,14 +208,13 @@ fn check_options(options: &BTreeMap<String, String>) -> Result<(), IngestError> 
     for (option, value) in options {
         let name = plain_name(option);
         if let Some((_, set_to, reason)) = RESERVED.iter().find(|(reserved, ..)| *reserved == name)
+            && value != set_to
         {
-            if value != set_to {
-                return Err(IngestError::ReservedOption {
-                    option: option.clone(),
-                    value: (*set_to).to_owned(),
-                    reason,
-                });
-            }
+            return Err(IngestError::ReservedOption {
+                option: option.clone(),
+                value: (*set_to).to_owned(),
+                reason,
+            });
         }
     }
     Ok(())

@@ -75,6 +75,13 @@ impl Feed {
                 "table {name} has no Kafka source any more"
             )));
         };
+        if source.topic != topic.name {
+            // Its new source begins as soon as the catalog is looked at.
+            return Err(FeedProblem::Wait(format!(
+                "table {name} now reads topic {}",
+                source.topic
+            )));
+        }
         let decoder = Decoder::new(definition, source, value_max_bytes)
             .map_err(|e| FeedProblem::Stop(format!("table {name}: {e}")))?;
         let opening = open_topic(

@@ -167,6 +167,8 @@ struct Slot {
     definition: Arc<TableDefinition>,
     total: Applied,
     reading: Reading,
+    /// Next pause, when the table cannot go on: grows until a batch is applied.
+    pause: Duration,
 }
 
 enum Reading {
@@ -174,7 +176,6 @@ enum Reading {
     /// Set aside until `at`.
     Waiting {
         at: Instant,
-        pause: Duration,
         reason: String,
     },
     Stopped {
@@ -194,14 +195,11 @@ impl Slot {
         let table = self.table.name();
         self.reading = match problem {
             FeedProblem::Wait(reason) => {
-                let pause = match &self.reading {
-                    Reading::Waiting { pause, .. } => (*pause * 2).min(BACKOFF.1),
-                    Reading::Open(_) | Reading::Stopped { .. } => BACKOFF.0,
-                };
+                let pause = self.pause;
+                self.pause = (pause * 2).min(BACKOFF.1);
                 tracing::warn!(table, "set aside for {pause:?}: {reason}");
                 Reading::Waiting {
                     at: Instant::now() + pause,
-                    pause,
                     reason,
                 }
             }
@@ -289,11 +287,11 @@ impl<'s> Session<'s> {
             let slot = match known.map(|i| former.swap_remove(i)) {
                 Some(slot) if *slot.definition == *definition && slot.feed().is_some() => slot,
                 known => {
-                    let total = known.map(|s| s.total).unwrap_or_default();
                     let mut slot = Slot {
                         table: table.clone(),
                         definition,
-                        total,
+                        total: known.map(|s| s.total).unwrap_or_default(),
+                        pause: BACKOFF.0,
                         reading: Reading::Stopped {
                             reason: String::new(),
                         },
@@ -443,6 +441,11 @@ impl<'s> Session<'s> {
         }
         self.trouble = None;
         self.past_end_tries = 0;
+        // An event sent after a definition was applied is read by it, though the supervisor
+        // may not have looked at the catalog yet.
+        self.reopen(|slot| {
+            slot.feed().is_some() && !Arc::ptr_eq(&slot.definition, &slot.table.definition())
+        });
         let headers = self
             .slots
             .iter()
@@ -472,6 +475,7 @@ impl<'s> Session<'s> {
             };
             match feed.apply(&incoming, &gathered.steps, now_millis) {
                 Ok(applied) => {
+                    slot.pause = BACKOFF.0;
                     slot.total.rows += applied.rows;
                     slot.total.deletes += applied.deletes;
                     slot.total.dead_letters += applied.dead_letters;

@@ -116,10 +116,9 @@ impl IngestHandle {
     pub fn stop(&self) {
         self.shared.inner.lock().stopping = true;
         self.shared.wake.notify_all();
-        if let Some(thread) = self.thread.lock().take() {
-            if thread.join().is_err() {
-                tracing::error!("the ingest supervisor panicked");
-            }
+        let thread = self.thread.lock().take();
+        if thread.is_some_and(|t| t.join().is_err()) {
+            tracing::error!("the ingest supervisor panicked");
         }
     }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Int32Type, Int64Type};
+use arrow_schema::DataType;
 use pinion_feature_store::{ScanRequest, Store, StoreOptions, Table};
 use pinion_ingest::{Ingest, IngestConfig, IngestError, IngestHandle, SourceState, SourceStatus};
 use pinion_schemas::TableDefinition;
@@ -53,10 +54,14 @@ impl Bench {
     }
 
     fn start(&self, store: &Store) -> IngestHandle {
+        self.start_looking_every(store, Duration::from_millis(20))
+    }
+
+    fn start_looking_every(&self, store: &Store, catalog_poll: Duration) -> IngestHandle {
         let config = IngestConfig {
             brokers: Some(self.cluster.bootstrap_servers()),
             fetch_wait: Duration::from_millis(10),
-            catalog_poll: Duration::from_millis(20),
+            catalog_poll,
             discovery_interval: Duration::from_millis(500),
             request_timeout: Duration::from_secs(2),
             ..IngestConfig::default()
@@ -339,6 +344,36 @@ fn a_table_added_later_reads_the_topic_from_its_own_start() {
         .collect();
     assert_eq!(offsets(&late), newer);
     assert_eq!(ingest.status().len(), 1, "one consumer feeds all three");
+}
+
+#[test]
+fn an_event_sent_after_a_feature_was_added_is_read_with_it() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let _ingest = bench.start_looking_every(&store, Duration::from_secs(60));
+    bench.send_rows(0, 3);
+    wait_for_positions(&table, &bench.produced);
+    let mut wider = definition("t", "");
+    let name = "extra".to_owned();
+    wider
+        .features
+        .push(pinion_schemas::Feature::new(name.clone(), DataType::Int64));
+    store.apply(vec![wider]).expect("apply");
+    let value = r#"{"id":"a","ts":9,"v":1,"extra":7}"#;
+    bench.send(0, "k", Some(value), 9);
+    bench.flush();
+    wait_for_positions(&table, &bench.produced);
+    let request = ScanRequest {
+        columns: Some(vec![name]),
+        ..ScanRequest::default()
+    };
+    let mut extra = Vec::new();
+    for scanned in table.snapshot().scan(&request).expect("scan") {
+        let batch = scanned.expect("batch").batch;
+        extra.extend(batch.column(0).as_primitive::<Int64Type>().iter().flatten());
+    }
+    assert_eq!(extra, [7]);
 }
 
 #[test]

@@ -180,7 +180,8 @@ pub struct KafkaSource {
     /// `host:port,…`; `None`: the server's own setting.
     #[serde(default)]
     pub brokers: Option<String>,
-    /// How record keys are encoded. `None`: they are not read, and a tombstone cannot be applied.
+    /// How record keys are encoded. `None`: an object in JSON, else a JSON value of the column's
+    /// type, else plain text.
     #[serde(default)]
     pub key: Option<KeyFormat>,
     /// Where a table without a stored position begins.

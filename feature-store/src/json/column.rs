@@ -204,10 +204,10 @@ impl ColumnBuilder {
                 let Value::Object(members) = value else {
                     return Err(mismatch(&self.data_type, value));
                 };
-                if self.refuse_unknown {
-                    if let Some(name) = members.keys().find(|k| fields.find(k).is_none()) {
-                        return Err(ValueProblem::new("unknown field").within(&format!(".{name}")));
-                    }
+                if self.refuse_unknown
+                    && let Some(name) = members.keys().find(|k| fields.find(k).is_none())
+                {
+                    return Err(ValueProblem::new("unknown field").within(&format!(".{name}")));
                 }
                 for (field, child) in fields.iter().zip(children.iter_mut()) {
                     let member = members.get(field.name()).unwrap_or(&Value::Null);
@@ -553,10 +553,10 @@ fn decimal(
 }
 
 fn fixed_binary(text: &str, width: usize) -> Option<Vec<u8>> {
-    if width == 16 {
-        if let Ok(id) = uuid::Uuid::parse_str(text) {
-            return Some(id.into_bytes().to_vec());
-        }
+    if width == 16
+        && let Ok(id) = uuid::Uuid::parse_str(text)
+    {
+        return Some(id.into_bytes().to_vec());
     }
     base64_bytes(text).filter(|raw| raw.len() == width)
 }
