@@ -81,8 +81,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--build-only", action="store_true")
     options = parser.parse_args()
     stores = {count: build(count) for count in options.rows}
+    if options.build_only:
+        return
     cases = {"true (any process)": lambda n: ["/bin/true"], "pinion version": lambda n: [str(binary()), "version"]}
     for count, data in stores.items():
         subprocess.run(f"cat {data}/tables/*/*/* {data}/tables/*/* >/dev/null 2>&1", shell=True)
