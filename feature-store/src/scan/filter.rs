@@ -20,6 +20,7 @@
 //!   limited, and the work grows with the length alone.
 
 mod bind;
+mod evaluate;
 mod literal;
 mod parse;
 

@@ -1,19 +1,19 @@
-//! A filter fitted to a schema, and its evaluation.
+//! A filter fitted to a schema: positions for columns, values of their types for literals.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
 use arrow_array::{
-    Array, ArrayRef, BinaryArray, BooleanArray, FixedSizeBinaryArray, Float16Array, Float32Array,
-    Float64Array, RecordBatch, Scalar, StringArray, make_array,
+    ArrayRef, BinaryArray, BooleanArray, FixedSizeBinaryArray, Float16Array, Float32Array,
+    Float64Array, Scalar, StringArray, make_array,
 };
-use arrow_buffer::{BooleanBuffer, Buffer, NullBuffer, i256};
+use arrow_buffer::{Buffer, i256};
 use arrow_data::ArrayData;
-use arrow_ord::cmp;
 use arrow_schema::{ArrowError, DataType, Schema, TimeUnit};
 use half::f16;
 
+use super::evaluate::for_each_value;
 use super::literal::{
     Literal, LiteralValue, Number, Point, parse_moment, parse_time_of_day, ticks,
 };
@@ -26,13 +26,13 @@ const MAX_COMPARED: usize = 4;
 /// A filter fitted to a schema: made by [`Filter::bind`](super::Filter::bind).
 #[derive(Debug, Clone)]
 pub struct BoundFilter {
-    root: Bound,
+    pub(super) root: Bound,
     /// The columns read: position and type.
-    columns: Vec<(usize, DataType)>,
+    pub(super) columns: Vec<(usize, DataType)>,
 }
 
 #[derive(Debug, Clone)]
-enum Bound {
+pub(super) enum Bound {
     And(Vec<Bound>),
     Or(Vec<Bound>),
     Not(Box<Bound>),
@@ -56,24 +56,6 @@ impl BoundFilter {
         let mut columns = Vec::new();
         let root = bind(condition, schema, &mut columns)?;
         Ok(BoundFilter { root, columns })
-    }
-
-    /// For each row true, false, or null where SQL's three-valued logic cannot tell.
-    ///
-    /// # Errors
-    ///
-    /// A batch whose columns differ from the schema bound to, or a kernel's refusal.
-    pub fn evaluate(&self, batch: &RecordBatch) -> Result<BooleanArray, ArrowError> {
-        for (index, bound_type) in &self.columns {
-            let column = batch.columns().get(*index);
-            if column.map(|c| c.data_type()) != Some(bound_type) {
-                return Err(ArrowError::SchemaError(format!(
-                    "the filter was bound to a column {index} of type {bound_type}, the batch has {}",
-                    column.map_or_else(|| "none".to_owned(), |c| c.data_type().to_string())
-                )));
-            }
-        }
-        Ok(evaluate(&self.root, batch)?.into_array())
     }
 }
 
@@ -129,18 +111,8 @@ fn find<'a>(
     columns: &mut Vec<(usize, DataType)>,
 ) -> Result<(usize, &'a DataType), FilterError> {
     let Some((index, field)) = schema.column_with_name(name) else {
-        let hint = schema
-            .fields()
-            .iter()
-            .map(|f| {
-                (
-                    strsim::damerau_levenshtein(&f.name().to_lowercase(), &name.to_lowercase()),
-                    f.name(),
-                )
-            })
-            .filter(|(distance, _)| *distance <= 2.max(name.len() / 3))
-            .min()
-            .map(|(_, nearest)| nearest.clone());
+        let known = schema.fields().iter().map(|f| f.name().as_str());
+        let hint = pinion_schemas::nearest(name, known).map(str::to_owned);
         return Err(FilterError::UnknownColumn {
             column: name.to_owned(),
             hint,
@@ -423,142 +395,4 @@ fn member_set(
         }
     }
     Ok(set)
-}
-
-/// Calls `f` with the bytes of each value, nulls included (as whatever lies there).
-/// Types without such bytes get no call.
-fn for_each_value(array: &dyn Array, mut f: impl FnMut(&[u8])) {
-    let rows = 0..array.len();
-    match array.data_type() {
-        DataType::Utf8 => rows.for_each(|i| f(array.as_string::<i32>().value(i).as_bytes())),
-        DataType::LargeUtf8 => rows.for_each(|i| f(array.as_string::<i64>().value(i).as_bytes())),
-        DataType::Utf8View => rows.for_each(|i| f(array.as_string_view().value(i).as_bytes())),
-        DataType::Binary => rows.for_each(|i| f(array.as_binary::<i32>().value(i))),
-        DataType::LargeBinary => rows.for_each(|i| f(array.as_binary::<i64>().value(i))),
-        DataType::BinaryView => rows.for_each(|i| f(array.as_binary_view().value(i))),
-        DataType::FixedSizeBinary(_) => rows.for_each(|i| f(array.as_fixed_size_binary().value(i))),
-        other => {
-            let data = array.to_data();
-            if let (Some(width), Some(buffer)) = (other.primitive_width(), data.buffers().first()) {
-                buffer
-                    .as_slice()
-                    .chunks_exact(width)
-                    .skip(data.offset())
-                    .take(data.len())
-                    .for_each(f);
-            }
-        }
-    }
-}
-
-/// The three values of SQL's logic as two bitmaps; a row in neither is null.
-struct Ternary {
-    yes: BooleanBuffer,
-    no: BooleanBuffer,
-}
-
-impl Ternary {
-    fn new(values: &BooleanBuffer, nulls: Option<&NullBuffer>) -> Ternary {
-        match nulls {
-            Some(nulls) => Ternary {
-                yes: values & nulls.inner(),
-                no: &!values & nulls.inner(),
-            },
-            None => Ternary {
-                yes: values.clone(),
-                no: !values,
-            },
-        }
-    }
-
-    fn constant(value: bool, len: usize, nulls: Option<&NullBuffer>) -> Ternary {
-        let values = if value {
-            BooleanBuffer::new_set(len)
-        } else {
-            BooleanBuffer::new_unset(len)
-        };
-        Ternary::new(&values, nulls)
-    }
-
-    fn and(self, other: &Ternary) -> Ternary {
-        Ternary {
-            yes: &self.yes & &other.yes,
-            no: &self.no | &other.no,
-        }
-    }
-
-    fn not(self) -> Ternary {
-        Ternary {
-            yes: self.no,
-            no: self.yes,
-        }
-    }
-
-    fn into_array(self) -> BooleanArray {
-        let known = NullBuffer::new(&self.yes | &self.no);
-        BooleanArray::new(self.yes, (known.null_count() > 0).then_some(known))
-    }
-}
-
-fn evaluate(bound: &Bound, batch: &RecordBatch) -> Result<Ternary, ArrowError> {
-    let rows = batch.num_rows();
-    Ok(match bound {
-        Bound::And(all) => {
-            let mut result = Ternary::constant(true, rows, None);
-            for bound in all {
-                result = result.and(&evaluate(bound, batch)?);
-            }
-            result
-        }
-        // a or b = not (not a and not b)
-        Bound::Or(all) => {
-            let mut result = Ternary::constant(true, rows, None);
-            for bound in all {
-                result = result.and(&evaluate(bound, batch)?.not());
-            }
-            result.not()
-        }
-        Bound::Not(inner) => evaluate(inner, batch)?.not(),
-        Bound::IsNull(index) => {
-            let values = match batch.column(*index).logical_nulls() {
-                Some(nulls) => !nulls.inner(),
-                None => BooleanBuffer::new_unset(rows),
-            };
-            Ternary::new(&values, None)
-        }
-        Bound::Column(index) => {
-            let column = plain(batch.column(*index))?;
-            let column = column.as_boolean();
-            Ternary::new(column.values(), column.nulls())
-        }
-        Bound::Constant(index, value) => {
-            Ternary::constant(*value, rows, batch.column(*index).logical_nulls().as_ref())
-        }
-        Bound::Compare(index, op, value) => {
-            let column = batch.column(*index);
-            let result = match op {
-                CompareOp::Eq => cmp::eq(column, value),
-                CompareOp::NotEq => cmp::neq(column, value),
-                CompareOp::Lt => cmp::lt(column, value),
-                CompareOp::LtEq => cmp::lt_eq(column, value),
-                CompareOp::Gt => cmp::gt(column, value),
-                CompareOp::GtEq => cmp::gt_eq(column, value),
-            }?;
-            Ternary::new(result.values(), result.nulls())
-        }
-        Bound::Member(index, set) => {
-            let column = plain(batch.column(*index))?;
-            let mut found = Vec::with_capacity(rows);
-            for_each_value(column.as_ref(), |bytes| found.push(set.contains(bytes)));
-            Ternary::new(&BooleanBuffer::from(found), column.nulls())
-        }
-    })
-}
-
-/// The column without its dictionary, if it has one.
-fn plain(column: &ArrayRef) -> Result<ArrayRef, ArrowError> {
-    match column.data_type() {
-        DataType::Dictionary(_, values) => arrow_cast::cast(column, values),
-        _ => Ok(Arc::clone(column)),
-    }
 }
