@@ -46,7 +46,7 @@ def peer(file, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000_000, 30_000_000])
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, nargs="+", default=[3], help="rounds, for each size or for all")
     options = parser.parse_args()
     folder = DATA / "load"
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,11 +54,12 @@ def main():
     notes = [
         f"load_memory {MEMORY_MIB} MiB; goals: at least 0.5x the peer's rows/s, anonymous memory under {MEMORY_MIB + 128} MiB"
     ]
-    for count in options.rows:
+    repeats = options.repeat * len(options.rows) if len(options.repeat) == 1 else options.repeat
+    for count, repeat in zip(options.rows, repeats, strict=True):
         file = gen.write_parquet(DATA / f"wide-{count}.parquet", count)
         file.read_bytes() if file.stat().st_size < 4 << 30 else None  # warm
         found = {"pinion load": [], "pyarrow read, sort, write": []}
-        for _ in range(options.repeat):
+        for _ in range(repeat):
             found["pinion load"].append(pinion_load(file, folder))
             found["pyarrow read, sort, write"].append(peer(file, folder))
         for name, runs in found.items():

@@ -63,8 +63,7 @@ def test_weather_by_scan_and_as_of_lookup(loaded, real_data, connect):
     keys = ["EWR", "JFK", "LGA", "SFO", "EWR"]
     generator = random.Random(2013)
     moments = [None] + [
-        datetime(2012, 12, 31, tzinfo=UTC) + timedelta(minutes=generator.randrange(366 * 24 * 60))
-        for _ in range(40)
+        datetime(2012, 12, 31, tzinfo=UTC) + timedelta(minutes=generator.randrange(366 * 24 * 60)) for _ in range(40)
     ]
     for moment in moments:
         request = {} if moment is None else {"as_of": moment.isoformat()}
@@ -145,8 +144,7 @@ def test_flights_from_a_real_topic(real_data, kafka, store, serve, partitions):
     features = ["delay", "distance", "destination"]
     generator = random.Random(2001)
     for moment in [None] + [
-        datetime(2001, 1, 1, tzinfo=UTC) + timedelta(minutes=generator.randrange(90 * 24 * 60))
-        for _ in range(20)
+        datetime(2001, 1, 1, tzinfo=UTC) + timedelta(minutes=generator.randrange(90 * 24 * 60)) for _ in range(20)
     ]:
         request = {} if moment is None else {"as_of": moment.isoformat()}
         reply = calls.lookup(

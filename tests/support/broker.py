@@ -58,7 +58,14 @@ class Broker:
 
     def producer(self, **options):
         return Producer(
-            {"bootstrap.servers": self.bootstrap, "acks": "all", "enable.idempotence": True, "linger.ms": 1, "log_level": 2, **options}
+            {
+                "bootstrap.servers": self.bootstrap,
+                "acks": "all",
+                "enable.idempotence": True,
+                "linger.ms": 1,
+                "log_level": 2,
+                **options,
+            }
         )
 
 
