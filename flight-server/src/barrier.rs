@@ -1,6 +1,7 @@
 //! Waiting until a table has applied given offsets or puts.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use pinion_feature_store::{Snapshot, SnapshotError, Table};
@@ -11,6 +12,10 @@ use crate::command::Barrier;
 use crate::error::Failure;
 use crate::hooks::Hooks;
 use crate::reply::positions_json;
+use crate::service::Context;
+
+/// How often a waiting thread looks whether its request is still there.
+const STEP: Duration = Duration::from_millis(200);
 
 /// Returns a snapshot of each table, all of which meet the barrier.
 ///
@@ -21,18 +26,27 @@ use crate::reply::positions_json;
 pub(crate) async fn await_barrier(
     tables: &[Table],
     barrier: &Barrier,
-    hooks: &Hooks,
-    max_wait: Duration,
+    context: &Context,
 ) -> Result<Vec<Snapshot>, Failure> {
     if barrier.is_empty() {
         return Ok(tables.iter().map(Table::snapshot).collect());
     }
     check_names(tables, barrier)?;
-    let timeout = barrier.timeout.min(max_wait);
+    let _waiting = context.waiters.try_acquire().map_err(|_| {
+        Failure::new(
+            Code::ResourceExhausted,
+            "TOO_MANY_WAITERS",
+            format!(
+                "{} requests wait for a barrier, the most allowed (max_waiters); try again",
+                context.config.max_waiters
+            ),
+        )
+    })?;
+    let timeout = barrier.timeout.min(context.config.max_barrier);
     let deadline = Instant::now() + timeout;
     let mut snapshots = Vec::with_capacity(tables.len());
     for table in tables {
-        snapshots.push(wait_for_table(table, barrier, hooks, deadline, timeout).await?);
+        snapshots.push(wait_for_table(table, barrier, &context.hooks, deadline, timeout).await?);
     }
     Ok(snapshots)
 }
@@ -100,10 +114,15 @@ async fn wait_for_table(
             .with("positions", positions_json(now.positions())));
         }
     }
-    let waiter = table.clone();
-    let goal = Arc::clone(&wanted);
-    let waited =
-        tokio::task::spawn_blocking(move || waiter.wait_for(|s| goal.met(s), deadline)).await;
+    let waiter = Waiter {
+        table: table.clone(),
+        wanted,
+        deadline,
+        given_up: Arc::default(),
+    };
+    let given_up = GiveUp(Arc::clone(&waiter.given_up));
+    let waited = tokio::task::spawn_blocking(move || waiter.wait()).await;
+    drop(given_up);
     match waited {
         Ok(Some(snapshot)) => Ok(snapshot),
         Ok(None) => {
@@ -121,6 +140,38 @@ async fn wait_for_table(
             .with("sequence", json!(table.snapshot().sequence())))
         }
         Err(error) => Err(Failure::new(Code::Internal, "TASK", error.to_string())),
+    }
+}
+
+/// A wait on a blocking thread.
+struct Waiter {
+    table: Table,
+    wanted: Arc<Wanted>,
+    deadline: Instant,
+    given_up: Arc<AtomicBool>,
+}
+
+impl Waiter {
+    /// Waits in short steps, so that the thread is soon free after its request was cancelled.
+    fn wait(self) -> Option<Snapshot> {
+        loop {
+            let step = self.deadline.min(Instant::now() + STEP);
+            if let Some(snapshot) = self.table.wait_for(|s| self.wanted.met(s), step) {
+                return Some(snapshot);
+            }
+            if self.given_up.load(Ordering::Relaxed) || Instant::now() >= self.deadline {
+                return None;
+            }
+        }
+    }
+}
+
+/// Dropped with the request that waits.
+struct GiveUp(Arc<AtomicBool>);
+
+impl Drop for GiveUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

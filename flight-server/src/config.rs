@@ -35,6 +35,8 @@ pub struct ServerConfig {
     pub max_scans: usize,
     /// A DoGet stream whose client reads nothing for this long is ended. Default 5 min.
     pub reader_idle: Duration,
+    /// Requests that may wait for a barrier at once: each holds a thread. Default 128.
+    pub max_waiters: usize,
     /// Longest wait that a barrier (`at_least`, `token`) may ask for. Default 60 s.
     pub max_barrier: Duration,
     /// How long open streams may run on after shutdown was asked for. Default 10 s.
@@ -57,6 +59,7 @@ impl Default for ServerConfig {
             max_concurrent_streams: 256,
             max_scans: 128,
             reader_idle: Duration::from_secs(300),
+            max_waiters: 128,
             max_barrier: Duration::from_secs(60),
             drain: Duration::from_secs(10),
         }
@@ -138,6 +141,8 @@ impl ServerConfig {
         )?;
         range("max_request_bytes", self.max_request_bytes, 64 << 10, cap)?;
         range("max_connections", self.max_connections, 1, 1 << 20)?;
-        range("max_scans", self.max_scans, 1, 1 << 16)
+        // A waiting request and an open scan hold a thread each, of tokio's 512.
+        range("max_scans", self.max_scans, 1, 256)?;
+        range("max_waiters", self.max_waiters, 1, 192)
     }
 }

@@ -4,6 +4,8 @@
 //! schema; then each batch of keys is answered with one batch, in order. Each batch is a
 //! request of its own: it reads the newest snapshots, and the barrier holds for it.
 
+use std::sync::Arc;
+
 use arrow_array::RecordBatch;
 use arrow_flight::FlightData;
 use pinion_feature_store::Snapshot;
@@ -104,7 +106,7 @@ enum State {
     /// For the request's schema.
     Waiting(Option<LookupPlan>),
     /// Answering.
-    Bound(std::sync::Arc<BoundLookup>),
+    Bound(Arc<BoundLookup>),
 }
 
 impl Session {
@@ -145,22 +147,36 @@ impl Session {
         let bound = plan.bind(schema, &snapshots)?;
         let mut message = self.encoder.schema(bound.schema());
         message.app_metadata = reply_metadata(&snapshots);
-        self.state = State::Bound(std::sync::Arc::new(bound));
+        self.state = State::Bound(Arc::new(bound));
         self.send(message).await
     }
 
     async fn answer(&mut self, keys: RecordBatch) -> Result<(), Failure> {
+        let request = measure::Request::start("Lookup");
+        match self.look_up(keys).await {
+            Ok(messages) => {
+                request.finish(Code::Ok);
+                for message in messages {
+                    self.send(message).await?;
+                }
+                Ok(())
+            }
+            Err(failure) => {
+                request.finish(failure.code());
+                Err(failure)
+            }
+        }
+    }
+
+    async fn look_up(&mut self, keys: RecordBatch) -> Result<Vec<FlightData>, Failure> {
         let State::Bound(bound) = &self.state else {
             return Err(Failure::invalid(
                 "ARROW_MALFORMED",
                 "keys came before their schema",
             ));
         };
-        let bound = std::sync::Arc::clone(bound);
-        let request = measure::Request::start("Lookup");
-        let tables = bound.tables();
-        let limit = self.context.config.max_barrier;
-        let snapshots = await_barrier(&tables, &self.barrier, &self.context.hooks, limit).await?;
+        let bound = Arc::clone(bound);
+        let snapshots = await_barrier(&bound.tables(), &self.barrier, &self.context).await?;
         let rows = keys.num_rows();
         let (reply, snapshots) = if rows <= INLINE_ROWS {
             (bound.answer(&keys, &snapshots)?, snapshots)
@@ -181,11 +197,7 @@ impl Session {
         for snapshot in &snapshots {
             measure::sent("DoExchange", snapshot.table(), rows as u64, bytes);
         }
-        request.finish(Code::Ok);
-        for message in messages {
-            self.send(message).await?;
-        }
-        Ok(())
+        Ok(messages)
     }
 
     async fn send(&self, message: FlightData) -> Result<(), Failure> {

@@ -129,13 +129,7 @@ async fn describe_lookup(
     };
     let keys = plan.keys_from_json(keys)?;
     let tables = plan.tables();
-    let snapshots = await_barrier(
-        &tables,
-        &command.barrier(),
-        &context.hooks,
-        context.config.max_barrier,
-    )
-    .await?;
+    let snapshots = await_barrier(&tables, &command.barrier(), context).await?;
     for (table, snapshot) in tables.iter().zip(&snapshots) {
         table.retain(snapshot);
     }
@@ -204,9 +198,7 @@ pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Messages, F
         TicketRequest::Command(Command::Lookup(command)) => {
             let plan = LookupPlan::new(context, &command)?;
             let tables = plan.tables();
-            let limit = context.config.max_barrier;
-            let snapshots =
-                await_barrier(&tables, &command.barrier(), &context.hooks, limit).await?;
+            let snapshots = await_barrier(&tables, &command.barrier(), context).await?;
             lookup_stream(context, plan, &command, snapshots)
         }
         TicketRequest::Command(Command::Asof(_)) => Err(no_asof()),

@@ -11,7 +11,7 @@
 //!
 //! Inside: `command` (JSON), `ticket` (what GetFlightInfo hands out), `barrier` (waiting for
 //! rows), `scan`, `lookup`, `exchange`, `put`, `action`,
-//! `info` (one file per kind of request), `encode`
+//! `info` (one file per kind of request), `keys` (JSON keys), `encode`
 //! (batches to messages), `error` (the only place that chooses codes), `service` (the Flight
 //! trait), `serve` and `connection` (sockets), `admin` (HTTP), `metrics`.
 #![forbid(unsafe_code)]
@@ -29,6 +29,7 @@ mod error;
 mod exchange;
 mod hooks;
 mod info;
+mod keys;
 mod lookup;
 mod measure;
 mod put;

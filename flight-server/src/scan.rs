@@ -57,8 +57,7 @@ pub(crate) async fn plan(context: &Context, command: &ScanCommand) -> Result<Sca
         }
         None => {
             let tables = [table.clone()];
-            let limit = context.config.max_barrier;
-            let reached = await_barrier(&tables, &command.barrier(), &context.hooks, limit).await?;
+            let reached = await_barrier(&tables, &command.barrier(), context).await?;
             let snapshot = reached
                 .into_iter()
                 .next()

@@ -31,6 +31,8 @@ pub(crate) struct Context {
     pub(crate) config: ServerConfig,
     /// One permit per open DoGet stream.
     pub(crate) scans: Arc<Semaphore>,
+    /// One permit per request that waits for a barrier.
+    pub(crate) waiters: Semaphore,
 }
 
 pub(crate) type SharedContext = Arc<Context>;
@@ -38,11 +40,13 @@ pub(crate) type SharedContext = Arc<Context>;
 impl Context {
     pub(crate) fn new(store: Store, hooks: Hooks, config: ServerConfig) -> SharedContext {
         let scans = Arc::new(Semaphore::new(config.max_scans));
+        let waiters = Semaphore::new(config.max_waiters);
         Arc::new(Context {
             store,
             hooks,
             config,
             scans,
+            waiters,
         })
     }
 

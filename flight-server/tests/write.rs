@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arrow_array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray};
-use arrow_flight::{FlightData, FlightDescriptor};
+use arrow_flight::{FlightData, FlightDescriptor, Ticket, utils};
+use arrow_ipc::CompressionType;
+use arrow_ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteOptions};
 use common::*;
 use futures::{StreamExt, stream};
 use serde_json::json;
@@ -286,6 +288,111 @@ async fn actions_apply_describe_flush_merge_and_refuse_what_they_do_not_know() {
     ] {
         let error = act(&mut client, verb, &body).await.err().unwrap();
         assert_eq!(error.code(), code, "{verb} {body}: {error}");
+    }
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compressed_body_that_claims_a_tebibyte_is_refused_in_puts_and_exchanges() {
+    let server = TestServer::with_rows().await;
+    let mut client = server.client().await;
+    let names: Vec<String> = (0..2000).map(|_| "N12345".to_owned()).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    for codec in [CompressionType::ZSTD, CompressionType::LZ4_FRAME] {
+        let bomb = |descriptor, batch| {
+            let options = IpcWriteOptions::default()
+                .try_with_compression(Some(codec))
+                .unwrap();
+            let mut messages = upload(descriptor, vec![batch]);
+            let last = messages.len() - 1;
+            let batch = utils::flight_data_to_batches(&messages).unwrap().remove(0);
+            let (_, encoded) = IpcDataGenerator::default()
+                .encode(
+                    &batch,
+                    &mut DictionaryTracker::new(false),
+                    &options,
+                    &mut Default::default(),
+                )
+                .unwrap();
+            let mut body = encoded.arrow_data;
+            // The first buffer with bytes is compressed: its first eight are its length.
+            body[..8].copy_from_slice(&(1i64 << 40).to_le_bytes());
+            messages[last].data_header = encoded.ipc_message.into();
+            messages[last].data_body = body.into();
+            messages
+        };
+        let path = FlightDescriptor::new_path(vec!["planes".into()]);
+        let error = put_messages(&mut client, bomb(path, planes(&names)))
+            .await
+            .err()
+            .unwrap();
+        assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
+        assert!(error.message().contains("1099511627776"), "{error}");
+        let lookup = command(json!({"lookup": {"features": ["planes:seats"]}}));
+        let messages = bomb(lookup, keys("tailnum", &names));
+        let mut replies = client
+            .do_exchange(stream::iter(messages))
+            .await
+            .unwrap()
+            .into_inner();
+        replies.next().await.unwrap().unwrap();
+        let error = replies.next().await.unwrap().err().unwrap();
+        assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
+    }
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hundreds_of_cancelled_calls_leave_nothing_behind() {
+    let server = TestServer::start_with(|config| {
+        config.max_scans = 4;
+        config.max_waiters = 4;
+    })
+    .await;
+    server.apply(&[PLANES]).await.unwrap();
+    let mut client = server.client().await;
+    let names: Vec<String> = (0..100_000).map(|i| format!("N{i:06}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    put(&mut client, "planes", planes(&names)).await.unwrap();
+    let scan = || Ticket::new(json!({"scan": {"table": "planes"}}).to_string());
+    let never = json!({"table": "planes", "snapshot": "1-99999999"});
+    let waiting = || {
+        Ticket::new(
+            json!({"scan": {"table": "planes", "token": never, "timeout_ms": 60_000}}).to_string(),
+        )
+    };
+    for _ in 0..200 {
+        // Refusals are fine here: a cancelled call frees its place a moment later.
+        if let Ok(reply) = client.do_get(scan()).await {
+            let mut replies = reply.into_inner();
+            let _ = replies.next().await;
+        }
+        let wait = client.do_get(waiting());
+        let _ = tokio::time::timeout(Duration::from_millis(2), wait).await;
+        let messages = upload(
+            FlightDescriptor::new_path(vec!["planes".into()]),
+            vec![planes(&["X"])],
+        );
+        let endless = stream::iter(messages).chain(stream::pending::<FlightData>());
+        drop(client.do_put(endless).await.unwrap());
+    }
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    // Every place is free again, and no cancelled put was applied.
+    for _ in 0..4 {
+        let mut other = server.client().await;
+        assert_eq!(
+            get(&mut other, scan().ticket).await.unwrap().rows(),
+            100_000
+        );
+    }
+    let soon = json!({"scan": {"table": "planes", "token": never, "timeout_ms": 10}});
+    let waits = (0..4).map(|_| {
+        let mut client = client.clone();
+        let soon = soon.clone();
+        async move { get_json(&mut client, soon).await.err().unwrap().code() }
+    });
+    for code in futures::future::join_all(waits).await {
+        assert_eq!(code, Code::DeadlineExceeded);
     }
     server.stop().await;
 }

@@ -79,11 +79,12 @@ pub(super) fn check_buffer(
             let claimed = u64::try_from(claimed).map_err(|_| {
                 GateError::malformed(format!("compressed buffer {index} claims {claimed} bytes"))
             })?;
+            budget.charge(claimed)?;
             if codec == CompressionType::LZ4_FRAME {
-                budget.charge(claimed.max(lz4_bound(index, data)?))
-            } else {
-                budget.charge(claimed)
+                let bound = lz4_bound(index, data)?;
+                budget.charge(bound.saturating_sub(claimed))?;
             }
+            Ok(())
         }
     }
 }
