@@ -31,6 +31,8 @@ use crate::status::{SourceState, SourceStatus, TableProgress, lag};
 const POLL_WAIT: Duration = Duration::from_millis(100);
 /// How often the ends of partitions are looked up for the status.
 const ENDS_INTERVAL: Duration = Duration::from_millis(200);
+/// How many records are taken between two looks at the clock.
+const CLOCK_STEPS: usize = 32;
 /// First and longest pause between two tries.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Times an offset must be past the end before that is believed: a broker that just restarted
@@ -426,7 +428,8 @@ impl<'s> Session<'s> {
             }
             if gathered.records.len() >= config.batch_rows
                 || bytes >= config.batch_bytes
-                || started.elapsed() >= config.max_visible_delay
+                || (gathered.steps.len().is_multiple_of(CLOCK_STEPS)
+                    && started.elapsed() >= config.max_visible_delay)
             {
                 break;
             }
