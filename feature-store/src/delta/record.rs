@@ -337,7 +337,6 @@ pub(crate) struct RecordView<'a> {
     pub first_sequence: u64,
     pub rows: u32,
     pub sealed: bool,
-    pub hashes: &'a [u8],
     pub kinds: Option<&'a [u8]>,
     pub head: Head,
     /// Offset of the body from the record's start.
@@ -362,7 +361,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<RecordView<'_>> {
     let bytes = &bytes[..length];
     let (first_sequence, rows, flags) = (u64_at(16)?, u32_at(24)?, u32_at(28)?);
     let hashes_end = FIXED_BYTES.checked_add((rows as usize).checked_mul(8)?)?;
-    let hashes = bytes.get(FIXED_BYTES..hashes_end)?;
+    bytes.get(FIXED_BYTES..hashes_end)?;
     let mut at = hashes_end;
     let kinds = if flags & FLAG_DELETES != 0 {
         let kinds = bytes.get(at..at + (rows as usize).div_ceil(8))?;
@@ -381,7 +380,6 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<RecordView<'_>> {
         first_sequence,
         rows,
         sealed: flags & FLAG_SEALED != 0,
-        hashes,
         kinds,
         head,
         body_at: reader.at(),

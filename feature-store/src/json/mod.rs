@@ -20,7 +20,7 @@
 //! | decimals | a number of up to 15 digits, or any number as text |
 //! | lists, structs | array, object |
 //!
-//! Of a field given twice the last wins. Elsewhere: the columns (`column`), where a column's
+//! Of a field given twice the last wins. Elsewhere: the columns (`column`), their scalars (`scalar`), where a column's
 //! value comes from (`mapping`), text to ticks (`time_text`), decimals (`decimal`).
 
 mod column;
@@ -28,6 +28,7 @@ mod decimal;
 mod key;
 mod mapping;
 mod row;
+mod scalar;
 mod time_text;
 
 #[cfg(test)]

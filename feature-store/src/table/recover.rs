@@ -270,9 +270,9 @@ pub(crate) fn open_table(
         closed: Vec::new(),
         end_sequence: manifest.checkpoint.next_sequence,
     };
-    let mut moved: Vec<(u32, Place, u64)> = Vec::new();
+    let mut moved: Vec<Vec<(Place, u32, u64)>> = Vec::new();
     let mut log_levels: Vec<(ClosedLog, usize)> = Vec::new();
-    for (i, log) in logs.into_iter().enumerate() {
+    for (i, mut log) in logs.into_iter().enumerate() {
         let below = manifest.log_levels.get(i).copied().unwrap_or_else(|| {
             // A log of the last run: it comes after every segment with lower sequences.
             manifest
@@ -296,16 +296,11 @@ pub(crate) fn open_table(
         };
         log_levels.push((closed, taken));
         let mut dead_letters = Vec::new();
-        for event in &log.events {
+        for event in &mut log.events {
             event.positions.iter().for_each(|p| replay.positions.set(p));
             replay.remember_put(event.put_id.as_ref(), options.put_ids_kept);
             dead_letters.extend(event.dead_letters.iter().cloned());
-            moved.extend(
-                event
-                    .replaced
-                    .iter()
-                    .map(|&(place, row, sequence)| (row, place, sequence)),
-            );
+            moved.push(std::mem::take(&mut event.replaced));
         }
         let end_bytes = log.valid_bytes;
         let incarnation = log.incarnation;
@@ -437,22 +432,38 @@ pub(crate) fn open_table(
 /// merge replaced since is found again by the replacing row's key.
 fn apply_moved(
     levels: &[Level],
-    moved: &[(u32, Place, u64)],
+    moved: &[Vec<(Place, u32, u64)>],
     superseded_sequence: u64,
 ) -> Result<(), crate::error::ReadError> {
+    let places: Vec<Place> = levels.iter().map(Level::place).collect();
+    // Entries that count, in sequence order: the level, if it is still there.
+    let counting = || {
+        moved
+            .iter()
+            .flatten()
+            .filter_map(|&(place, row, sequence)| {
+                let at = places.iter().position(|&p| p == place);
+                let in_log = at.is_some() && matches!(place, Place::Log(_));
+                (in_log || sequence >= superseded_sequence).then_some((at, row, sequence))
+            })
+    };
+    if counting().all(|(at, _, _)| at.is_some()) {
+        for (at, row, sequence) in counting() {
+            if let Some(at) = at {
+                levels[at].superseded().push(row, sequence);
+            }
+        }
+        return Ok(());
+    }
     let mut entries: Vec<Vec<(u64, u32)>> = vec![Vec::new(); levels.len()];
     let mut merged_away: Vec<u64> = Vec::new();
-    for &(row, place, sequence) in moved {
-        let noted = sequence < superseded_sequence;
-        match levels.iter().position(|l| l.place() == place) {
-            Some(at) if !noted || matches!(place, Place::Log(_)) => {
-                entries[at].push((sequence, row))
-            }
-            None if !noted => merged_away.push(sequence),
-            _ => {}
+    for (at, row, sequence) in counting() {
+        match at {
+            Some(at) => entries[at].push((sequence, row)),
+            None => merged_away.push(sequence),
         }
     }
-    if !merged_away.is_empty() {
+    {
         // Each says that the row of `sequence` replaced something older. What older levels
         // now hold for its key is that row under its new place.
         let mut noted: Vec<RoaringBitmap> = levels

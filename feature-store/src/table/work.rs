@@ -243,7 +243,10 @@ impl TableInner {
             match level {
                 Level::Segment(s) => {
                     let mut rows = s.superseded.below(upto);
-                    with_load.iter().filter(|(at, _)| *at == number).for_each(|(_, more)| rows |= more);
+                    with_load
+                        .iter()
+                        .filter(|(at, _)| *at == number)
+                        .for_each(|(_, more)| rows |= more);
                     manifest.segments.push(SegmentEntry {
                         meta: s.segment.meta().clone(),
                         definition_version: s.version.number,
