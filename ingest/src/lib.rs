@@ -12,8 +12,8 @@
 //! writes. What may pass (brokers away, a full disk) is tried again with growing pauses, and
 //! nothing advances meanwhile.
 //!
-//! Inside: `supervisor` (which sources run), `source` (one topic's thread), `feed` (one
-//! table on it), `decode` (records to columns), `assign` (where to read from), `broker`
+//! Inside: `supervisor` (which sources run), `source` (one topic's thread), `session` (one
+//! connection of it), `feed` (one table on it), `decode` (records to columns), `assign` (where to read from), `broker`
 //! (questions to it), `native` (librdkafka calls, the only unsafe code), `control`, `status`,
 //! `config`. JSON to Arrow is `pinion_feature_store::json`.
 //!
@@ -28,6 +28,8 @@ mod control;
 mod decode;
 mod feed;
 mod native;
+mod session;
+mod slot;
 mod source;
 mod status;
 mod supervisor;

@@ -1,0 +1,113 @@
+//! One table of a session: reading, set aside for a while, or stopped.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pinion_feature_store::Table;
+use pinion_schemas::TableDefinition;
+
+use crate::assign::Offsets;
+use crate::feed::{Applied, Feed, FeedProblem};
+use crate::source::BACKOFF;
+use crate::status::{SourceState, TableProgress};
+
+/// A table of the source.
+pub(crate) struct Slot {
+    pub(crate) table: Table,
+    /// By which it reads now.
+    pub(crate) definition: Arc<TableDefinition>,
+    /// What it did since the server started.
+    pub(crate) total: Applied,
+    pub(crate) reading: Reading,
+    /// Next pause, when the table cannot go on: grows until a batch is applied.
+    pub(crate) pause: Duration,
+}
+
+/// What a table does.
+pub(crate) enum Reading {
+    /// It takes batches.
+    Open(Box<Feed>),
+    /// Set aside until `at`.
+    Waiting {
+        at: Instant,
+        reason: String,
+    },
+    /// Somebody has to act.
+    Stopped {
+        reason: String,
+    },
+}
+
+impl Slot {
+    /// The feed of a table that reads.
+    pub(crate) fn feed(&self) -> Option<&Feed> {
+        match &self.reading {
+            Reading::Open(feed) => Some(feed),
+            Reading::Waiting { .. } | Reading::Stopped { .. } => None,
+        }
+    }
+
+    /// Takes the table out of the batches to come: for a while, or for good.
+    pub(crate) fn set_aside(&mut self, problem: FeedProblem) {
+        let table = self.table.name();
+        self.reading = match problem {
+            FeedProblem::Wait(reason) => {
+                let pause = self.pause;
+                self.pause = (pause * 2).min(BACKOFF.1);
+                tracing::warn!(table, "set aside for {pause:?}: {reason}");
+                Reading::Waiting {
+                    at: Instant::now() + pause,
+                    reason,
+                }
+            }
+            FeedProblem::Stop(reason) => {
+                tracing::error!(table, "stopped: {reason}");
+                Reading::Stopped { reason }
+            }
+        };
+    }
+
+    /// How far the table is, for the status.
+    pub(crate) fn progress(&self, topic: &str, paused: bool) -> TableProgress {
+        let (state, positions) = match &self.reading {
+            Reading::Open(feed) => {
+                let state = if paused {
+                    SourceState::Paused
+                } else {
+                    SourceState::Running
+                };
+                (state, feed.positions().clone())
+            }
+            Reading::Waiting { reason, .. } => (
+                SourceState::Degraded {
+                    reason: reason.clone(),
+                },
+                self.stored_positions(topic),
+            ),
+            Reading::Stopped { reason } => (
+                SourceState::Stopped {
+                    reason: reason.clone(),
+                },
+                self.stored_positions(topic),
+            ),
+        };
+        TableProgress {
+            table: self.table.name(),
+            state,
+            positions,
+            rows: self.total.rows,
+            deletes: self.total.deletes,
+            dead_letters: self.total.dead_letters,
+            filtered: self.total.filtered,
+        }
+    }
+
+    fn stored_positions(&self, topic: &str) -> Offsets {
+        self.table
+            .positions()
+            .iter()
+            .filter(|p| p.topic == topic)
+            .map(|p| (p.partition, p.next_offset))
+            .collect()
+    }
+}
