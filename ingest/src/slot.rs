@@ -28,14 +28,9 @@ pub(crate) enum Reading {
     /// It takes batches.
     Open(Box<Feed>),
     /// Set aside until `at`.
-    Waiting {
-        at: Instant,
-        reason: String,
-    },
+    Waiting { at: Instant, reason: String },
     /// Somebody has to act.
-    Stopped {
-        reason: String,
-    },
+    Stopped { reason: String },
 }
 
 impl Slot {
