@@ -22,7 +22,9 @@ def test_the_five_minute_tour_works_as_printed(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = environment({"PINION_DATA": tmp_path / "features"})
-    env["PATH"] = f"{binary().parent}{os.pathsep}{env['PATH']}"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pinion").symlink_to(binary().resolve())
+    env["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{env['PATH']}"
     printed = []
     server = None
     tour = blocks("Five minutes")
