@@ -2,6 +2,7 @@
 //! every answer with the oracle's.
 
 mod compare;
+mod restarts;
 mod rng;
 mod table;
 mod values;

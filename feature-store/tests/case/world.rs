@@ -1,13 +1,10 @@
 //! A store and the oracle, side by side, and the steps they take together.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pinion_feature_store::{
-    Change, Commit, CommitError, OpenError, Position, RowProblem, Snapshot, SnapshotId, Store,
-    StoreOptions, Table,
+    Change, Commit, CommitError, Position, RowProblem, Snapshot, SnapshotId, Store, StoreOptions,
+    Table,
 };
 
 use super::Rng;
@@ -15,42 +12,42 @@ use super::compare::compare;
 use super::table::{NO_CREATED_TIME, Spec};
 use crate::oracle::{Cell, Event, Oracle, Rules, View};
 
-const TOPIC: &str = "events";
-const PARTITIONS: usize = 3;
+pub(super) const TOPIC: &str = "events";
+pub(super) const PARTITIONS: usize = 3;
 
 /// A snapshot kept, with what the oracle knew when it was taken.
-struct Kept {
+pub(super) struct Kept {
     snapshot: Snapshot,
     spec: Spec,
     rules: Rules,
     events: usize,
     /// Handed to [`Table::retain`] in this run of the store.
-    findable: bool,
+    pub(super) findable: bool,
 }
 
 /// The state after a commit, by which a crash may have cut.
-struct Mark {
+pub(super) struct Mark {
     /// The store's sequence then.
-    sequence: u64,
-    oracle: Oracle,
+    pub(super) sequence: u64,
+    pub(super) oracle: Oracle,
 }
 
 pub struct World {
-    rng: Rng,
-    dir: tempfile::TempDir,
-    options: StoreOptions,
-    store: Option<Store>,
+    pub(super) rng: Rng,
+    pub(super) dir: tempfile::TempDir,
+    pub(super) options: StoreOptions,
+    pub(super) store: Option<Store>,
     spec: Spec,
     keys: Vec<Vec<Cell>>,
-    oracle: Oracle,
+    pub(super) oracle: Oracle,
     /// Records of each partition, and where its reader stands.
-    partitions: Vec<(Vec<Event>, usize)>,
-    kept: Vec<Kept>,
+    pub(super) partitions: Vec<(Vec<Event>, usize)>,
+    pub(super) kept: Vec<Kept>,
     /// One for every commit to the present log, after one for its beginning.
-    marks: Vec<Mark>,
-    log: u64,
+    pub(super) marks: Vec<Mark>,
+    pub(super) log: u64,
     /// Newest manifest seen, and bytes of the present log that were synced before it.
-    synced: (u64, usize),
+    pub(super) synced: (u64, usize),
     /// What was done, for the report of a failure.
     pub steps: Vec<String>,
 }
@@ -120,7 +117,7 @@ impl World {
             .expect("the store is open between steps")
     }
 
-    fn table(&self) -> Table {
+    pub(super) fn table(&self) -> Table {
         self.store().table("t").unwrap()
     }
 
@@ -298,42 +295,6 @@ impl World {
         self.mark();
     }
 
-    /// Notes the state by which a torn log may be cut.
-    fn mark(&mut self) {
-        self.note_synced();
-        let id = self.table().snapshot().id();
-        if self.log != id.log {
-            // What an earlier log holds may be torn as well, but its end is not here.
-            self.marks.drain(..self.marks.len().saturating_sub(1));
-            self.log = id.log;
-            self.synced.1 = 0;
-        }
-        self.marks.push(Mark {
-            sequence: id.sequence,
-            oracle: self.oracle.clone(),
-        });
-    }
-
-    /// A manifest stands only for what is on disk: when there is a new one, a power cut can
-    /// no longer take what the log held by then.
-    fn note_synced(&mut self) {
-        let manifest = self.table().stats().manifest;
-        if manifest != self.synced.0 {
-            let log = self.table().snapshot().id().log;
-            self.synced = (manifest, used_bytes(&self.log_path(log)));
-        }
-    }
-
-    fn log_path(&self, log: u64) -> PathBuf {
-        let table = self.table().id().to_string();
-        self.dir
-            .path()
-            .join("tables")
-            .join(table)
-            .join("log")
-            .join(format!("{log:016x}.log"))
-    }
-
     fn commit_during_merge(&mut self) {
         self.steps.push("merge beside commits:".to_owned());
         let table = self.table();
@@ -351,113 +312,6 @@ impl World {
         });
         self.steps.push("merged".to_owned());
         self.compare_all();
-    }
-
-    fn restart(&mut self) {
-        self.steps.push("restart".to_owned());
-        self.store = None;
-        self.reopen();
-        self.compare_now();
-    }
-
-    /// Opens the closed store, once its background threads have let go of it.
-    fn open(&self, open: fn(&Path, StoreOptions) -> Result<Store, OpenError>) -> Store {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        loop {
-            match open(self.dir.path(), self.options.clone()) {
-                Ok(store) => return store,
-                Err(OpenError::Locked { .. }) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                Err(error) => panic!("open: {error}"),
-            }
-        }
-    }
-
-    fn reopen(&mut self) {
-        for kept in &mut self.kept {
-            kept.findable = false;
-        }
-        self.store = Some(self.open(Store::open));
-        self.marks.drain(..self.marks.len().saturating_sub(1));
-        let id = self.table().snapshot().id();
-        if let Some(mark) = self.marks.last_mut() {
-            mark.sequence = id.sequence;
-        }
-        self.log = id.log;
-    }
-
-    /// A power cut: the end of the log never reached the disk. What is left must be the
-    /// state after some commit, positions included; the source delivers the rest again.
-    fn tear(&mut self) {
-        // Maps of the log would see it change, as no running process ever does.
-        self.kept.clear();
-        self.note_synced();
-        let log = self.table().snapshot().id().log;
-        let path = self.log_path(log);
-        let synced = if self.log == log { self.synced.1 } else { 0 };
-        self.store = None;
-        let used = used_bytes(&path);
-        // With background work nobody knows what is synced.
-        let torn = !self.options.background && used > synced;
-        if torn {
-            let from = self.rng.between(synced, used);
-            let file = File::options().write(true).open(&path).unwrap();
-            file.write_all_at(&vec![0; used - from], from as u64)
-                .unwrap();
-            self.steps.push(format!(
-                "log {log} torn at {from} of {used} bytes, {synced} synced"
-            ));
-        } else {
-            self.steps.push("restart".to_owned());
-        }
-        let marks = std::mem::take(&mut self.marks);
-        self.reopen();
-        let table = self.table();
-        let (sequence, positions) = (table.snapshot().id().sequence, table.positions());
-        let survived = |mark: &&Mark| {
-            let of = |partition: i32| positions.next_offset(TOPIC, partition);
-            (0..PARTITIONS as i32).all(|p| of(p) == mark.oracle.next_offsets.get(&p).copied())
-                && (!torn || mark.sequence == sequence)
-        };
-        let Some(mark) = marks.iter().rev().find(survived) else {
-            let known: Vec<_> = marks
-                .iter()
-                .map(|m| (m.sequence, &m.oracle.next_offsets))
-                .collect();
-            panic!(
-                "after the crash the table stands at {sequence} {positions:?}, after no commit of {known:?}"
-            );
-        };
-        self.oracle = mark.oracle.clone();
-        for (partition, (_, next)) in self.partitions.iter_mut().enumerate() {
-            *next = self
-                .oracle
-                .next_offsets
-                .get(&(partition as i32))
-                .map_or(0, |&next| next as usize);
-        }
-        self.mark();
-        self.compare_now();
-    }
-
-    /// A second process looks at the closed store.
-    fn read_only(&mut self) {
-        self.steps.push("open read-only".to_owned());
-        self.store = None;
-        let store = self.open(Store::open_read_only);
-        self.store = Some(store);
-        self.compare_now();
-        let refused = self.table().commit(Commit {
-            positions: vec![position(0, 1 << 40)],
-            ..Commit::default()
-        });
-        assert!(
-            matches!(refused, Err(CommitError::ReadOnly { .. })),
-            "{refused:?}"
-        );
-        self.store = None;
-        self.reopen();
     }
 
     fn change_definition(&mut self) {
@@ -500,7 +354,7 @@ impl World {
         }
     }
 
-    fn compare_now(&mut self) {
+    pub(super) fn compare_now(&mut self) {
         let snapshot = self.table().snapshot();
         self.steps.push(format!("compare {}", snapshot.id()));
         let rules = self.spec.rules();
@@ -556,16 +410,7 @@ fn fast_dir() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
 }
 
-/// Bytes before the zeros that a log ends in; 0 when there is no such file.
-fn used_bytes(path: &Path) -> usize {
-    let bytes = std::fs::read(path).unwrap_or_default();
-    bytes
-        .iter()
-        .rposition(|&b| b != 0)
-        .map_or(0, |last| last + 1)
-}
-
-fn position(partition: i32, next_offset: i64) -> Position {
+pub(super) fn position(partition: i32, next_offset: i64) -> Position {
     Position {
         topic: TOPIC.to_owned(),
         topic_id: "id".to_owned(),
