@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod asks;
 mod commands;
 mod config;
 mod error;
@@ -20,6 +21,7 @@ mod progress;
 mod remote;
 mod rows;
 mod server;
+mod table_report;
 mod target;
 mod values;
 

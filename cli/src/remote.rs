@@ -27,6 +27,10 @@ use crate::error::{CliError, CliResult};
 /// Replies may be as large as gRPC can frame them: the server keeps them small.
 const MAX_REPLY_BYTES: usize = u32::MAX as usize;
 
+/// Bytes of one reply that may be under way before they are read.
+const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+
 /// A connection to a server.
 pub struct Remote {
     url: String,
@@ -280,7 +284,7 @@ impl Address {
     async fn connect(self) -> Result<Channel, tonic::transport::Error> {
         match self {
             Address::Tcp(uri) => {
-                Endpoint::from_shared(uri)?
+                with_windows(Endpoint::from_shared(uri)?)
                     .tcp_nodelay(true)
                     .connect()
                     .await
@@ -291,12 +295,19 @@ impl Address {
                     let path = path.clone();
                     async move { Ok::<_, io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
                 });
-                Endpoint::from_static("http://localhost")
+                with_windows(Endpoint::from_static("http://localhost"))
                     .connect_with_connector(connector)
                     .await
             }
         }
     }
+}
+
+/// HTTP/2's default of 64 KiB in flight would hold scans back.
+fn with_windows(endpoint: Endpoint) -> Endpoint {
+    endpoint
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
 }
 
 #[cfg(test)]

@@ -3,24 +3,24 @@
 //! Both answer the same questions, so commands do not care which it is. A directory is opened
 //! read-only for reads (another process may read it too) and exclusively for writes.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arrow_array::{ArrayRef, RecordBatch, UInt8Array};
 use arrow_schema::{Field, FieldRef, Schema, SchemaRef};
 use pinion_feature_store::{
-    Change, Commit, Filter, LookupRequest, ScanRequest, Snapshot, Store, StoreOptions, Table,
-    TablePlan, TableStats, View,
+    Change, Commit, Filter, LookupRequest, ScanRequest, Snapshot, Store, StoreOptions, Table, View,
 };
 use pinion_flight_server::{LookupCommand, PutCommand, PutMode, ScanCommand, ViewName};
-use pinion_schemas::{History, TableDefinition};
-use serde::{Deserialize, Serialize};
+use pinion_schemas::TableDefinition;
+use serde::Deserialize;
 use serde_json::json;
 
+use crate::asks::{LookupRows, LookupSpec, PlanStep, PutAck, ScanSpec};
 use crate::config::Config;
 use crate::error::{CliError, CliResult};
 use crate::remote::{Remote, RemoteScan};
+use crate::table_report::{RemoteTable, TableReport};
 
 /// The data directory used when nobody names one.
 pub const DEFAULT_DATA_DIR: &str = "pinion-data";
@@ -39,7 +39,7 @@ pub enum Target {
     /// A data directory.
     Direct(Store, Access),
     /// A server.
-    Remote(Remote),
+    Remote(Box<Remote>),
 }
 
 /// Where the settings point.
@@ -99,180 +99,11 @@ impl Place {
     }
 }
 
-/// The values of a lookup: one row per key.
-pub struct LookupRows {
-    /// Key columns in the definition's order.
-    pub keys: Vec<(FieldRef, ArrayRef)>,
-    /// The event time, null where nothing was found; `None` without event time.
-    pub event_time: Option<(FieldRef, ArrayRef)>,
-    /// The features in the order asked.
-    pub features: Vec<(FieldRef, ArrayRef)>,
-    /// Status numbers of each feature.
-    pub status: Vec<UInt8Array>,
-}
-
-/// What to look up.
-pub struct LookupSpec {
-    /// Key columns in the definition's order.
-    pub keys: Vec<ArrayRef>,
-    /// Feature names.
-    pub features: Vec<String>,
-    /// RFC 3339 and nanoseconds of the same moment.
-    pub as_of: Option<(String, i64)>,
-    /// Show values outside their max age.
-    pub keep_expired: bool,
-}
-
-/// What to scan.
-#[derive(Debug, Clone, Default)]
-pub struct ScanSpec {
-    /// Columns in order; all when `None`.
-    pub columns: Option<Vec<String>>,
-    /// SQL expression.
-    pub filter: Option<String>,
-    /// Which versions of a key.
-    pub view: Option<ViewName>,
-    /// At most this many rows.
-    pub limit: Option<u64>,
-}
-
-/// The acknowledgement of a durable put.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct PutAck {
-    /// Rows or keys taken.
-    pub rows: u64,
-    /// False when the id had been seen before: nothing was applied.
-    pub applied: bool,
-    /// On disk.
-    pub durable: bool,
-    /// First snapshot that shows the rows, `<log>-<sequence>`.
-    pub snapshot: Option<String>,
-}
-
-/// What an apply does, or would do, to one table.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PlanStep {
-    /// Table name.
-    pub table: String,
-    /// `create`, `change` or `unchanged`.
-    pub action: String,
-    /// What changes, one line each.
-    #[serde(default)]
-    pub changes: Vec<String>,
-}
-
-impl From<TablePlan> for PlanStep {
-    fn from(plan: TablePlan) -> PlanStep {
-        let (table, action, changes) = match plan {
-            TablePlan::Create { table } => (table, "create", Vec::new()),
-            TablePlan::Change { table, changes } => (
-                table,
-                "change",
-                changes.iter().map(ToString::to_string).collect(),
-            ),
-            TablePlan::Unchanged { table } => (table, "unchanged", Vec::new()),
-        };
-        PlanStep {
-            table,
-            action: action.to_owned(),
-            changes,
-        }
-    }
-}
-
-/// One table in full.
-#[derive(Debug, Clone, Serialize)]
-pub struct TableReport {
-    /// Its definition; librdkafka options are hidden.
-    pub definition: TableDefinition,
-    /// Its figures.
-    pub stats: TableStats,
-    /// The next offset to read of each partition, by topic.
-    pub positions: BTreeMap<String, BTreeMap<i32, i64>>,
-}
-
-/// A table as the `describe` action tells it.
-#[derive(Debug, Deserialize)]
-struct RemoteTable {
-    /// TOML.
-    definition: String,
-    stats: TableStats,
-    positions: BTreeMap<String, BTreeMap<i32, i64>>,
-}
-
-impl TryFrom<RemoteTable> for TableReport {
-    type Error = CliError;
-
-    fn try_from(table: RemoteTable) -> CliResult<TableReport> {
-        let definition = TableDefinition::parse_toml(&table.definition)
-            .map_err(|e| CliError::caused("the server's table definition is not understood", e))?;
-        Ok(TableReport {
-            definition,
-            stats: table.stats,
-            positions: table.positions,
-        })
-    }
-}
-
-impl TableReport {
-    fn of(table: &Table, access: Access) -> TableReport {
-        let mut definition = table.definition().as_ref().clone();
-        if let Some(kafka) = &mut definition.kafka {
-            for value in kafka.options.values_mut() {
-                "(hidden)".clone_into(value);
-            }
-        }
-        let mut positions: BTreeMap<String, BTreeMap<i32, i64>> = BTreeMap::new();
-        for position in table.positions().iter() {
-            positions
-                .entry(position.topic)
-                .or_default()
-                .insert(position.partition, position.next_offset);
-        }
-        let mut stats = table.stats();
-        if access == Access::Read {
-            // That is how we opened it, and says nothing about the table.
-            stats.read_only = None;
-        }
-        TableReport {
-            definition,
-            stats,
-            positions,
-        }
-    }
-
-    /// The key as text: `origin string, carrier string`.
-    pub fn key_text(&self) -> String {
-        let columns: Vec<String> = self
-            .definition
-            .entity
-            .iter()
-            .map(|key| {
-                format!(
-                    "{} {}",
-                    key.name,
-                    pinion_schemas::format_type(&key.data_type)
-                )
-            })
-            .collect();
-        columns.join(", ")
-    }
-
-    /// The history as text: `latest`, `all`, `90d`.
-    pub fn history_text(&self) -> String {
-        match self.definition.history {
-            History::Latest => "latest".to_owned(),
-            History::All => "all".to_owned(),
-            History::For(span) => span.to_string(),
-        }
-    }
-}
-
 impl Target {
     /// Opens what the settings point at.
     pub fn open(config: &Config, access: Access) -> CliResult<Target> {
         match Place::of(config)? {
-            Place::Server(url) => Ok(Target::Remote(Remote::connect(&url)?)),
+            Place::Server(url) => Ok(Target::Remote(Box::new(Remote::connect(&url)?))),
             Place::Directory(dir) => Ok(Target::Direct(open_store(config, &dir, access)?, access)),
         }
     }
@@ -332,12 +163,12 @@ impl Target {
             Target::Remote(remote) => {
                 #[derive(Deserialize)]
                 struct Reply {
-                    plan: Vec<PlanStep>,
+                    plans: Vec<PlanStep>,
                 }
                 let texts: Vec<String> = definitions.into_iter().map(|(_, text)| text).collect();
                 let body = json!({ "definitions": texts, "dry_run": !apply });
                 let reply: Reply = decode("apply", remote.action("apply", &body)?)?;
-                Ok(reply.plan)
+                Ok(reply.plans)
             }
         }
     }

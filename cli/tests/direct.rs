@@ -375,15 +375,17 @@ fn without_a_store_or_a_server_the_error_says_what_to_do() {
     assert!(
         pinion(&["init"])
             .current_dir(dir.path())
-            .status()
+            .output()
             .unwrap()
+            .status
             .success()
     );
     assert!(
         pinion(&["ls"])
             .current_dir(dir.path())
-            .status()
+            .output()
             .unwrap()
+            .status
             .success()
     );
     let output = pinion(&["ls", "--data", "x", "--server", "grpc://127.0.0.1:1"])

@@ -8,7 +8,8 @@ use pinion_schemas::format_type;
 use crate::args::{GlobalArgs, OutputForm};
 use crate::error::{CliResult, escape_control};
 use crate::output::{bytes_text, count_text, print_json, print_text, write_table};
-use crate::target::{Access, TableReport, Target};
+use crate::table_report::TableReport;
+use crate::target::{Access, Target};
 
 /// Shows one table: its columns, settings, size, segments and stream positions.
 #[derive(Debug, Args)]

@@ -11,10 +11,11 @@ use pinion_feature_store::ValueStatus;
 use pinion_schemas::{Span, TableDefinition};
 
 use crate::args::{GlobalArgs, OutputForm};
+use crate::asks::{LookupRows, LookupSpec};
 use crate::error::{CliError, CliResult, escape_control};
 use crate::keys::parse_keys;
 use crate::output::{print_batch, print_text, value_text, write_table};
-use crate::target::{Access, LookupRows, LookupSpec, Target};
+use crate::target::{Access, Target};
 use crate::values::time_nanos;
 
 /// Looks up the features of one or more keys. A key that is not there is an answer

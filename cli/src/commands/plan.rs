@@ -7,9 +7,10 @@ use clap::Args;
 use pinion_schemas::TableDefinition;
 
 use crate::args::{GlobalArgs, OutputForm};
+use crate::asks::PlanStep;
 use crate::error::{CliError, CliResult};
 use crate::output::{print_json, print_text};
-use crate::target::{Access, PlanStep, Target};
+use crate::target::{Access, Target};
 
 /// Shows what apply would do, and changes nothing.
 #[derive(Debug, Args)]
@@ -75,12 +76,12 @@ pub fn print_steps(form: OutputForm, steps: &[PlanStep]) -> CliResult {
     }
     let mut text = String::new();
     for step in steps {
-        let sign = match step.action.as_str() {
+        let sign = match step.plan.as_str() {
             "create" => '+',
             "change" => '~',
             _ => '=',
         };
-        text.push_str(&format!("{sign} {} {}\n", step.action, step.table));
+        text.push_str(&format!("{sign} {} {}\n", step.plan, step.table));
         for change in &step.changes {
             text.push_str(&format!("    {change}\n"));
         }

@@ -5,17 +5,18 @@ use pinion_flight_server::PutMode;
 use pinion_schemas::BatchFormat;
 
 use crate::args::{GlobalArgs, OutputForm};
+use crate::asks::PutAck;
 use crate::error::{CliError, CliResult};
 use crate::output::{print_json, print_text};
 use crate::rows::RowInput;
-use crate::target::{Access, PutAck, Target};
+use crate::target::{Access, Target};
 
 /// Writes rows as one commit: all of them become visible together, or none. Returns once they
 /// are on disk. For files of more than a few hundred megabytes use load.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Columns are matched by name; times are RFC 3339, binary is hex after 0x or base64, lists and\n\
-    structs are JSON. A column left out is null (or its default).\n\n\
+    structs are JSON. A column left out is null.\n\n\
     EXAMPLES:\n  \
     pinion put weather origin=EWR time_hour=2013-12-31T00:00:00Z temp=30.5\n  \
     pinion put weather corrections.jsonl --id corrections-7\n  \

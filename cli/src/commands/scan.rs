@@ -4,9 +4,10 @@ use clap::{Args, ValueEnum};
 use pinion_flight_server::ViewName;
 
 use crate::args::{GlobalArgs, OutputForm};
+use crate::asks::ScanSpec;
 use crate::error::CliResult;
 use crate::output::RowWriter;
-use crate::target::{Access, ScanSpec, Target};
+use crate::target::{Access, Target};
 
 /// Rows of a table that is shown without a limit.
 const TABLE_ROWS: usize = 100;

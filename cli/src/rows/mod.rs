@@ -5,24 +5,26 @@
 //! keep their types, and are cast only where nothing can be lost. A column that the table does
 //! not have is refused.
 
+mod objects;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
+use std::sync::Arc;
 
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_cast::{CastOptions, cast_with_options};
 use arrow_schema::{DataType, Schema};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use pinion_feature_store::ipc_gate::{GateLimits, GatedReader};
-use pinion_feature_store::json::{RecordMeta, RowBuilder};
 use pinion_schemas::{BatchFormat, TableDefinition, can_widen, storage_type};
 use serde_json::{Map, Value};
-use std::sync::Arc;
 
+use self::objects::{ObjectRows, unknown_column};
 use crate::error::{CliError, CliResult};
 use crate::values::json_value;
 
-/// Rows of one batch made from JSON or text.
+/// Rows of one batch read from Parquet.
 const BATCH_ROWS: usize = 8_192;
 
 /// Where the rows of a put come from.
@@ -145,91 +147,6 @@ fn read_stream(
         BatchFormat::Csv => read_csv(definition, null_values, input),
         BatchFormat::Arrow => read_arrow(definition, input),
         BatchFormat::Parquet => Err(CliError::usage("Parquet is read from a file")),
-    }
-}
-
-/// Rows made of JSON objects, with the row number in every error.
-struct ObjectRows<'a> {
-    definition: &'a TableDefinition,
-    builder: RowBuilder,
-    rows: usize,
-    pending: usize,
-    batches: Vec<RecordBatch>,
-}
-
-impl<'a> ObjectRows<'a> {
-    fn new(definition: &'a TableDefinition) -> CliResult<ObjectRows<'a>> {
-        // A put names columns as the table does and times in RFC 3339: how the columns of a
-        // file or an event are called and written does not matter here.
-        let mut plain = definition.clone();
-        for key in &mut plain.entity {
-            key.from = None;
-        }
-        for time in [&mut plain.event_time, &mut plain.created_time]
-            .into_iter()
-            .flatten()
-        {
-            (time.from, time.format, time.zone) = (None, None, None);
-        }
-        for feature in &mut plain.features {
-            feature.from = None;
-        }
-        let builder = RowBuilder::new(&plain, &Default::default())
-            .map_err(|e| CliError::caused("rows of this table cannot be read from text", e))?;
-        Ok(ObjectRows {
-            definition,
-            builder,
-            rows: 0,
-            pending: 0,
-            batches: Vec::new(),
-        })
-    }
-
-    fn push(&mut self, row: &Map<String, Value>, place: &dyn Fn() -> String) -> CliResult {
-        if let Some(unknown) = row
-            .keys()
-            .find(|name| self.definition.column_index(name).is_none())
-        {
-            return Err(unknown_column(self.definition, unknown, &place()));
-        }
-        self.builder
-            .append(&Value::Object(row.clone()), &RecordMeta::default())
-            .map_err(|e| CliError::new(format!("{}: {e}", place())))?;
-        self.rows += 1;
-        self.pending += 1;
-        if self.pending >= BATCH_ROWS {
-            self.cut()?;
-        }
-        Ok(())
-    }
-
-    fn cut(&mut self) -> CliResult {
-        if self.pending > 0 {
-            self.batches.push(self.builder.finish()?);
-            self.pending = 0;
-        }
-        Ok(())
-    }
-
-    fn finish(mut self) -> CliResult<Vec<RecordBatch>> {
-        self.cut()?;
-        Ok(self.batches)
-    }
-}
-
-fn unknown_column(definition: &TableDefinition, name: &str, place: &str) -> CliError {
-    let near = definition
-        .column_names()
-        .map(|column| (strsim::jaro_winkler(name, column), column))
-        .filter(|(likeness, _)| *likeness > 0.8)
-        .max_by(|a, b| a.0.total_cmp(&b.0));
-    let failed = CliError::new(format!(
-        "{place}: table {} has no column {name:?}",
-        definition.name
-    ));
-    match near {
-        Some((_, column)) => failed.hint(format!("did you mean {column:?}?")),
-        None => failed,
     }
 }
 
