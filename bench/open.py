@@ -5,6 +5,7 @@ median of 20, each with another key. `pinion version` and `true` show what start
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import time
@@ -67,14 +68,16 @@ def build(count):
 
 
 def once(command):
-    """Milliseconds from before exec to the end of the output."""
+    """Milliseconds from before exec to the printed row (one write of the process), and to its end."""
     env = environment()
     began = time.perf_counter()
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, close_fds=False) as process:
-        output = process.stdout.read()
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, close_fds=False, bufsize=0) as process:
+        output = os.read(process.stdout.fileno(), 1 << 16)
+        printed = (time.perf_counter() - began) * 1000
+        output += process.stdout.read()
     milliseconds = (time.perf_counter() - began) * 1000
     assert process.returncode == 0, output
-    return milliseconds, output
+    return printed, milliseconds, output
 
 
 def main():
@@ -98,20 +101,25 @@ def main():
             str(n * 7919 % int(count * 0.9)),
         ]
     times = {name: [] for name in cases}
+    ends = {name: [] for name in cases}
     for number in range(options.repeat + 2):
         for name, command in cases.items():  # interleaved: noise falls on all alike
-            milliseconds, output = once(command(number))
+            printed, milliseconds, output = once(command(number))
             if name.startswith("pinion get"):
                 assert b"category-" in output, output
             if number >= 2:
-                times[name].append(milliseconds)
-    rows = [[name, f"{median(found):.1f}", f"{min(found):.1f}", f"{max(found):.1f}"] for name, found in times.items()]
+                times[name].append(printed)
+                ends[name].append(milliseconds)
+    rows = [
+        [name, f"{median(found):.1f}", f"{min(found):.1f}", f"{max(found):.1f}", f"{median(ends[name]):.1f}"]
+        for name, found in times.items()
+    ]
     gets = [median(found) for name, found in times.items() if name.startswith("pinion get")]
     sizes = ", ".join(f"{count:,} rows: {directory_bytes(data) / 1e9:.2f} GB on disk" for count, data in stores.items())
     save(
         "open",
         {
-            "header": ["", "median ms", "min", "max"],
+            "header": ["", "to the printed row: median ms", "min", "max", "to the exit: median"],
             "rows": rows,
             "notes": [
                 f"{SEGMENTS} segments, {SUPERSEDED:.0%} superseded rows, a log of {LOG_ROWS:,} rows left by kill -9; {sizes}",
