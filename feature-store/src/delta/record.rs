@@ -252,7 +252,9 @@ impl Head {
                 _ => return None,
             });
         }
-        for _ in 0..reader.count()? {
+        let replaced = reader.count()?;
+        head.replaced.reserve_exact(replaced);
+        for _ in 0..replaced {
             let place = *places.get(usize::try_from(reader.varint()?).ok()?)?;
             let row = u32::try_from(reader.varint()?).ok()?;
             head.replaced.push(Replaced {

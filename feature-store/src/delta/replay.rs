@@ -19,7 +19,7 @@ use crate::segment::map_file;
 
 use super::file::{HEADER_BYTES, HeaderError, LogHeader, log_path};
 use super::index::LogIndex;
-use super::record::{self, Place};
+use super::record::{self, Place, Replaced};
 use super::rows::LogRows;
 use super::{body, key_equals};
 
@@ -60,8 +60,10 @@ pub(crate) struct ReplayEvent {
     pub positions: Vec<Position>,
     pub put_id: Option<String>,
     pub dead_letters: Vec<DeadLetter>,
-    /// Rows of segments and other logs that it replaced: (place, row, replacing sequence).
-    pub replaced: Vec<(Place, u32, u64)>,
+    /// Sequence of the record's first row.
+    pub first_sequence: u64,
+    /// Rows that it replaced, those of this very log included.
+    pub replaced: Vec<Replaced>,
 }
 
 /// One row, decoded with the rest of its record.
@@ -156,17 +158,13 @@ impl Replayed {
             let deleted = (0..view.rows).filter(|&r| kinds[r as usize / 8] >> (r % 8) & 1 == 1);
             self.deleted_rows.extend(deleted.map(|r| first_row + r));
         }
-        let mut replaced = Vec::new();
-        for r in &view.head.replaced {
-            let by = first_row + r.by;
-            let sequence = self.base_sequence + u64::from(by);
-            if r.place == Place::Log(self.incarnation) {
-                self.own_superseded.push((r.row, sequence));
-                if r.row == by {
-                    self.lost_at_birth.insert(by);
-                }
-            } else {
-                replaced.push((r.place, r.row, sequence));
+        let first_sequence = self.base_sequence + u64::from(first_row);
+        let own = Place::Log(self.incarnation);
+        for r in view.head.replaced.iter().filter(|r| r.place == own) {
+            self.own_superseded
+                .push((r.row, first_sequence + u64::from(r.by)));
+            if r.row == first_row + r.by {
+                self.lost_at_birth.insert(r.row);
             }
         }
         if view.rows > 0 {
@@ -186,13 +184,14 @@ impl Replayed {
         if !positions.is_empty()
             || head.put_id.is_some()
             || !head.dead_letters.is_empty()
-            || !replaced.is_empty()
+            || !head.replaced.is_empty()
         {
             self.events.push(ReplayEvent {
                 positions,
                 put_id: head.put_id,
                 dead_letters: head.dead_letters,
-                replaced,
+                first_sequence,
+                replaced: head.replaced,
             });
         }
     }

@@ -21,7 +21,7 @@ use crate::catalog::{TableEntry, open_error};
 use crate::commit::DeadLetter;
 use crate::compat::Version;
 use crate::delta::file::{list_logs, log_path};
-use crate::delta::record::{Place, TopicTable};
+use crate::delta::record::{Place, Replaced, TopicTable};
 use crate::delta::replay::{Replayed, Walked};
 use crate::delta::rows::LogRows;
 use crate::delta::{Log, LogView};
@@ -270,7 +270,7 @@ pub(crate) fn open_table(
         closed: Vec::new(),
         end_sequence: manifest.checkpoint.next_sequence,
     };
-    let mut moved: Vec<Vec<(Place, u32, u64)>> = Vec::new();
+    let mut moved: Vec<Moved> = Vec::new();
     let mut log_levels: Vec<(ClosedLog, usize)> = Vec::new();
     for (i, mut log) in logs.into_iter().enumerate() {
         let below = manifest.log_levels.get(i).copied().unwrap_or_else(|| {
@@ -300,7 +300,11 @@ pub(crate) fn open_table(
             event.positions.iter().for_each(|p| replay.positions.set(p));
             replay.remember_put(event.put_id.as_ref(), options.put_ids_kept);
             dead_letters.extend(event.dead_letters.iter().cloned());
-            moved.push(std::mem::take(&mut event.replaced));
+            moved.push(Moved {
+                by_log: log.incarnation,
+                first_sequence: event.first_sequence,
+                replaced: std::mem::take(&mut event.replaced),
+            });
         }
         let end_bytes = log.valid_bytes;
         let incarnation = log.incarnation;
@@ -427,25 +431,35 @@ pub(crate) fn open_table(
     })))
 }
 
+/// The rows that one log record replaced.
+struct Moved {
+    by_log: u64,
+    first_sequence: u64,
+    replaced: Vec<Replaced>,
+}
+
 /// Notes the replaced rows that log records name. Those below `superseded_sequence` are in
 /// the manifest's bitmaps already, as far as they lie in segments. A row of a file that a
 /// merge replaced since is found again by the replacing row's key.
 fn apply_moved(
     levels: &[Level],
-    moved: &[Vec<(Place, u32, u64)>],
+    moved: &[Moved],
     superseded_sequence: u64,
 ) -> Result<(), crate::error::ReadError> {
     let places: Vec<Place> = levels.iter().map(Level::place).collect();
     // Entries that count, in sequence order: the level, if it is still there.
     let counting = || {
-        moved
-            .iter()
-            .flatten()
-            .filter_map(|&(place, row, sequence)| {
-                let at = places.iter().position(|&p| p == place);
-                let in_log = at.is_some() && matches!(place, Place::Log(_));
-                (in_log || sequence >= superseded_sequence).then_some((at, row, sequence))
+        moved.iter().flat_map(|m| {
+            m.replaced.iter().filter_map(|r| {
+                let at = places.iter().position(|&p| p == r.place);
+                let in_log = at.is_some() && matches!(r.place, Place::Log(_));
+                let sequence = m.first_sequence + u64::from(r.by);
+                // A log's own entries are in its list already.
+                let counts =
+                    r.place != Place::Log(m.by_log) && (in_log || sequence >= superseded_sequence);
+                counts.then_some((at, r.row, sequence))
             })
+        })
     };
     if counting().all(|(at, _, _)| at.is_some()) {
         for (at, row, sequence) in counting() {
