@@ -35,7 +35,7 @@ def machine():
         "cores": os.cpu_count(),
         "memory_gib": round(int(memory.group(1)) / 2**20, 1),
         "kernel": platform.release(),
-        "pinion": version[0] if version else "",
+        "pinion": " ".join(version[0].split()) if version else "",
         "when": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "load_before": os.getloadavg()[0],
     }
