@@ -224,11 +224,18 @@ fn stats(table: &Table) -> Value {
 }
 
 fn describe(table: &Table) -> Value {
+    // Passwords may stand among the options of librdkafka: they never leave the server.
+    let mut definition = pinion_schemas::TableDefinition::clone(&table.definition());
+    if let Some(kafka) = &mut definition.kafka {
+        for value in kafka.options.values_mut() {
+            "(hidden)".clone_into(value);
+        }
+    }
     json!({
         "table": table.name(),
         "id": table.id().to_string(),
         "definition_version": table.definition_version(),
-        "definition": table.definition().to_toml(),
+        "definition": definition.to_toml(),
         "positions": crate::reply::positions_json(&table.positions()),
         "stats": stats(table),
     })

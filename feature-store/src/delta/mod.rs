@@ -55,7 +55,7 @@ enum Content {
     Live(LogIndex),
     /// Left by an earlier process; made into rows and an index when first worth it.
     Replayed {
-        replayed: Replayed,
+        replayed: Box<Replayed>,
         warm: OnceLock<(LogRows, LogIndex)>,
     },
 }
@@ -97,7 +97,7 @@ impl Log {
             version,
             superseded,
             content: Content::Replayed {
-                replayed,
+                replayed: Box::new(replayed),
                 warm: OnceLock::new(),
             },
         }

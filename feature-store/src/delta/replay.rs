@@ -77,7 +77,7 @@ pub(crate) struct DecodedRow {
 
 /// What a log file turned out to be.
 pub(crate) enum Walked {
-    Log(Replayed),
+    Log(Box<Replayed>),
     /// Cut off while being created: it holds nothing.
     Empty,
 }
@@ -149,7 +149,7 @@ impl Replayed {
             replayed.take(at, view, positions);
             at = replayed.valid_bytes as usize;
         }
-        Ok(Walked::Log(replayed))
+        Ok(Walked::Log(Box::new(replayed)))
     }
 
     fn take(&mut self, at: usize, view: record::RecordView<'_>, positions: Vec<Position>) {

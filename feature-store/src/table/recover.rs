@@ -174,7 +174,7 @@ impl Opener<'_> {
                 Walked::Log(log) => {
                     // Closed logs were synced before the manifest named their length.
                     whole = log.valid_bytes == closed.valid_bytes;
-                    logs.push(log);
+                    logs.push(*log);
                 }
                 Walked::Empty => whole = false,
             }
@@ -186,7 +186,7 @@ impl Opener<'_> {
             match Replayed::open(self.table, &self.dirs.log, incarnation, None)? {
                 Walked::Log(log) => {
                     whole = log.sealed;
-                    logs.push(log);
+                    logs.push(*log);
                 }
                 Walked::Empty => whole = false,
             }
