@@ -78,9 +78,6 @@ def main():
         notes.append(
             f"{count:,} rows: {median(ratios):.2f}x the peer's rows/s (rounds: {', '.join(f'{r:.2f}' for r in ratios)})"
         )
-        notes.append(
-            f"last report of Pinion at {count:,} rows: `{' '.join(found['pinion load'][-1]['output'].split())[:300]}`"
-        )
         for runs in found.values():
             for run in runs:
                 run["output"] = run["output"][-2000:]
