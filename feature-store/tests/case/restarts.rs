@@ -13,7 +13,6 @@ use super::world::{Mark, PARTITIONS, TOPIC, World, position};
 impl World {
     /// Notes the state by which a torn log may be cut.
     pub(super) fn mark(&mut self) {
-        self.note_synced();
         let id = self.table().snapshot().id();
         if self.log != id.log {
             // What an earlier log holds may be torn as well, but its end is not here.
@@ -21,6 +20,7 @@ impl World {
             self.log = id.log;
             self.synced.1 = 0;
         }
+        self.note_synced();
         self.marks.push(Mark {
             sequence: id.sequence,
             oracle: self.oracle.clone(),
