@@ -415,21 +415,18 @@ impl Table {
                 Level::Segment(_) => 0,
             })
             .sum();
-        let (log_bytes, dead) = {
+        let (log_bytes, dead, in_memory) = {
             let writer = self.0.writer.lock();
             let open = writer.file.as_ref().map_or(0, LogFileWriter::end_bytes);
             let closed: u64 = writer.closed.iter().map(|c| c.end_bytes).sum();
-            let dead = writer.dead_letters.len()
-                + writer
-                    .closed
-                    .iter()
-                    .map(|c| c.dead_letters.len())
-                    .sum::<usize>();
-            (open + closed, dead as u64)
+            let closed_dead: usize = writer.closed.iter().map(|c| c.dead_letters.len()).sum();
+            let dead = (writer.dead_letters.len() + closed_dead) as u64;
+            (open + closed, dead, writer.closed_logs())
         };
         let (manifest, kept_dead) = {
             let files = self.0.published_files.lock();
-            (files.0, files.1.iter().map(|f| f.dead_letters).sum::<u64>())
+            let others = files.1.iter().filter(|f| !in_memory.contains(&f.log));
+            (files.0, others.map(|f| f.dead_letters).sum::<u64>())
         };
         let counters = &self.0.counters;
         TableStats {

@@ -33,7 +33,10 @@ pub(crate) fn plan_merge(segments: &[SegmentSize], limits: &MergeLimits) -> Opti
             return Some(start..count);
         }
     }
-    let worn = |s: &SegmentSize| s.superseded_rows * 100 > s.rows * limits.superseded_percent;
+    let worn = |s: &SegmentSize| {
+        u128::from(s.superseded_rows) * 100
+            > u128::from(s.rows) * u128::from(limits.superseded_percent)
+    };
     if let Some(at) = segments.iter().position(worn) {
         return Some(at..at + 1);
     }

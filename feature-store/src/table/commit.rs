@@ -492,6 +492,11 @@ impl Writer {
         }
     }
 
+    /// Logs that wait to become segments.
+    pub(super) fn closed_logs(&self) -> Vec<u64> {
+        self.closed.iter().map(|c| c.incarnation).collect()
+    }
+
     pub(super) fn checkpoint(&self) -> Checkpoint {
         Checkpoint {
             next_sequence: self.log.base_sequence + u64::from(self.rows.len()),

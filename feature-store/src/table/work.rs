@@ -333,17 +333,20 @@ impl TableInner {
     }
 
     pub(super) fn dead_letters(&self, limit: usize) -> Result<Vec<DeadLetter>, ReadError> {
-        let mut newest: Vec<DeadLetter> = {
+        let (mut newest, in_memory) = {
             let writer: parking_lot::MutexGuard<'_, Writer> = self.writer.lock();
             let closed = writer.closed.iter().flat_map(|c| &c.dead_letters);
-            closed
+            let newest: Vec<DeadLetter> = closed
                 .chain(&writer.dead_letters)
                 .rev()
                 .take(limit)
                 .cloned()
-                .collect()
+                .collect();
+            (newest, writer.closed_logs())
         };
-        let files: Vec<DeadLetterFile> = self.published_files.lock().1.clone();
+        // A log that becomes a segment just now has its file already: count it once.
+        let mut files: Vec<DeadLetterFile> = self.published_files.lock().1.clone();
+        files.retain(|file| !in_memory.contains(&file.log));
         for file in files.iter().rev() {
             if newest.len() >= limit {
                 break;
