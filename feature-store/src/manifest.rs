@@ -72,6 +72,10 @@ pub(crate) struct Manifest {
     /// Superseded rows by records below this sequence are in the `.sup` file.
     pub superseded_sequence: u64,
     pub superseded_crc32: u32,
+    /// Logs whose superseded rows follow those of the segments in the `.sup` file: a load
+    /// replaces rows of logs without leaving a record.
+    #[serde(default)]
+    pub superseded_logs: Vec<u64>,
     /// Closed logs not yet in a segment, oldest first, in the order of their levels: log
     /// `i` comes after `log_levels[i]` segments.
     pub logs: Vec<ClosedLog>,
@@ -96,6 +100,7 @@ impl Manifest {
             segments: Vec::new(),
             superseded_sequence: 0,
             superseded_crc32: crc32fast::hash(&[]),
+            superseded_logs: Vec::new(),
             logs: Vec::new(),
             log_levels: Vec::new(),
             next_log: 1,
@@ -114,6 +119,7 @@ impl Manifest {
         self.superseded_crc32 = crc32fast::hash(&bytes);
         // The companion first: a manifest never names what is not there.
         let path = numbered::path(dir, SUPERSEDED_KIND, self.number);
+        numbered::remove_if_there(&path)?;
         std::fs::write(&path, &bytes)?;
         crate::fail::sync_all(&std::fs::File::open(&path)?)?;
         let json = serde_json::to_vec(self).map_err(io::Error::other)?;
@@ -153,8 +159,11 @@ impl Manifest {
                 sup_path.display()
             )));
         }
-        let superseded = decode_superseded(&bytes, manifest.segments.len())
-            .ok_or_else(|| damaged(format!("{} cannot be read", sup_path.display())))?;
+        let superseded = decode_superseded(
+            &bytes,
+            manifest.segments.len() + manifest.superseded_logs.len(),
+        )
+        .ok_or_else(|| damaged(format!("{} cannot be read", sup_path.display())))?;
         Ok((manifest, superseded))
     }
 

@@ -32,6 +32,8 @@ pub(crate) fn create(
 ) -> io::Result<()> {
     let target = path(dir, kind, number);
     let partial = dir.join(format!("{number:012}.{kind}.partial"));
+    // A crash may have left one behind, read-only already.
+    remove_if_there(&partial)?;
     let mut file = File::create(&partial)?;
     let header = format!(
         "pinion {kind} {version} {:08x} {}\n",
@@ -50,8 +52,17 @@ pub(crate) fn create(
     } else {
         "catalog.renamed"
     });
-    fs::remove_file(&partial)?;
+    // The number exists now, whatever becomes of the other name.
+    let _ = fs::remove_file(&partial);
     fail::sync_dir(dir)
+}
+
+/// Removes a file that may not be there.
+pub(crate) fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// The numbers present, ascending.

@@ -352,3 +352,40 @@ fn definitions_grow_without_rewriting_and_old_rows_read_in_the_new_one() {
     }
     assert_eq!(store.check().problems, []);
 }
+
+#[test]
+fn a_load_over_rows_of_the_log_replaces_them_across_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    store.apply(vec![weather("latest")]).unwrap();
+    let table = store.table("weather").unwrap();
+    put(
+        &table,
+        Change::Upsert(rows(&[("EWR", 1, Some(1.0)), ("JFK", 9, Some(9.0))])),
+    );
+    let file = dir.path().join("more.csv");
+    std::fs::write(
+        &file,
+        "origin,time,temp\nEWR,1970-01-01T00:00:05Z,5\nJFK,1970-01-01T00:00:05Z,5\n",
+    )
+    .unwrap();
+    let uri = file.display().to_string();
+    let options = pinion_feature_store::load::LoadOptions::default();
+    pinion_feature_store::load::load(&table, &[uri], &options, &|_| {}).unwrap();
+    let expected = [("EWR".to_owned(), Some(5.0)), ("JFK".to_owned(), Some(9.0))];
+    assert_eq!(scan(&table, View::Table), expected);
+    drop((store, table));
+    for _ in 0..2 {
+        let store = open(&dir);
+        let table = store.table("weather").unwrap();
+        assert_eq!(scan(&table, View::Table), expected);
+        assert_eq!(table.snapshot().rows(), 2);
+    }
+    let store = open(&dir);
+    let table = store.table("weather").unwrap();
+    table.flush().unwrap();
+    assert_eq!(scan(&table, View::Table), expected);
+    table.merge().unwrap();
+    assert_eq!(scan(&table, View::Table), expected);
+    assert_eq!(store.check().problems, []);
+}

@@ -432,18 +432,20 @@ impl TableInner {
             return Ok(());
         }
         let version = Arc::clone(&writer.log.version);
-        self.roll(writer, version, rows, None)
+        let levels = self.roll(writer, version, rows, None)?;
+        self.publish(self.snapshot_of(writer, levels));
+        Ok(())
     }
 
-    /// Closes the present log, if anything is in it, and begins another. On error the
-    /// present log stays.
+    /// Closes the present log, if anything is in it, and begins another. Returns the levels
+    /// below the new log, for the caller to publish. On error the present log stays.
     pub(super) fn roll(
         &self,
         writer: &mut Writer,
         version: Arc<Version>,
         rows: u32,
         base_sequence: Option<u64>,
-    ) -> Result<(), CommitError> {
+    ) -> Result<Arc<Vec<Level>>, CommitError> {
         let end_sequence = writer.log.base_sequence + u64::from(writer.rows.len());
         let mut levels = Arc::clone(&self.current.load().levels);
         if let Some(file) = &mut writer.file {
@@ -475,9 +477,8 @@ impl TableInner {
         writer.rows = LogRows::default();
         writer.file = None;
         writer.topics = TopicTable::default();
-        self.publish(self.snapshot_of(writer, levels));
         self.wake.now();
-        Ok(())
+        Ok(levels)
     }
 }
 

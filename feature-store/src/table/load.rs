@@ -106,7 +106,8 @@ impl TableInner {
         level.superseded = Superseded::new(std::mem::take(&mut outcome.lost));
         // The next log starts behind the load.
         let version = Arc::clone(&writer.log.version);
-        self.roll(&mut writer, version, 0, Some(end_sequence))
+        let levels = self
+            .roll(&mut writer, version, 0, Some(end_sequence))
             .map_err(|error| match error {
                 CommitError::Io { source, .. } => WorkError::Manifest {
                     table: self.name.name.clone(),
@@ -117,8 +118,6 @@ impl TableInner {
                     cause: other.to_string(),
                 },
             })?;
-        let rolled = self.current.load_full();
-        let levels = rolled.levels.as_ref().clone();
         let last = end_sequence.saturating_sub(1);
         let mut replaced_rows = 0u64;
         let mut pending: Vec<(usize, RoaringBitmap)> = Vec::new();
@@ -134,12 +133,20 @@ impl TableInner {
                     .map_or(0, |d| d.intersection_len(&new));
             pending.push((at, new));
         }
-        let mut disk_levels = levels.clone();
+        let mut disk_levels = levels.as_ref().clone();
         disk_levels.push(Level::Segment(Arc::new(level)));
         let max_event = event_range.map(|(_, max)| max);
         // The table's greatest event time and the next sequence must survive without a log.
+        let floors = (work.manifest.floor_sequence, work.manifest.floor_max_event);
         work.manifest.load_floor(end_sequence, max_event);
-        self.publish_manifest(&mut work, &disk_levels, end_sequence, None, &pending)?;
+        if let Err(error) =
+            self.publish_manifest(&mut work, &disk_levels, end_sequence, None, &pending)
+        {
+            // The table is as before, but for a closed log and a gap in its sequences.
+            (work.manifest.floor_sequence, work.manifest.floor_max_event) = floors;
+            self.publish(self.snapshot_of(&writer, levels));
+            return Err(error);
+        }
         // Noted in memory only now: had the manifest failed, these rows would be gone
         // without the load's rows being there.
         for (at, rows) in &pending {

@@ -66,6 +66,26 @@ pub(crate) fn versions_of(entry: &TableEntry) -> Result<Vec<Arc<Version>>, OpenE
         .collect()
 }
 
+/// The newest usable manifest with its segments.
+struct Found {
+    manifest: Manifest,
+    segments: Vec<Level>,
+    /// Superseded rows of `manifest.superseded_logs`.
+    of_logs: Vec<RoaringBitmap>,
+    fell_back: bool,
+}
+
+impl Found {
+    fn nothing() -> Found {
+        Found {
+            manifest: Manifest::empty(0),
+            segments: Vec::new(),
+            of_logs: Vec::new(),
+            fell_back: false,
+        }
+    }
+}
+
 struct Opener<'a> {
     table: &'a str,
     dirs: &'a TableDirs,
@@ -88,20 +108,29 @@ impl Opener<'_> {
 
     /// The newest manifest that is whole and whose segments open. An older one counts only
     /// if the newer ones are damaged, and only if all its files are still there.
-    fn newest_manifest(&self) -> Result<(Manifest, Vec<Level>, bool), OpenError> {
+    fn newest_manifest(&self) -> Result<Found, OpenError> {
         let numbers =
             numbered::list(&self.dirs.manifest, KIND).map_err(io("list", &self.dirs.manifest))?;
         let mut first_problem = None;
         let mut fell_back = false;
         for &number in numbers.iter().rev() {
             let opened = match Manifest::read(&self.dirs.manifest, number) {
-                Ok((manifest, superseded)) => self
-                    .open_segments(&manifest, superseded)
-                    .map(|levels| (manifest, levels)),
+                Ok((manifest, mut superseded)) => {
+                    let of_logs = superseded.split_off(manifest.segments.len());
+                    self.open_segments(&manifest, superseded)
+                        .map(|levels| (manifest, levels, of_logs))
+                }
                 Err(error) => Err(open_error(error, FORMAT_VERSION)),
             };
             match opened {
-                Ok((manifest, levels)) => return Ok((manifest, levels, fell_back)),
+                Ok((manifest, segments, of_logs)) => {
+                    return Ok(Found {
+                        manifest,
+                        segments,
+                        of_logs,
+                        fell_back,
+                    });
+                }
                 Err(error @ (OpenError::NewerVersion { .. } | OpenError::Io { .. })) => {
                     return Err(error);
                 }
@@ -115,7 +144,7 @@ impl Opener<'_> {
         match first_problem {
             Some(error) => Err(error),
             // No manifest was ever published: the table holds what its logs hold.
-            None => Ok((Manifest::empty(0), Vec::new(), false)),
+            None => Ok(Found::nothing()),
         }
     }
 
@@ -246,10 +275,15 @@ pub(crate) fn open_table(
         dirs: &dirs,
         versions: &versions,
     };
-    let (mut manifest, segments, fell_back) = if dirs.manifest.is_dir() {
+    let Found {
+        mut manifest,
+        segments,
+        of_logs,
+        fell_back,
+    } = if dirs.manifest.is_dir() {
         opener.newest_manifest()?
     } else {
-        (Manifest::empty(0), Vec::new(), false)
+        Found::nothing()
     };
     let (logs, greatest_log) = if dirs.log.is_dir() {
         opener.walk_logs(&manifest)?
@@ -329,6 +363,12 @@ pub(crate) fn open_table(
         what: format!("table {name}"),
         problem: e.to_string(),
     })?;
+    apply_loaded(
+        &levels,
+        &manifest.superseded_logs,
+        of_logs,
+        replay.end_sequence,
+    );
 
     let end_sequence = replay
         .end_sequence
@@ -356,13 +396,20 @@ pub(crate) fn open_table(
             manifest.log_ends.extend(torn_end);
             let excess = manifest.log_ends.len().saturating_sub(LOG_ENDS_KEPT);
             manifest.log_ends.drain(..excess);
-            let superseded: Vec<RoaringBitmap> = levels
-                .iter()
-                .filter_map(|l| match l {
-                    Level::Segment(s) => Some(s.superseded.below(end_sequence)),
-                    Level::Log(_) => None,
-                })
-                .collect();
+            let mut superseded: Vec<RoaringBitmap> = Vec::new();
+            let mut of_logs = Vec::new();
+            manifest.superseded_logs.clear();
+            for level in &levels {
+                let rows = level.superseded_below(u64::MAX);
+                match level {
+                    Level::Segment(_) => superseded.push(rows),
+                    Level::Log(log) => {
+                        manifest.superseded_logs.push(log.log.incarnation);
+                        of_logs.push(rows);
+                    }
+                }
+            }
+            superseded.extend(of_logs);
             manifest.superseded_sequence = end_sequence;
             manifest
                 .create(&dirs.manifest, &superseded)
@@ -517,6 +564,20 @@ fn apply_moved(
         }
     }
     Ok(())
+}
+
+/// Notes the rows of logs that a load replaced: no log record names them. They count for
+/// every reader from here on.
+fn apply_loaded(levels: &[Level], logs: &[u64], of_logs: Vec<RoaringBitmap>, end_sequence: u64) {
+    for (&incarnation, rows) in logs.iter().zip(of_logs) {
+        let place = Place::Log(incarnation);
+        let Some(level) = levels.iter().find(|l| l.place() == place) else {
+            continue;
+        };
+        for row in rows - level.superseded_below(u64::MAX) {
+            level.superseded().push(row, end_sequence.saturating_sub(1));
+        }
+    }
 }
 
 fn live_rows(levels: &[Level], end_sequence: u64) -> Result<u64, crate::error::ReadError> {

@@ -14,9 +14,10 @@ use crate::delta::file::log_path;
 use crate::delta::record::Place;
 use crate::error::{CommitError, ReadError, WorkError};
 use crate::level::{Level, SegmentLevel};
-use crate::manifest::{Checkpoint, DeadLetterFile, Manifest, SegmentEntry};
+use crate::manifest::{Checkpoint, DeadLetterFile, KIND, Manifest, SegmentEntry};
 use crate::merge::plan::{MergeLimits, SegmentSize, plan_merge};
 use crate::merge::{Written, write_segment};
+use crate::numbered;
 use crate::segment::{Segment, SegmentId};
 use crate::snapshot::SnapshotInner;
 use crate::superseded::Superseded;
@@ -176,7 +177,14 @@ impl TableInner {
             out
         };
         let levels = new_levels(&self.current.load().levels);
-        self.publish_manifest(work, &levels, upto, done.as_ref(), &[])?;
+        if let Err(error) = self.publish_manifest(work, &levels, upto, done.as_ref(), &[]) {
+            // Nobody names the new segment, unless the number was taken before the error.
+            let next = work.manifest.number + 1;
+            if !numbered::path(&self.dirs.manifest, KIND, next).exists() {
+                remove_segment(&self.dirs.segments, id);
+            }
+            return Err(error);
+        }
 
         let mut writer = self.writer.lock();
         if let Some(level) = &level {
@@ -236,9 +244,11 @@ impl TableInner {
             segments: Vec::new(),
             logs: Vec::new(),
             log_levels: Vec::new(),
+            superseded_logs: Vec::new(),
             ..old.clone()
         };
         let mut superseded = Vec::new();
+        let mut of_logs = Vec::new();
         for (number, level) in levels.iter().enumerate() {
             match level {
                 Level::Segment(s) => {
@@ -257,6 +267,13 @@ impl TableInner {
                     superseded.push(rows);
                 }
                 Level::Log(log) => {
+                    let mut rows = log.log.superseded.below(upto);
+                    with_load
+                        .iter()
+                        .filter(|(at, _)| *at == number)
+                        .for_each(|(_, more)| rows |= more);
+                    manifest.superseded_logs.push(log.log.incarnation);
+                    of_logs.push(rows);
                     // Logs of this process are found by their numbers; only those that an
                     // earlier one left are listed with the length that counts.
                     if let Some(known) = old
@@ -270,6 +287,7 @@ impl TableInner {
                 }
             }
         }
+        superseded.extend(of_logs);
         if let Some(done) = done {
             if !done.dead_letters.is_empty() {
                 let file = super::recover::write_dead_letters(
@@ -312,8 +330,11 @@ impl TableInner {
             return Ok(());
         }
         let version = Arc::clone(&writer.log.version);
-        self.roll(&mut writer, version, 0, None)
-            .map_err(|e| self.roll_error(e))
+        let levels = self
+            .roll(&mut writer, version, 0, None)
+            .map_err(|e| self.roll_error(e))?;
+        self.publish(self.snapshot_of(&writer, levels));
+        Ok(())
     }
 
     fn roll_error(&self, error: CommitError) -> WorkError {
@@ -329,7 +350,9 @@ impl TableInner {
     /// Takes a new version of the definition into use: later commits and answers follow it.
     pub(crate) fn change_version(&self, version: Arc<Version>) -> Result<(), CommitError> {
         let mut writer = self.writer.lock();
-        self.roll(&mut writer, version, 0, None)
+        let levels = self.roll(&mut writer, version, 0, None)?;
+        self.publish(self.snapshot_of(&writer, levels));
+        Ok(())
     }
 
     pub(super) fn dead_letters(&self, limit: usize) -> Result<Vec<DeadLetter>, ReadError> {
