@@ -9,12 +9,14 @@
 mod commit;
 mod load;
 mod recover;
+#[cfg(test)]
+mod tests;
 mod work;
 
 use std::collections::{HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -61,11 +63,20 @@ pub(crate) struct TableInner {
     published: (Mutex<u64>, Condvar),
     /// Signalled when a closed log became a segment.
     drained: (Mutex<()>, Condvar),
-    retained: Mutex<VecDeque<(Instant, Snapshot)>>,
+    retained: Mutex<VecDeque<Retained>>,
+    /// Loads between their first row and their publication.
+    running_loads: Arc<AtomicUsize>,
     read_only: Mutex<Option<String>>,
     dropped: AtomicBool,
     wake: Arc<Wake>,
     pub counters: Counters,
+}
+
+/// A snapshot that was handed out by its id.
+struct Retained {
+    snapshot: Snapshot,
+    /// When it was seen to be replaced; its grace counts from then.
+    replaced: Option<Instant>,
 }
 
 /// Figures since the table was opened.
@@ -116,6 +127,13 @@ impl TableDirs {
             }
         }
         Ok(())
+    }
+
+    /// Removes every folder of the table, as far as possible.
+    pub(crate) fn remove(&self) {
+        if let Some(root) = self.segments.parent() {
+            let _ = std::fs::remove_dir_all(root);
+        }
     }
 }
 
@@ -213,23 +231,32 @@ impl TableInner {
         self.dropped.load(Ordering::Acquire)
     }
 
+    /// Removes the files of a dropped table.
+    pub(crate) fn remove_if_dropped(&self) {
+        if self.is_dropped() {
+            self.dirs.remove();
+        }
+    }
+
     /// Forgets retained snapshots past their grace, and the oldest while they hold more
     /// than `retained_max_bytes` of files that the table no longer uses.
     pub(crate) fn expire_retained(&self) {
         let current = self.current.load();
         let in_use: HashSet<u64> = segment_ids(&current).collect();
         let mut retained = self.retained.lock();
-        while retained
-            .front()
-            .is_some_and(|(since, _)| since.elapsed() > self.options.snapshot_grace)
-        {
-            retained.pop_front();
+        let present = Snapshot(Arc::clone(&current)).id();
+        for entry in retained.iter_mut() {
+            if entry.replaced.is_none() && entry.snapshot.id() != present {
+                entry.replaced = Some(Instant::now());
+            }
         }
+        let grace = self.options.snapshot_grace;
+        retained.retain(|entry| entry.replaced.is_none_or(|at| at.elapsed() <= grace));
         loop {
             let mut seen = HashSet::new();
             let bytes: u64 = retained
                 .iter()
-                .flat_map(|(_, s)| s.0.levels.iter())
+                .flat_map(|entry| entry.snapshot.0.levels.iter())
                 .filter_map(|level| match level {
                     Level::Segment(s) if !in_use.contains(&s.id()) && seen.insert(s.id()) => {
                         Some(s.segment.file_bytes())
@@ -277,11 +304,15 @@ impl Table {
         Snapshot(self.0.current.load_full())
     }
 
-    /// Keeps a snapshot findable by its id for `snapshot_grace`.
+    /// Keeps a snapshot findable by its id until `snapshot_grace` after it was replaced.
     pub fn retain(&self, snapshot: &Snapshot) {
         let mut retained = self.0.retained.lock();
-        retained.retain(|(_, s)| s.id() != snapshot.id());
-        retained.push_back((Instant::now(), snapshot.clone()));
+        if !retained.iter().any(|e| e.snapshot.id() == snapshot.id()) {
+            retained.push_back(Retained {
+                snapshot: snapshot.clone(),
+                replaced: None,
+            });
+        }
         drop(retained);
         self.0.expire_retained();
     }
@@ -297,9 +328,11 @@ impl Table {
             return Ok(current);
         }
         self.0.expire_retained();
-        if let Some((_, found)) = self.0.retained.lock().iter().find(|(_, s)| s.id() == id) {
-            return Ok(found.clone());
+        let retained = self.0.retained.lock();
+        if let Some(found) = retained.iter().find(|e| e.snapshot.id() == id) {
+            return Ok(found.snapshot.clone());
         }
+        drop(retained);
         let table = self.name();
         if self
             .0

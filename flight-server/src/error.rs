@@ -126,6 +126,8 @@ impl From<ApplyError> for Failure {
             ApplyError::UnknownTable(unknown) => unknown.into(),
             ApplyError::ReadOnly => Failure::of(Code::FailedPrecondition, "READ_ONLY", &error),
             ApplyError::Write(_) => Failure::of(Code::Internal, "CATALOG_WRITE", &error),
+            ApplyError::NotInUse(_) => Failure::of(Code::Unavailable, "NOT_IN_USE", &error),
+            ApplyError::Uncertain(_) => Failure::of(Code::FailedPrecondition, "READ_ONLY", &error),
         }
     }
 }
@@ -142,6 +144,9 @@ impl From<CommitError> for Failure {
             } => Failure::of(Code::InvalidArgument, "ROW", &error)
                 .with("table", table.clone())
                 .with("row", *row as u64),
+            CommitError::EmptyPutId { ref table } => {
+                Failure::of(Code::InvalidArgument, "PUT_ID", &error).with("table", table.clone())
+            }
             CommitError::TooLarge {
                 ref bytes,
                 ref limit_bytes,

@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arrow_schema::SchemaRef;
 use pinion_schemas::KeyEncoder;
@@ -35,6 +36,24 @@ pub(crate) struct LoadTarget {
     pub key_columns: usize,
     /// The definition it is written under.
     pub version: Arc<Version>,
+    _running: RunningLoad,
+}
+
+/// Counts a load while it lives. Rows that it has accepted may be older than a delete, so
+/// merges keep every delete meanwhile.
+struct RunningLoad(Arc<AtomicUsize>);
+
+impl RunningLoad {
+    fn begin(count: &Arc<AtomicUsize>) -> RunningLoad {
+        count.fetch_add(1, Ordering::AcqRel);
+        RunningLoad(Arc::clone(count))
+    }
+}
+
+impl Drop for RunningLoad {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl TableInner {
@@ -62,6 +81,7 @@ impl TableInner {
             key_encoder: version.key_encoder.clone(),
             key_columns: version.key_columns,
             version,
+            _running: RunningLoad::begin(&self.running_loads),
         })
     }
 
@@ -258,7 +278,7 @@ impl Table {
 
     /// Makes a load's segment part of the table: readers see all of it or none. Its stored
     /// sequences must be `0..rows` in load order. On error the segment's files are the
-    /// caller's to remove.
+    /// caller's to remove, unless the table is read-only: then a manifest may name them.
     pub(crate) fn publish_load(
         &self,
         target: &LoadTarget,
