@@ -11,7 +11,7 @@ mod load;
 mod recover;
 mod work;
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -33,6 +33,7 @@ use crate::level::Level;
 use crate::manifest::{Checkpoint, DeadLetterFile, LogEnd, Manifest};
 use crate::order;
 use crate::positions::Positions;
+use crate::segment::SegmentId;
 use crate::snapshot::{Snapshot, SnapshotId, SnapshotInner, TableName};
 use crate::stats::{SegmentStats, TableStats};
 use crate::store::StoreOptions;
@@ -62,6 +63,8 @@ pub(crate) struct TableInner {
     /// Signalled when a closed log became a segment.
     drained: (Mutex<()>, Condvar),
     retained: Mutex<VecDeque<(Instant, Snapshot)>>,
+    /// Of each running load, by its segment: the table's greatest event time when it began.
+    running_loads: Mutex<HashMap<SegmentId, Option<i64>>>,
     read_only: Mutex<Option<String>>,
     dropped: AtomicBool,
     wake: Arc<Wake>,

@@ -249,11 +249,13 @@ pub(crate) struct Written {
 }
 
 /// Writes the rows of `levels` as one segment, as seen at `snapshot`. `bottom`: no older
-/// level exists. Returns `None` when nothing is left to keep.
+/// level exists. `late_from`: the greatest event time by which rows still to come are late.
+/// Returns `None` when nothing is left to keep.
 pub(crate) fn write_segment(
     snapshot: &SnapshotInner,
     levels: &[&Level],
     bottom: bool,
+    late_from: Option<i64>,
     dir: &Path,
     id: SegmentId,
 ) -> Result<Option<Written>, WorkError> {
@@ -276,7 +278,7 @@ pub(crate) fn write_segment(
     // at once without event time, behind `late_bound` with it.
     let droppable_before = match (bottom && latest, version.event_time) {
         (true, None) => i64::MAX,
-        (true, Some(_)) => version.late_before(snapshot.max_event),
+        (true, Some(_)) => version.late_before(late_from),
         (false, _) => i64::MIN,
     };
     let mut writer: Option<SegmentWriter> = None;

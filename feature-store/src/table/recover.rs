@@ -471,6 +471,7 @@ pub(crate) fn open_table(
         published: Default::default(),
         drained: Default::default(),
         retained: Default::default(),
+        running_loads: Default::default(),
         read_only: Mutex::new((!writable).then(|| "the store is open read-only".to_owned())),
         dropped: AtomicBool::new(false),
         wake: Arc::clone(wake),

@@ -141,7 +141,9 @@ impl TableInner {
         let inputs: Vec<&Level> = snapshot.levels[range.clone()].iter().collect();
         let id = SegmentId(work.manifest.next_segment);
         work.manifest.next_segment += 1;
-        let written = write_segment(snapshot, &inputs, range.start == 0, &self.dirs.segments, id)?;
+        let (bottom, late_from) = (range.start == 0, self.late_from(snapshot));
+        let segments_dir = &self.dirs.segments;
+        let written = write_segment(snapshot, &inputs, bottom, late_from, segments_dir, id)?;
         let made = written
             .map(|w| self.open_written(&snapshot.version, w, 0))
             .transpose()?;
