@@ -13,10 +13,10 @@ mod recover;
 mod tests;
 mod work;
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -35,6 +35,7 @@ use crate::level::Level;
 use crate::manifest::{Checkpoint, DeadLetterFile, LogEnd, Manifest};
 use crate::order;
 use crate::positions::Positions;
+use crate::segment::SegmentId;
 use crate::snapshot::{Snapshot, SnapshotId, SnapshotInner, TableName};
 use crate::stats::{SegmentStats, TableStats};
 use crate::store::StoreOptions;
@@ -64,8 +65,8 @@ pub(crate) struct TableInner {
     /// Signalled when a closed log became a segment.
     drained: (Mutex<()>, Condvar),
     retained: Mutex<VecDeque<Retained>>,
-    /// Loads between their first row and their publication.
-    running_loads: Arc<AtomicUsize>,
+    /// Of each running load, by its segment: the table's greatest event time when it began.
+    running_loads: Mutex<HashMap<SegmentId, Option<i64>>>,
     read_only: Mutex<Option<String>>,
     dropped: AtomicBool,
     wake: Arc<Wake>,

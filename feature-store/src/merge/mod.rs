@@ -248,21 +248,14 @@ pub(crate) struct Written {
     pub event_range: Option<(i64, i64)>,
 }
 
-/// What becomes of deletes that no level below can need.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum OldDeletes {
-    /// Keep: an older level exists, or a running load may hold older rows.
-    Keep,
-    /// Drop those that no row still to come can be older than.
-    Drop,
-}
-
-/// Writes the rows of `levels` as one segment, as seen at `snapshot`. Returns `None` when
-/// nothing is left to keep.
+/// Writes the rows of `levels` as one segment, as seen at `snapshot`. `bottom`: no older
+/// level exists. `late_from`: the greatest event time by which rows still to come are late.
+/// Returns `None` when nothing is left to keep.
 pub(crate) fn write_segment(
     snapshot: &SnapshotInner,
     levels: &[&Level],
-    old_deletes: OldDeletes,
+    bottom: bool,
+    late_from: Option<i64>,
     dir: &Path,
     id: SegmentId,
 ) -> Result<Option<Written>, WorkError> {
@@ -283,10 +276,9 @@ pub(crate) fn write_segment(
     };
     // In a latest table a delete at the bottom hides nothing once no older row can come:
     // at once without event time, behind `late_bound` with it.
-    let droppable = old_deletes == OldDeletes::Drop && latest;
-    let droppable_before = match (droppable, version.event_time) {
+    let droppable_before = match (bottom && latest, version.event_time) {
         (true, None) => i64::MAX,
-        (true, Some(_)) => version.late_before(snapshot.max_event),
+        (true, Some(_)) => version.late_before(late_from),
         (false, _) => i64::MIN,
     };
     let mut writer: Option<SegmentWriter> = None;

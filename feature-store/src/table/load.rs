@@ -5,7 +5,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arrow_schema::SchemaRef;
 use pinion_schemas::KeyEncoder;
@@ -39,25 +38,30 @@ pub(crate) struct LoadTarget {
     _running: RunningLoad,
 }
 
-/// Counts a load while it lives. Rows that it has accepted may be older than a delete, so
-/// merges keep every delete meanwhile.
-struct RunningLoad(Arc<AtomicUsize>);
-
-impl RunningLoad {
-    fn begin(count: &Arc<AtomicUsize>) -> RunningLoad {
-        count.fetch_add(1, Ordering::AcqRel);
-        RunningLoad(Arc::clone(count))
-    }
+/// While it lives, merges keep the deletes that rows of its load may still meet.
+struct RunningLoad {
+    table: Arc<TableInner>,
+    segment_id: SegmentId,
 }
 
 impl Drop for RunningLoad {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+        self.table.running_loads.lock().remove(&self.segment_id);
     }
 }
 
 impl TableInner {
-    fn begin_load(&self) -> Result<LoadTarget, WorkError> {
+    /// The greatest event time by which rows that come after `snapshot` are late: its own, or
+    /// the table's when the oldest running load began, which has taken rows in since. A load
+    /// that begins after this call judges by no less than the snapshot's.
+    pub(super) fn late_from(&self, snapshot: &SnapshotInner) -> Option<i64> {
+        let running = self.running_loads.lock();
+        running
+            .values()
+            .fold(snapshot.max_event, |least, &began| least.min(began))
+    }
+
+    fn begin_load(self: &Arc<Self>) -> Result<LoadTarget, WorkError> {
         if let Some(cause) = self.read_only_cause() {
             return Err(WorkError::ReadOnly {
                 table: self.name.name.clone(),
@@ -73,6 +77,11 @@ impl TableInner {
                 break id;
             }
         };
+        {
+            // Read under the lock: see `late_from`.
+            let mut running = self.running_loads.lock();
+            running.insert(segment_id, self.current.load().max_event);
+        }
         Ok(LoadTarget {
             segments_dir: self.dirs.segments.clone(),
             temporary_dir: self.dirs.temporary.clone(),
@@ -81,7 +90,10 @@ impl TableInner {
             key_encoder: version.key_encoder.clone(),
             key_columns: version.key_columns,
             version,
-            _running: RunningLoad::begin(&self.running_loads),
+            _running: RunningLoad {
+                table: Arc::clone(self),
+                segment_id,
+            },
         })
     }
 

@@ -16,7 +16,7 @@ use crate::error::{CommitError, ReadError, WorkError};
 use crate::level::{Level, SegmentLevel};
 use crate::manifest::{Checkpoint, DeadLetterFile, Manifest, SegmentEntry};
 use crate::merge::plan::{MergeLimits, SegmentSize, plan_merge};
-use crate::merge::{OldDeletes, Written, write_segment};
+use crate::merge::{Written, write_segment};
 use crate::numbered::CreateNumberedError;
 use crate::segment::{Segment, SegmentId};
 use crate::snapshot::SnapshotInner;
@@ -141,15 +141,9 @@ impl TableInner {
         let inputs: Vec<&Level> = snapshot.levels[range.clone()].iter().collect();
         let id = SegmentId(work.manifest.next_segment);
         work.manifest.next_segment += 1;
-        // Asked after the snapshot was taken: a load that begins later refuses rows that are
-        // older than the deletes dropped here.
-        let loads_run = self.running_loads.load(Ordering::Acquire) > 0;
-        let old_deletes = if range.start == 0 && !loads_run {
-            OldDeletes::Drop
-        } else {
-            OldDeletes::Keep
-        };
-        let written = write_segment(snapshot, &inputs, old_deletes, &self.dirs.segments, id)?;
+        let (bottom, late_from) = (range.start == 0, self.late_from(snapshot));
+        let segments_dir = &self.dirs.segments;
+        let written = write_segment(snapshot, &inputs, bottom, late_from, segments_dir, id)?;
         let made = written
             .map(|w| self.open_written(&snapshot.version, w, 0))
             .transpose()?;
