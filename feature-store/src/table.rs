@@ -33,6 +33,7 @@ use crate::level::Level;
 use crate::manifest::{Checkpoint, DeadLetterFile, LogEnd, Manifest};
 use crate::order;
 use crate::positions::Positions;
+use crate::scan::ScanPart;
 use crate::snapshot::{Snapshot, SnapshotId, SnapshotInner, TableName};
 use crate::stats::{SegmentStats, TableStats};
 use crate::store::StoreOptions;
@@ -280,7 +281,9 @@ impl Table {
     /// Keeps a snapshot findable by its id for `snapshot_grace`.
     pub fn retain(&self, snapshot: &Snapshot) {
         let mut retained = self.0.retained.lock();
-        retained.retain(|(_, s)| s.id() != snapshot.id());
+        // A merge leaves the id and changes the files: parts of a scan need theirs.
+        let layout = snapshot.0.layout();
+        retained.retain(|(_, s)| s.id() != snapshot.id() || s.0.layout() != layout);
         retained.push_back((Instant::now(), snapshot.clone()));
         drop(retained);
         self.0.expire_retained();
@@ -292,14 +295,38 @@ impl Table {
     ///
     /// `Lost` if a crash took rows that it held, else `Expired`.
     pub fn snapshot_by_id(&self, id: SnapshotId) -> Result<Snapshot, SnapshotError> {
+        self.find_snapshot(id, |_| true)
+    }
+
+    /// Finds the snapshot that a part of a scan was made on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::snapshot_by_id`]; `Expired` also when only the id is known still, with the
+    /// files of a later merge.
+    pub fn snapshot_of_part(
+        &self,
+        id: SnapshotId,
+        part: &ScanPart,
+    ) -> Result<Snapshot, SnapshotError> {
+        self.find_snapshot(id, |snapshot| snapshot.0.layout() == part.layout())
+    }
+
+    fn find_snapshot(
+        &self,
+        id: SnapshotId,
+        fits: impl Fn(&Snapshot) -> bool,
+    ) -> Result<Snapshot, SnapshotError> {
         let current = self.snapshot();
-        if current.id() == id {
+        if current.id() == id && fits(&current) {
             return Ok(current);
         }
         self.0.expire_retained();
-        if let Some((_, found)) = self.0.retained.lock().iter().find(|(_, s)| s.id() == id) {
+        let retained = self.0.retained.lock();
+        if let Some((_, found)) = retained.iter().find(|(_, s)| s.id() == id && fits(s)) {
             return Ok(found.clone());
         }
+        drop(retained);
         let table = self.name();
         if self
             .0

@@ -183,6 +183,10 @@ impl From<ReadError> for Failure {
                 Failure::of(Code::InvalidArgument, "KEYS", &error).with("table", table.clone())
             }
             ReadError::Filter(_) => Failure::of(Code::InvalidArgument, "FILTER", &error),
+            ReadError::Part { table } => {
+                Failure::of(Code::FailedPrecondition, "TICKET_STALE", &error)
+                    .with("table", table.clone())
+            }
             ReadError::Segment { table, .. } => {
                 Failure::of(Code::DataLoss, "SEGMENT_DAMAGED", &error).with("table", table.clone())
             }

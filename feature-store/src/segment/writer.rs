@@ -12,7 +12,7 @@ use super::files::{PartialFile, sync_dir};
 use super::index_writer::IndexBuilder;
 use super::meta::{ARROW, ArrowFileMeta, DEL, DIX, FileMeta, IDX, SegmentMeta, to_hex};
 use super::sequences::SequenceWriter;
-use super::{SegmentError, SegmentId};
+use super::{SegmentError, SegmentId, statistics};
 
 /// Limits on record batches.
 #[derive(Debug, Clone)]
@@ -244,12 +244,14 @@ impl SegmentWriter {
         let (rows, deletes) = (self.rows(), self.deletes());
 
         let mut files = Files::default();
-        let arrow = files.add_arrow(self.rows.finish()?);
+        let (rows_file, known) = self.rows.finish()?;
+        let arrow = files.add_arrow(rows_file);
         files.add(self.sequences.finish()?);
         files.add(self.index.finish()?);
+        files.add(statistics::write(&self.dir, self.id, &known)?);
         let mut del = None;
         if let Some(deletes) = self.deletes {
-            del = Some(files.add_arrow(deletes.rows.finish()?));
+            del = Some(files.add_arrow(deletes.rows.finish()?.0));
             files.add(deletes.index.finish()?);
         }
         let files = files.publish(&self.dir)?;
