@@ -256,6 +256,7 @@ pub(crate) fn write_segment(
     bottom: bool,
     dir: &Path,
     id: SegmentId,
+    options: &SegmentWriterOptions,
 ) -> Result<Option<Written>, WorkError> {
     let version = Arc::clone(&snapshot.version);
     let latest = version.latest();
@@ -305,7 +306,7 @@ pub(crate) fn write_segment(
                 Arc::clone(&version.storage_schema),
                 version.key_columns,
                 version.key_encoder.clone(),
-                SegmentWriterOptions::default(),
+                options.clone(),
             )?),
         };
         if step.batch.num_rows() > 0 {

@@ -22,6 +22,8 @@ pub struct SegmentWriterOptions {
     pub max_body_bytes: usize,
     /// The most rows of a batch; rounded down to a power of two.
     pub max_batch_rows: usize,
+    /// Whether to write what scans skip batches by. Segments of releases before it have none.
+    pub statistics: bool,
 }
 
 impl Default for SegmentWriterOptions {
@@ -29,6 +31,7 @@ impl Default for SegmentWriterOptions {
         SegmentWriterOptions {
             max_body_bytes: 4 * 1024 * 1024 - 64 * 1024,
             max_batch_rows: 65_536,
+            statistics: true,
         }
     }
 }
@@ -248,7 +251,9 @@ impl SegmentWriter {
         let arrow = files.add_arrow(rows_file);
         files.add(self.sequences.finish()?);
         files.add(self.index.finish()?);
-        files.add(statistics::write(&self.dir, self.id, &known)?);
+        if self.options.statistics {
+            files.add(statistics::write(&self.dir, self.id, &known)?);
+        }
         let mut del = None;
         if let Some(deletes) = self.deletes {
             del = Some(files.add_arrow(deletes.rows.finish()?.0));

@@ -17,7 +17,7 @@ use crate::delta::record::Place;
 use crate::error::{CommitError, ReadError, WorkError};
 use crate::level::{Level, SegmentLevel};
 use crate::order::RowOrder;
-use crate::segment::{SegmentId, SegmentMeta};
+use crate::segment::{SegmentId, SegmentMeta, SegmentWriterOptions};
 use crate::snapshot::SnapshotInner;
 use crate::superseded::Superseded;
 
@@ -35,6 +35,7 @@ pub(crate) struct LoadTarget {
     pub key_columns: usize,
     /// The definition it is written under.
     pub version: Arc<Version>,
+    pub options: SegmentWriterOptions,
 }
 
 impl TableInner {
@@ -62,6 +63,7 @@ impl TableInner {
             key_encoder: version.key_encoder.clone(),
             key_columns: version.key_columns,
             version,
+            options: self.options.segment.clone(),
         })
     }
 

@@ -141,7 +141,14 @@ impl TableInner {
         let inputs: Vec<&Level> = snapshot.levels[range.clone()].iter().collect();
         let id = SegmentId(work.manifest.next_segment);
         work.manifest.next_segment += 1;
-        let written = write_segment(snapshot, &inputs, range.start == 0, &self.dirs.segments, id)?;
+        let written = write_segment(
+            snapshot,
+            &inputs,
+            range.start == 0,
+            &self.dirs.segments,
+            id,
+            &self.options.segment,
+        )?;
         let made = written
             .map(|w| self.open_written(&snapshot.version, w, 0))
             .transpose()?;

@@ -5,7 +5,7 @@ mod compare;
 mod restarts;
 mod rng;
 mod table;
-mod values;
+pub mod values;
 mod world;
 
 pub use rng::Rng;
