@@ -38,7 +38,7 @@ const WINDOW_MESSAGES: usize = 2;
 pub(crate) struct ScanPlan {
     pub(crate) table: Table,
     pub(crate) snapshot: Snapshot,
-    request: ScanRequest,
+    pub(crate) request: ScanRequest,
     max_message_bytes: usize,
 }
 
@@ -83,6 +83,7 @@ pub(crate) fn plan_at(
         filter,
         view: command.engine_view(),
         limit: command.limit,
+        part: None,
     };
     let max_message_bytes = context.message_limit(command.max_message_bytes)?;
     Ok(ScanPlan {
