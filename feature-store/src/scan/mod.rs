@@ -5,22 +5,25 @@
 //! logs; within a segment they are sorted by key.
 
 mod filter;
+mod split;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use arrow_array::{Array, BooleanArray, RecordBatch, RecordBatchOptions};
 use arrow_schema::{ArrowError, Schema, SchemaRef};
-use arrow_select::filter::filter_record_batch;
 use roaring::RoaringBitmap;
 
 use self::filter::BoundFilter;
 pub use self::filter::{Filter, FilterError};
+use self::split::kept_pieces;
 
 use crate::compat::{ColumnFrom, Version};
 use crate::error::ReadError;
 use crate::level::Level;
 use crate::lookup::to_user_type;
 use crate::merge::Merged;
+use crate::segment::ipc::Storage;
 use crate::snapshot::Snapshot;
 
 /// Which rows of a table a scan returns.
@@ -56,6 +59,9 @@ pub struct ScanBatch {
     pub batch: RecordBatch,
     /// True when its buffers point into a mapped segment: nothing was copied.
     pub mapped: bool,
+    /// The memory that the rows were read from. Buffers that lie there are as they are
+    /// stored; others (of widened columns, or of filtered rows) were made for this scan.
+    pub storage: Storage,
 }
 
 /// A running scan. Holds its snapshot until dropped.
@@ -70,6 +76,8 @@ pub struct Scan {
     rows_left: u64,
     cut: i64,
     state: State,
+    /// Pieces of the last batch read that were not returned yet.
+    pieces: VecDeque<ScanBatch>,
 }
 
 enum State {
@@ -143,6 +151,7 @@ impl Snapshot {
             rows_left: request.limit.unwrap_or(u64::MAX),
             cut: version.cut(self.0.max_event),
             state,
+            pieces: VecDeque::new(),
         })
     }
 }
@@ -169,7 +178,7 @@ impl Scan {
     #[allow(clippy::type_complexity)]
     fn next_stored(
         &mut self,
-    ) -> Result<Option<(RecordBatch, Arc<Version>, Option<BooleanArray>, bool)>, ReadError> {
+    ) -> Result<Option<(RecordBatch, Arc<Version>, Option<BooleanArray>, Storage)>, ReadError> {
         let inner = Arc::clone(&self.snapshot.0);
         loop {
             match &mut self.state {
@@ -177,7 +186,7 @@ impl Scan {
                 State::Merged(merged) => {
                     return Ok(merged
                         .next_batch()?
-                        .map(|batch| (batch, Arc::clone(&inner.version), None, false)));
+                        .map(|batch| (batch, Arc::clone(&inner.version), None, Storage::None)));
                 }
                 State::Levels {
                     level: at,
@@ -198,7 +207,8 @@ impl Scan {
                                 keep_rows(first_row, batch.num_rows(), dirty_rows, |_| false);
                             let times_keep = time_mask(level.version(), &batch, self.cut)
                                 .map_err(|e| segment.compute(&e))?;
-                            Some((batch, and(keep, times_keep), true))
+                            let storage = Storage::Mapped(segment.segment.arrow_file().clone());
+                            Some((batch, and(keep, times_keep), storage))
                         }
                         Level::Segment(_) => None,
                         Level::Log(log) => {
@@ -224,15 +234,16 @@ impl Scan {
                                         table: inner.table.name.clone(),
                                         problem: e.to_string(),
                                     })?;
-                                    Some((batch, and(keep, times_keep), false))
+                                    let storage = Storage::of_batch(&batch);
+                                    Some((batch, and(keep, times_keep), storage))
                                 }
                             }
                         }
                     };
                     match found {
-                        Some((batch, keep, mapped)) => {
+                        Some((batch, keep, storage)) => {
                             *next += 1;
-                            return Ok(Some((batch, Arc::clone(level.version()), keep, mapped)));
+                            return Ok(Some((batch, Arc::clone(level.version()), keep, storage)));
                         }
                         None => {
                             *at += 1;
@@ -247,17 +258,24 @@ impl Scan {
 
     fn next_batch(&mut self) -> Result<Option<ScanBatch>, ReadError> {
         while self.rows_left > 0 {
-            let Some((stored, version, keep, segment)) = self.next_stored()? else {
+            if let Some(mut found) = self.pieces.pop_front() {
+                if found.batch.num_rows() as u64 > self.rows_left {
+                    let rows = usize::try_from(self.rows_left).unwrap_or(usize::MAX);
+                    found.batch = found.batch.slice(0, rows);
+                }
+                self.rows_left -= found.batch.num_rows() as u64;
+                return Ok(Some(found));
+            }
+            let Some((stored, version, keep, storage)) = self.next_stored()? else {
                 break;
             };
             if keep.as_ref().is_some_and(|k| k.true_count() == 0) {
                 continue;
             }
-            let (batch, mut mapped) = self
+            let (mut batch, same) = self
                 .project(&stored, &version)
                 .map_err(|e| self.compute(e))?;
-            mapped &= segment;
-            let mut batch = batch;
+            let mapped = same && matches!(storage, Storage::Mapped(_));
             let mut keep = keep;
             if let Some(filter) = &self.filter {
                 let passed = filter.evaluate(&batch).map_err(|e| self.compute(e))?;
@@ -274,20 +292,21 @@ impl Scan {
                 let kept: Vec<usize> = (0..self.returned).collect();
                 batch = batch.project(&kept).map_err(|e| self.compute(e))?;
             }
-            if let Some(keep) = keep {
-                batch = filter_record_batch(&batch, &keep).map_err(|e| self.compute(e))?;
-                mapped = false;
-            }
-            if batch.num_rows() == 0 {
-                continue;
-            }
-            if batch.num_rows() as u64 > self.rows_left {
-                batch = batch.slice(0, usize::try_from(self.rows_left).unwrap_or(usize::MAX));
-            }
-            self.rows_left -= batch.num_rows() as u64;
-            return Ok(Some(ScanBatch { batch, mapped }));
+            let pieces = kept_pieces(batch, keep).map_err(|e| self.compute(e))?;
+            self.pieces
+                .extend(pieces.into_iter().map(|(batch, clean)| ScanBatch {
+                    batch,
+                    mapped: mapped && clean,
+                    storage: if clean {
+                        storage.clone()
+                    } else {
+                        Storage::None
+                    },
+                }));
+            self.pieces.retain(|piece| piece.batch.num_rows() > 0);
         }
         self.state = State::Done;
+        self.pieces.clear();
         Ok(None)
     }
 
