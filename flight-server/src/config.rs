@@ -31,8 +31,12 @@ pub struct ServerConfig {
     pub max_connections: usize,
     /// Streams at once per connection. Default 256.
     pub max_concurrent_streams: u32,
-    /// DoGet streams at once: each holds a thread while it reads. Default 128.
+    /// DoGet streams at once. Each holds up to about 10 MiB where its rows must be copied,
+    /// next to nothing where they go out as they are mapped. Default 128.
     pub max_scans: usize,
+    /// Threads that make DoGet replies ready, shared by all streams in turn. Default: one per
+    /// core, at least 2.
+    pub scan_threads: usize,
     /// A DoGet stream whose client reads nothing for this long is ended. Default 5 min.
     pub reader_idle: Duration,
     /// Requests that may wait for a barrier at once: each holds a thread. Default 128.
@@ -58,6 +62,7 @@ impl Default for ServerConfig {
             max_connections: 1024,
             max_concurrent_streams: 256,
             max_scans: 128,
+            scan_threads: std::thread::available_parallelism().map_or(2, |n| n.get().max(2)),
             reader_idle: Duration::from_secs(300),
             max_waiters: 128,
             max_barrier: Duration::from_secs(60),
@@ -142,7 +147,8 @@ impl ServerConfig {
         range("max_request_bytes", self.max_request_bytes, 64 << 10, cap)?;
         range("max_connections", self.max_connections, 1, 1 << 20)?;
         // A waiting request and an open scan hold a thread each, of tokio's 512.
-        range("max_scans", self.max_scans, 1, 256)?;
+        range("max_scans", self.max_scans, 1, 1024)?;
+        range("scan_threads", self.scan_threads, 1, 256)?;
         range("max_waiters", self.max_waiters, 1, 192)
     }
 }

@@ -307,6 +307,11 @@ pub(crate) fn from_request_stream(status: Status, limit_bytes: usize) -> Status 
     if !too_large {
         return status;
     }
+    too_large_request(limit_bytes).into()
+}
+
+/// What a request message over the limit is told.
+pub(crate) fn too_large_request(limit_bytes: usize) -> Failure {
     Failure::new(
         Code::ResourceExhausted,
         "REQUEST_TOO_LARGE",
@@ -315,7 +320,6 @@ pub(crate) fn from_request_stream(status: Status, limit_bytes: usize) -> Status 
         ),
     )
     .with("limit_bytes", json!(limit_bytes))
-    .into()
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 
 use arrow_flight::{FlightDescriptor, FlightEndpoint, FlightInfo, Ticket as WireTicket};
 use arrow_schema::Schema;
-use pinion_feature_store::{ScanPart, Snapshot, Table};
+use pinion_feature_store::segment::ipc::Storage;
+use pinion_feature_store::{ScanBatch, ScanPart, Snapshot, Table};
 use tonic::Code;
 
 use crate::barrier::await_barrier;
@@ -10,9 +11,10 @@ use crate::command::{Command, CommandError, LookupCommand, ScanCommand, Target};
 use crate::error::Failure;
 use crate::lookup::LookupPlan;
 use crate::reply::{metadata, snapshots_json};
-use crate::scan::{self, Messages};
+use crate::scan;
 use crate::service::Context;
 use crate::ticket::{Ticket, TicketRequest, TicketTable};
+use crate::wire::{Batches, Reply};
 
 /// Number of rows or bytes when it is not known without reading.
 const UNKNOWN: i64 = -1;
@@ -198,17 +200,17 @@ fn info(
     Ok(info)
 }
 
-/// Starts the stream that a ticket stands for.
-pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Messages, Failure> {
+/// The reply that a ticket stands for.
+pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Reply, Failure> {
     match TicketRequest::open(ticket, &context.store.ticket_key())? {
         TicketRequest::Command(Command::Scan(command)) => {
-            scan::plan(context, &command).await?.stream(context)
+            Ok(scan::plan(context, &command).await?.reply())
         }
         TicketRequest::Command(Command::Lookup(command)) => {
             let plan = LookupPlan::new(context, &command)?;
             let tables = plan.tables();
             let snapshots = await_barrier(&tables, &command.barrier(), context).await?;
-            lookup_stream(context, plan, &command, snapshots)
+            lookup_reply(context, plan, &command, snapshots)
         }
         TicketRequest::Command(Command::Asof(_)) => Err(no_asof()),
         TicketRequest::Command(Command::Put(_)) => Err(CommandError::Descriptor {
@@ -222,7 +224,7 @@ pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Messages, F
                     Some((table, snapshot)) => {
                         let mut plan = scan::plan_at(context, command, table, snapshot)?;
                         plan.request.part = ticket.part;
-                        plan.stream(context)
+                        Ok(plan.reply())
                     }
                     None => Err(unusable()),
                 },
@@ -237,7 +239,7 @@ pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Messages, F
                         return Err(unusable());
                     }
                     let snapshots = pinned.into_iter().map(|(_, snapshot)| snapshot).collect();
-                    lookup_stream(context, plan, command, snapshots)
+                    lookup_reply(context, plan, command, snapshots)
                 }
                 Command::Put(_) | Command::Asof(_) => Err(unusable()),
             }
@@ -276,12 +278,12 @@ fn resolve(
         .collect()
 }
 
-fn lookup_stream(
+fn lookup_reply(
     context: &Context,
     plan: LookupPlan,
     command: &LookupCommand,
     snapshots: Vec<Snapshot>,
-) -> Result<Messages, Failure> {
+) -> Result<Reply, Failure> {
     let Some(keys) = &command.keys else {
         return Err(CommandError::member(
             "keys",
@@ -292,14 +294,26 @@ fn lookup_stream(
     let keys = plan.keys_from_json(keys)?;
     let bound = plan.bind(keys.schema_ref(), &snapshots)?;
     let max_message_bytes = context.message_limit(command.max_message_bytes)?;
-    scan::stream(context, move |outlet| {
-        let reply = bound.answer(&keys, &snapshots)?;
-        let mut encoder = crate::encode::Encoder::new(max_message_bytes);
-        let snapshots: Vec<&Snapshot> = snapshots.iter().collect();
-        outlet.start(encoder.schema(bound.schema()), snapshots_json(&snapshots))?;
-        outlet.batch(&mut encoder, &reply, false)?;
-        outlet.finish()
-    })
+    let named: Vec<&Snapshot> = snapshots.iter().collect();
+    let members = snapshots_json(&named);
+    let tables: Vec<&str> = named.iter().map(|snapshot| snapshot.table()).collect();
+    let tables = tables.join(",");
+    let open = move || {
+        let batch = bound.answer(&keys, &snapshots)?;
+        let answer = ScanBatch {
+            batch,
+            mapped: false,
+            storage: Storage::None,
+        };
+        let batches = std::iter::once(Ok(answer));
+        Ok((bound.schema().clone(), Box::new(batches) as Batches))
+    };
+    Ok(Reply::new(
+        Box::new(open),
+        tables,
+        max_message_bytes,
+        members,
+    ))
 }
 
 fn known(value: u64) -> i64 {

@@ -11,8 +11,8 @@
 //!
 //! Inside: `command` (JSON), `ticket` (what GetFlightInfo hands out), `barrier` (waiting for
 //! rows), `scan`, `lookup`, `exchange`, `put`, `action`,
-//! `info` (one file per kind of request), `keys` (JSON keys), `encode`
-//! (batches to messages), `error` (the only place that chooses codes), `service` (the Flight
+//! `info` (one file per kind of request), `keys` (JSON keys), `wire` (DoGet's replies, below
+//! tonic), `encode` (batches to messages of tonic's), `error` (the only place that chooses codes), `service` (the Flight
 //! trait), `serve` and `connection` (sockets), `admin` (HTTP), `metrics`.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
@@ -38,6 +38,7 @@ mod scan;
 mod serve;
 mod service;
 mod ticket;
+mod wire;
 
 pub use admin::install_metrics;
 pub use command::{

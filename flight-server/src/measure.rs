@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use metrics::{counter, gauge, histogram};
+use metrics::{Gauge, counter, gauge, histogram};
 use tonic::Code;
 
 /// One request while it runs. Dropping it without [`Request::finish`] counts as cancelled.
@@ -50,6 +50,17 @@ pub(crate) fn sent(method: &'static str, table: &str, rows: u64, bytes: u64) {
         .increment(rows);
     counter!("pinion_bytes_sent_total", "method" => method, "table" => table.to_owned())
         .increment(bytes);
+}
+
+/// Body bytes of DoGet replies, by how they left.
+pub(crate) fn handed_over(referenced: u64, copied: u64) {
+    counter!("pinion_scan_body_bytes_total", "how" => "referenced").increment(referenced);
+    counter!("pinion_scan_body_bytes_total", "how" => "copied").increment(copied);
+}
+
+/// Bytes of DoGet replies that were handed to HTTP/2 and are not written yet.
+pub(crate) fn bytes_in_flight() -> Gauge {
+    gauge!("pinion_scan_bytes_in_flight")
 }
 
 /// Rows that a put committed.

@@ -11,7 +11,7 @@ use arrow_flight::{
 };
 use futures::{Stream, StreamExt, stream};
 use pinion_feature_store::Store;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::cancel::Cancelled;
@@ -31,6 +31,8 @@ pub(crate) struct Context {
     pub(crate) config: ServerConfig,
     /// One permit per open DoGet stream.
     pub(crate) scans: Arc<Semaphore>,
+    /// One permit per step of a DoGet stream that is being worked off.
+    pub(crate) turns: Arc<Semaphore>,
     /// One permit per request that waits for a barrier.
     pub(crate) waiters: Semaphore,
 }
@@ -40,13 +42,29 @@ pub(crate) type SharedContext = Arc<Context>;
 impl Context {
     pub(crate) fn new(store: Store, hooks: Hooks, config: ServerConfig) -> SharedContext {
         let scans = Arc::new(Semaphore::new(config.max_scans));
+        let turns = Arc::new(Semaphore::new(config.scan_threads));
         let waiters = Semaphore::new(config.max_waiters);
         Arc::new(Context {
             store,
             hooks,
             config,
             scans,
+            turns,
             waiters,
+        })
+    }
+
+    /// The permit of one more DoGet stream.
+    pub(crate) fn scan_permit(&self) -> Result<OwnedSemaphorePermit, Failure> {
+        Arc::clone(&self.scans).try_acquire_owned().map_err(|_| {
+            Failure::new(
+                Code::ResourceExhausted,
+                "TOO_MANY_SCANS",
+                format!(
+                    "{} DoGet streams are open, the most allowed (max_scans); read or close some, or try again",
+                    self.config.max_scans
+                ),
+            )
         })
     }
 
@@ -206,10 +224,14 @@ impl FlightService for Service {
 
     async fn do_get(
         &self,
-        request: Request<Ticket>,
+        _request: Request<Ticket>,
     ) -> Result<Response<Self::DoGetStream>, Status> {
-        let ticket = request.into_inner().ticket;
-        answer_stream("DoGet", info::open(&self.context, &ticket)).await
+        Err(Failure::new(
+            Code::Internal,
+            "UNLAYERED",
+            "DoGet is answered by the layer around this service",
+        )
+        .into())
     }
 
     async fn do_put(

@@ -25,11 +25,12 @@ use arrow_schema::{ArrowError, Schema, SchemaRef};
 use self::filter::{BoundFilter, KeyRange};
 pub use self::filter::{Filter, FilterError};
 pub use self::part::{PartSize, ScanPart};
-use self::select::{Output, Selection, read_rows};
+use self::select::{Output, picks, read_rows};
 use self::walk::{Piece, Walk};
 
 use crate::compat::Version;
 use crate::error::ReadError;
+use crate::segment::ipc::Storage;
 use crate::snapshot::Snapshot;
 
 /// Rows that a scan with a limit examines at a time, at least.
@@ -70,6 +71,9 @@ pub struct ScanBatch {
     pub batch: RecordBatch,
     /// True when its buffers point into a mapped segment: nothing was copied.
     pub mapped: bool,
+    /// The memory that the rows were read from. Buffers that lie there are as they are
+    /// stored; others (of widened columns, or of filtered rows) were made for this scan.
+    pub storage: Storage,
 }
 
 /// What a scan has looked at so far.
@@ -255,8 +259,8 @@ impl Scan {
                 None => filtered,
             });
         }
-        let selection = Selection::new(&piece.rows, passed);
-        if selection.is_empty() {
+        let picks = picks(&piece.rows, passed);
+        if picks.is_empty() {
             return Ok(());
         }
         let output = Output {
@@ -266,14 +270,11 @@ impl Scan {
             schema: &self.schema,
         };
         let stored = piece.stored.whole()?;
-        let found = output
-            .batches(&stored, &selection)
-            .map_err(|e| self.compute(e))?;
-        let mapped = piece.stored.is_segment();
-        self.ready.extend(found.into_iter().map(|mut found| {
-            found.mapped &= mapped;
-            found
-        }));
+        let storage = piece.stored.storage();
+        for pick in &picks {
+            let found = output.batch(&stored, &storage, pick);
+            self.ready.push_back(found.map_err(|e| self.compute(e))?);
+        }
         Ok(())
     }
 

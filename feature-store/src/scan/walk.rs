@@ -19,6 +19,7 @@ use crate::error::ReadError;
 use crate::level::{Level, SegmentLevel};
 use crate::merge::Merged;
 use crate::order::ticks_of;
+use crate::segment::ipc::Storage;
 use crate::snapshot::SnapshotInner;
 
 /// Rows of one stored batch that may be in the answer.
@@ -60,14 +61,17 @@ pub(super) struct Stored {
     batch: RecordBatch,
     /// The numbers of the columns in `batch`; all when there is none.
     columns: Option<Vec<usize>>,
+    /// Whether the batch was made for this scan.
+    fresh: bool,
 }
 
 impl Stored {
-    fn in_memory(batch: RecordBatch) -> Stored {
+    fn in_memory(batch: RecordBatch, fresh: bool) -> Stored {
         Stored {
             segment: None,
             batch,
             columns: None,
+            fresh,
         }
     }
 
@@ -85,6 +89,7 @@ impl Stored {
                 segment,
                 batch: level.batch(index)?,
                 columns: None,
+                fresh: false,
             });
         }
         let batch = level.segment.batch_columns(index, &columns);
@@ -92,11 +97,17 @@ impl Stored {
             segment,
             batch: batch.map_err(|e| level.error(e))?,
             columns: Some(columns),
+            fresh: false,
         })
     }
 
-    pub(super) fn is_segment(&self) -> bool {
-        self.segment.is_some()
+    /// The memory that its buffers lie in.
+    pub(super) fn storage(&self) -> Storage {
+        match &self.segment {
+            Some((level, _)) => Storage::Mapped(level.segment.arrow_file().clone()),
+            None if self.fresh => Storage::None,
+            None => Storage::of_batch(&self.batch),
+        }
     }
 
     /// A stored column by its number, one of those read.
@@ -212,7 +223,7 @@ impl Walk {
                     return Ok(Some(Piece {
                         version: Arc::clone(&inner.version),
                         rows: 0..batch.num_rows(),
-                        stored: Stored::in_memory(batch),
+                        stored: Stored::in_memory(batch, true),
                         live: None,
                         filtered: filter.is_some(),
                     }));
@@ -412,7 +423,7 @@ fn log_piece(
     }
     Ok(Piece {
         version: Arc::clone(version),
-        stored: Stored::in_memory(batch),
+        stored: Stored::in_memory(batch, false),
         rows,
         live,
         filtered,

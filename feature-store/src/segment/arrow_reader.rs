@@ -11,6 +11,7 @@ use arrow_schema::{Schema, SchemaRef};
 use bytes::Bytes;
 
 use super::arrow_writer::FORMAT_KEY;
+use super::map::MappedFile;
 use super::meta::{ArrowFileMeta, file_name};
 use super::{OpenSegmentError, SEGMENT_FORMAT_VERSION, SegmentDamage, SegmentId};
 
@@ -44,6 +45,7 @@ pub(super) struct ArrowFile {
     id: SegmentId,
     suffix: &'static str,
     map: Bytes,
+    mapped: MappedFile,
     meta: ArrowFileMeta,
     schema: SchemaRef,
     decoder: FileDecoder,
@@ -58,10 +60,11 @@ impl ArrowFile {
     pub(super) fn open(
         id: SegmentId,
         suffix: &'static str,
-        map: Bytes,
+        mapped: MappedFile,
         meta: &ArrowFileMeta,
         schema: &SchemaRef,
     ) -> Result<Self, OpenSegmentError> {
+        let map = mapped.bytes().clone();
         let damaged = |what: &str| OpenSegmentError::FooterDamaged {
             id,
             file: file_name(id, suffix),
@@ -117,6 +120,7 @@ impl ArrowFile {
             id,
             suffix,
             map,
+            mapped,
             meta: meta.clone(),
             decoder: decoder(schema),
             schema: schema.clone(),
@@ -126,8 +130,8 @@ impl ArrowFile {
         })
     }
 
-    pub(super) fn map(&self) -> &Bytes {
-        &self.map
+    pub(super) fn map(&self) -> &MappedFile {
+        &self.mapped
     }
 
     pub(super) fn rows(&self) -> u32 {

@@ -7,10 +7,10 @@ use arrow_array::RecordBatch;
 use arrow_ipc::Block;
 use arrow_schema::{ArrowError, SchemaRef};
 
-use super::body::{self, BodyParts, BodyPlan};
+use super::body::{self, BodyParts, BodyPlan, Placing, Views};
 use super::cut::Cutter;
 use super::files::PartialFile;
-use super::message;
+use super::message::{self, BatchHeader};
 use super::meta::{ArrowFileMeta, BatchMeta};
 use super::statistics::{Statistics, StatisticsBuilder};
 use super::{PAGE_BYTES, SEGMENT_FORMAT_VERSION, SegmentError, SegmentId, SegmentWriterOptions};
@@ -118,7 +118,7 @@ impl ArrowFileWriter {
         let layout = |source| SegmentError::Layout { id, source };
         while let Some(batch) = self.cutter.next(end_of_input).map_err(layout)? {
             self.statistics.push(&batch).map_err(layout)?;
-            let parts = body::collect(&batch).map_err(layout)?;
+            let parts = body::collect(batch.columns(), Views::Compact).map_err(layout)?;
             self.write_batch(batch.num_rows(), &parts)?;
         }
         Ok(())
@@ -130,20 +130,21 @@ impl ArrowFileWriter {
             .iter()
             .map(|(class, bytes)| (*class, bytes.len()))
             .collect();
-        let plan = body::place(&lengths);
+        let plan = body::place(&lengths, Placing::Pages);
         let buffers: Vec<_> = plan
             .offsets
             .iter()
             .zip(&lengths)
             .map(|(offset, (_, bytes))| (*offset, *bytes))
             .collect();
-        let message = message::batch_message(
+        let message = BatchHeader {
             rows,
-            &parts.nodes,
-            &buffers,
-            &parts.variadic_counts,
-            plan.body_bytes,
-        );
+            nodes: &parts.nodes,
+            buffers: &buffers,
+            variadic_counts: &parts.variadic_counts,
+            body_bytes: plan.body_bytes,
+        }
+        .batch_message();
         let position = self.file.position();
         let metadata = message::framed(&message, position, PAGE_BYTES as u64);
         let metadata_bytes = i32::try_from(metadata.len()).map_err(|_| {

@@ -53,6 +53,7 @@ mod error;
 mod files;
 mod index;
 mod index_writer;
+pub mod ipc;
 #[allow(unsafe_code)]
 mod map;
 mod message;
@@ -70,6 +71,7 @@ mod tests;
 pub use arrow_reader::Block;
 pub use error::{OpenSegmentError, SegmentDamage, SegmentError};
 pub(crate) use map::map_file;
+pub use map::{MappedFile, file_behind};
 pub use meta::{ArrowFileMeta, BatchMeta, FileMeta, SegmentId, SegmentMeta};
 pub use reader::{DeleteRow, Segment};
 pub use sorted::Run;

@@ -15,6 +15,7 @@ use pinion_schemas::{KeyEncoder, key_hash};
 
 use super::arrow_reader::{ArrowFile, Block};
 use super::index::{HeaderProblem, KeyIndex};
+use super::map::MappedFile;
 use super::meta::{
     ARROW, ArrowFileMeta, DEL, DIX, IDX, STAT, SYS, SegmentMeta, file_name, from_hex,
 };
@@ -88,7 +89,7 @@ impl Segment {
             key_columns,
             &mut companions,
         )?;
-        let sys = map_file(dir, meta, SYS)?;
+        let sys = map_file(dir, meta, SYS)?.bytes().clone();
         let sequences = sequences::open(&sys).map_err(|problem| header_error(id, SYS, problem))?;
         companions.push((SYS, sys));
         let statistics = open_statistics(dir, meta, &mut companions)?;
@@ -371,6 +372,11 @@ impl Segment {
 
     /// All bytes of `.arrow`.
     pub fn arrow_map(&self) -> &Bytes {
+        self.rows.file.map().bytes()
+    }
+
+    /// The map of `.arrow`, which the buffers of its batches are slices of.
+    pub fn arrow_file(&self) -> &MappedFile {
         self.rows.file.map()
     }
 
@@ -409,7 +415,7 @@ fn open_sorted(
     companions: &mut Vec<(&'static str, Bytes)>,
 ) -> Result<SortedFile, OpenSegmentError> {
     let file = ArrowFile::open(meta.id, suffix, map_file(dir, meta, suffix)?, arrow, schema)?;
-    let index_map = map_file(dir, meta, index_suffix)?;
+    let index_map = map_file(dir, meta, index_suffix)?.bytes().clone();
     let index = KeyIndex::open(&index_map)
         .map_err(|problem| header_error(meta.id, index_suffix, problem))?;
     if index.rows() != u64::from(file.rows()) {
@@ -438,14 +444,14 @@ fn open_statistics(
     let Some(listed) = meta.files.iter().find(|file| file.suffix == STAT) else {
         return Ok(None);
     };
-    let map = map_file(dir, meta, STAT)?;
+    let map = map_file(dir, meta, STAT)?.bytes().clone();
     companions.push((STAT, map.clone()));
     StatisticsFile::open(map, listed.crc32)
         .map(Some)
         .map_err(|problem| header_error(meta.id, STAT, problem))
 }
 
-fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<Bytes, OpenSegmentError> {
+fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<MappedFile, OpenSegmentError> {
     let id = meta.id;
     let file = file_name(id, suffix);
     let expected_bytes = meta
@@ -457,7 +463,8 @@ fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<Bytes, OpenS
             id,
             what: format!("it lists no {suffix}"),
         })?;
-    let opened = File::open(dir.join(&file)).and_then(|opened| {
+    let path = dir.join(&file);
+    let opened = File::open(&path).and_then(|opened| {
         let bytes = opened.metadata()?.len();
         Ok((opened, bytes))
     });
@@ -476,7 +483,7 @@ fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<Bytes, OpenS
             actual_bytes,
         });
     }
-    super::map::map_published(&opened).map_err(|source| OpenSegmentError::Io { id, file, source })
+    MappedFile::map(&opened, &path).map_err(|source| OpenSegmentError::Io { id, file, source })
 }
 
 fn header_error(id: SegmentId, suffix: &str, problem: HeaderProblem) -> OpenSegmentError {
