@@ -233,7 +233,9 @@ pub enum ReadError {
     #[error(transparent)]
     Filter(#[from] FilterError),
     /// The part of a scan was made for another snapshot, or for the same after a merge.
-    #[error("table {table}: the part of the scan does not belong to this snapshot; divide the scan anew")]
+    #[error(
+        "table {table}: the part of the scan does not belong to this snapshot; divide the scan anew"
+    )]
     Part {
         /// Table name.
         table: String,

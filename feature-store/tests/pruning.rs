@@ -18,17 +18,20 @@ use std::cmp::Ordering;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
-use arrow_array::{ArrayRef, RecordBatch};
+use arrow_array::cast::AsArray;
+use arrow_array::types::Int64Type;
+use arrow_array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray};
 use arrow_schema::DataType;
 use case::Rng;
 use case::values::{array_of, cells_of};
 use oracle::Cell;
 use pinion_feature_store::segment::SegmentWriterOptions;
 use pinion_feature_store::{
-    Change, Commit, Filter, PartSize, ScanRequest, Snapshot, Store, StoreOptions, View,
+    Change, Commit, Filter, PartSize, ReadError, ScanFigures, ScanRequest, Snapshot, Store,
+    StoreOptions, View,
 };
 use pinion_schemas::{TableDefinition, format_type, parse_type};
 
@@ -179,7 +182,11 @@ fn literal(data_type: &DataType, cell: &Cell) -> Option<String> {
             format!("timestamp '1970-01-01T00:00:{:02}Z'", ticks / tick)
         }
         (DataType::Date32, Cell::Int(day)) => {
-            let (month, day) = if *day < 31 { (1, day + 1) } else { (2, day - 30) };
+            let (month, day) = if *day < 31 {
+                (1, day + 1)
+            } else {
+                (2, day - 30)
+            };
             format!("date '1970-{month:02}-{day:02}'")
         }
         (DataType::Time32(_), Cell::Int(second)) => format!("'00:00:{second:02}'"),
@@ -219,7 +226,8 @@ fn order(a: &Cell, b: &Cell) -> Ordering {
         (Cell::Float(a), Cell::Float(b)) => {
             // One zero; NaN above all.
             let (a, b) = (f64::from_bits(*a) + 0.0, f64::from_bits(*b) + 0.0);
-            a.partial_cmp(&b).unwrap_or_else(|| a.is_nan().cmp(&b.is_nan()))
+            a.partial_cmp(&b)
+                .unwrap_or_else(|| a.is_nan().cmp(&b.is_nan()))
         }
         _ => a.cmp(b),
     }
@@ -271,7 +279,11 @@ impl Test {
                 Test::Between(column, first, second)
             }
             1 => {
-                let more = (0..if first == draw().unwrap_or(Cell::Null) { 8 } else { 2 })
+                let more = (0..if first == draw().unwrap_or(Cell::Null) {
+                    8
+                } else {
+                    2
+                })
                     .filter_map(|_| draw())
                     .collect::<Vec<_>>();
                 Test::In(column, [vec![first], more].concat())
@@ -338,7 +350,8 @@ impl Test {
                 Some(compare(c, low)?.is_ge() && compare(c, high)?.is_le())
             }
             Test::In(c, cells) => {
-                let all: Option<Vec<Ordering>> = cells.iter().map(|cell| compare(c, cell)).collect();
+                let all: Option<Vec<Ordering>> =
+                    cells.iter().map(|cell| compare(c, cell)).collect();
                 all.map(|all| all.iter().any(|order| order.is_eq()))
             }
             Test::IsNull(c) => Some(row[*c] == Cell::Null),
@@ -380,9 +393,13 @@ struct Case {
 impl Case {
     fn new(seed: u64) -> Case {
         let mut rng = Rng::new(seed);
-        let event = rng
-            .chance(70)
-            .then(|| rng.pick(&["timestamp[us, tz=UTC]", "timestamp[ms, tz=UTC]", "date32[day]"]));
+        let event = rng.chance(70).then(|| {
+            rng.pick(&[
+                "timestamp[us, tz=UTC]",
+                "timestamp[ms, tz=UTC]",
+                "date32[day]",
+            ])
+        });
         let mut histories = vec!["latest", "latest", "all"];
         match event {
             Some("date32[day]") => histories.push("20d"),
@@ -416,7 +433,9 @@ impl Case {
             nullable: false,
         });
         let keys = self.key_columns.iter().cloned();
-        keys.chain(event).chain(self.features.iter().cloned()).collect()
+        keys.chain(event)
+            .chain(self.features.iter().cloned())
+            .collect()
     }
 
     fn definition(&self) -> TableDefinition {
@@ -424,7 +443,13 @@ impl Case {
         let keys: Vec<String> = self
             .key_columns
             .iter()
-            .map(|k| format!("{{ name = {:?}, type = {:?} }}", k.name, format_type(&k.data_type)))
+            .map(|k| {
+                format!(
+                    "{{ name = {:?}, type = {:?} }}",
+                    k.name,
+                    format_type(&k.data_type)
+                )
+            })
             .collect();
         let _ = writeln!(text, "entity = [{}]", keys.join(", "));
         if let Some(event) = self.event {
@@ -465,7 +490,11 @@ impl Case {
                 break;
             }
             let nulls = self.rng.pick(&[0, 0, 20, 100]);
-            let spread = if i == 0 { VALUES } else { self.rng.pick(&[1, 4, VALUES]) };
+            let spread = if i == 0 {
+                VALUES
+            } else {
+                self.rng.pick(&[1, 4, VALUES])
+            };
             let cells: Vec<Cell> = (0..rows)
                 .map(|_| {
                     if column.nullable && self.rng.chance(nulls) {
@@ -476,7 +505,11 @@ impl Case {
                     }
                 })
                 .collect();
-            arrays.push((column.name.clone(), array_of(&column.data_type, &cells), true));
+            arrays.push((
+                column.name.clone(),
+                array_of(&column.data_type, &cells),
+                true,
+            ));
         }
         RecordBatch::try_from_iter_with_nullable(arrays).unwrap()
     }
@@ -506,7 +539,12 @@ impl Case {
                         Change::Upsert(self.batch(false))
                     };
                     let changes = vec![change];
-                    table.commit(Commit { changes, ..Commit::default() }).unwrap();
+                    table
+                        .commit(Commit {
+                            changes,
+                            ..Commit::default()
+                        })
+                        .unwrap();
                 }
             }
         }
@@ -549,7 +587,10 @@ impl Case {
         let sql = test.sql(&columns);
         let view = self.rng.pick(&[View::Table, View::Table, View::Latest]);
         self.asked = format!("{view:?} {sql}");
-        let whole = ScanRequest { view, ..ScanRequest::default() };
+        let whole = ScanRequest {
+            view,
+            ..ScanRequest::default()
+        };
         let mut expected = self.rows(snapshot, &whole);
         expected.retain(|row| test.holds(row) == Some(true));
 
@@ -561,7 +602,10 @@ impl Case {
         assert_eq!(self.rows(snapshot, &request), expected, "the filtered scan");
 
         let limit = self.rng.below(expected.len() + 2);
-        let limited = ScanRequest { limit: Some(limit as u64), ..request.clone() };
+        let limited = ScanRequest {
+            limit: Some(limit as u64),
+            ..request.clone()
+        };
         let first = &expected[..limit.min(expected.len())];
         assert_eq!(self.rows(snapshot, &limited), first, "limited to {limit}");
 
@@ -571,14 +615,20 @@ impl Case {
             .iter()
             .map(|row| row.iter().rev().take(chosen.len()).cloned().collect())
             .collect();
-        let request = ScanRequest { columns: Some(chosen), ..request };
+        let request = ScanRequest {
+            columns: Some(chosen),
+            ..request
+        };
         assert_eq!(self.rows(snapshot, &request), projected, "of some columns");
 
         let size = PartSize::Count(self.rng.between(1, 9));
         let parts = snapshot.scan_parts(&request, size).unwrap();
         let mut found = Vec::new();
         for part in parts {
-            let part = ScanRequest { part: Some(part), ..request.clone() };
+            let part = ScanRequest {
+                part: Some(part),
+                ..request.clone()
+            };
             found.extend(self.rows(snapshot, &part));
         }
         assert_eq!(found, projected, "in parts ({size:?})");
@@ -590,11 +640,15 @@ impl Case {
         for batch in &mut scan {
             let batch = batch.unwrap().batch;
             assert!(batch.num_rows() > 0, "an empty batch");
-            let columns: Vec<Vec<Cell>> =
-                batch.columns().iter().map(|c| cells_of(c.as_ref())).collect();
-            rows.extend((0..batch.num_rows()).map(|row| {
-                columns.iter().map(|c| c[row].clone()).collect::<Vec<_>>()
-            }));
+            let columns: Vec<Vec<Cell>> = batch
+                .columns()
+                .iter()
+                .map(|c| cells_of(c.as_ref()))
+                .collect();
+            rows.extend(
+                (0..batch.num_rows())
+                    .map(|row| columns.iter().map(|c| c[row].clone()).collect::<Vec<_>>()),
+            );
         }
         let figures = scan.figures();
         self.skipped += figures.batches_skipped;
@@ -650,7 +704,190 @@ fn a_filter_that_skips_returns_what_one_that_reads_everything_does() {
     let failed = failed.into_inner().unwrap();
     assert!(failed.is_empty(), "cases that differ: {failed:?}");
     let (skipped, read) = (skipped.into_inner(), read.into_inner());
-    let _ = writeln!(std::io::stderr(), "pruning: {skipped} batches skipped, {read} read");
+    let _ = writeln!(
+        std::io::stderr(),
+        "pruning: {skipped} batches skipped, {read} read"
+    );
     // Without skipping the cases would prove nothing.
-    assert!(cases < 50 || skipped * 10 > read, "{skipped} of {read} skipped");
+    assert!(
+        cases < 50 || skipped * 10 > read,
+        "{skipped} of {read} skipped"
+    );
+}
+
+const NUMBERS: &str = r#"
+[table]
+name = "numbers"
+entity = [{ name = "id", type = "int64" }]
+history = "latest"
+[features]
+half = "float64"
+name = "string"
+"#;
+
+/// A table of the ids below `rows` in batches of 1024, one segment.
+fn numbers(rows: i64) -> (tempfile::TempDir, Store) {
+    let dir = tempfile::tempdir().unwrap();
+    Store::init(dir.path()).unwrap();
+    let options = StoreOptions {
+        background: false,
+        segment: SegmentWriterOptions {
+            max_batch_rows: 1024,
+            ..SegmentWriterOptions::default()
+        },
+        ..StoreOptions::default()
+    };
+    let store = Store::open(dir.path(), options).unwrap();
+    let definition = TableDefinition::parse_toml(NUMBERS).unwrap();
+    store.apply(vec![definition]).unwrap();
+    put_numbers(&store, 0..rows);
+    store.table("numbers").unwrap().merge().unwrap();
+    (dir, store)
+}
+
+fn put_numbers(store: &Store, ids: std::ops::Range<i64>) {
+    let columns: [(&str, ArrayRef); 3] = [
+        ("id", Arc::new(Int64Array::from_iter_values(ids.clone()))),
+        (
+            "half",
+            Arc::new(Float64Array::from_iter_values(
+                ids.clone().map(|id| id as f64 / 2.0),
+            )),
+        ),
+        (
+            "name",
+            Arc::new(StringArray::from_iter_values(
+                ids.map(|id| format!("number {id}")),
+            )),
+        ),
+    ];
+    let batch = RecordBatch::try_from_iter(columns).unwrap();
+    let changes = vec![Change::Upsert(batch)];
+    let commit = Commit {
+        changes,
+        ..Commit::default()
+    };
+    store.table("numbers").unwrap().commit(commit).unwrap();
+}
+
+fn filtered(filter: &str) -> ScanRequest {
+    ScanRequest {
+        filter: Some(Filter::parse(filter).unwrap()),
+        ..ScanRequest::default()
+    }
+}
+
+/// The ids in order, whether all of it was mapped, and the figures.
+fn ids(snapshot: &Snapshot, request: &ScanRequest) -> (Vec<i64>, bool, ScanFigures) {
+    let mut scan = snapshot.scan(request).unwrap();
+    let (mut ids, mut mapped) = (Vec::new(), true);
+    for found in &mut scan {
+        let found = found.unwrap();
+        mapped &= found.mapped;
+        ids.extend(found.batch.column(0).as_primitive::<Int64Type>().values());
+    }
+    (ids, mapped, scan.figures())
+}
+
+#[test]
+fn a_range_of_keys_in_a_clean_segment_is_slices_of_mapped_batches() {
+    let (_dir, store) = numbers(10_240);
+    let snapshot = store.table("numbers").unwrap().snapshot();
+    let (found, mapped, figures) = ids(&snapshot, &filtered("id between 3000 and 5999"));
+    assert_eq!(found, (3000..6000).collect::<Vec<_>>());
+    assert!(mapped);
+    assert_eq!(
+        figures,
+        ScanFigures {
+            batches_read: 4,
+            batches_skipped: 6,
+            rows_examined: 3000
+        }
+    );
+    // Not sorted by it, but by chance together: a slice too, once it was looked for.
+    let (found, mapped, figures) = ids(&snapshot, &filtered("half > 1000 and half < 1010"));
+    assert_eq!((found, mapped), ((2001..2020).collect(), true));
+    assert_eq!(figures.batches_skipped, 9);
+    let (found, mapped, _) = ids(&snapshot, &filtered("id in (5, 7, 9, 11, 13)"));
+    assert_eq!((found, mapped), (vec![5, 7, 9, 11, 13], false));
+    let (found, _, figures) = ids(&snapshot, &filtered("id > 20000"));
+    assert_eq!((found.len(), figures.batches_read), (0, 0));
+}
+
+#[test]
+fn a_limit_examines_no_more_than_it_needs() {
+    let (_dir, store) = numbers(10_240);
+    let snapshot = store.table("numbers").unwrap().snapshot();
+    let limited = |filter: Option<&str>, limit| ScanRequest {
+        limit: Some(limit),
+        ..filter.map_or_else(ScanRequest::default, filtered)
+    };
+    let (found, mapped, figures) = ids(&snapshot, &limited(None, 10));
+    assert_eq!((found, mapped), ((0..10).collect(), true));
+    assert_eq!((figures.batches_read, figures.rows_examined), (1, 10));
+    let (found, _, figures) = ids(&snapshot, &limited(Some("id >= 2000"), 5));
+    assert_eq!(found, [2000, 2001, 2002, 2003, 2004]);
+    assert_eq!((figures.batches_read, figures.rows_examined), (1, 5));
+    assert_eq!(ids(&snapshot, &limited(None, 0)).0, [0i64; 0]);
+}
+
+#[test]
+fn few_replaced_rows_leave_most_of_a_batch_uncopied() {
+    let (_dir, store) = numbers(10_240);
+    put_numbers(&store, 4000..4001);
+    let snapshot = store.table("numbers").unwrap().snapshot();
+    let (found, mapped, _) = ids(&snapshot, &filtered("id < 4000"));
+    assert_eq!((found, mapped), ((0..4000).collect(), true));
+    let (mut found, mapped, _) = ids(&snapshot, &filtered("id between 3990 and 4010"));
+    assert!(!mapped);
+    found.sort_unstable();
+    assert_eq!(found, (3990..=4010).collect::<Vec<_>>());
+}
+
+#[test]
+fn parts_hold_for_the_files_they_were_made_of_and_no_others() {
+    let (_dir, store) = numbers(10_240);
+    let table = store.table("numbers").unwrap();
+    put_numbers(&store, 20_000..20_500);
+    let snapshot = table.snapshot();
+    table.retain(&snapshot);
+    let request = ScanRequest::default();
+    let parts = snapshot.scan_parts(&request, PartSize::Count(5)).unwrap();
+    assert_eq!(parts.len(), 5);
+    let whole = ids(&snapshot, &request).0;
+
+    table.merge().unwrap();
+    let merged = table.snapshot();
+    table.retain(&merged);
+    let of = |part| ScanRequest {
+        part: Some(part),
+        ..ScanRequest::default()
+    };
+    let mut found = Vec::new();
+    for part in &parts {
+        let kept = table.snapshot_of_part(snapshot.id(), part).unwrap();
+        found.extend(ids(&kept, &of(*part)).0);
+        if merged.id() == snapshot.id() {
+            assert!(matches!(
+                merged.scan(&of(*part)),
+                Err(ReadError::Part { .. })
+            ));
+        }
+    }
+    assert_eq!(found, whole);
+    let large = PartSize::Bytes {
+        bytes: 1 << 30,
+        at_most: 16,
+    };
+    assert_eq!(snapshot.scan_parts(&request, large).unwrap().len(), 1);
+    let small = PartSize::Bytes {
+        bytes: 1 << 10,
+        at_most: 4,
+    };
+    assert_eq!(snapshot.scan_parts(&request, small).unwrap().len(), 4);
+    let few = filtered("id = 7");
+    assert_eq!(
+        snapshot.scan_parts(&few, PartSize::Count(9)).unwrap().len(),
+        2
+    );
 }

@@ -406,7 +406,9 @@ async fn endpoints_are_together_the_table_in_order_also_after_a_merge() {
     let server = TestServer::with_rows().await;
     let mut client = server.client().await;
     for first in [0, 150_000] {
-        let names: Vec<String> = (first..first + 150_000).map(|i| format!("N{i:06}")).collect();
+        let names: Vec<String> = (first..first + 150_000)
+            .map(|i| format!("N{i:06}"))
+            .collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         put(&mut client, "planes", planes(&names)).await.unwrap();
         act(&mut client, "flush", &json!({"table": "planes"}))
@@ -489,7 +491,8 @@ async fn one_percent_of_the_rows_by_a_key_range_is_one_percent_of_the_bytes() {
         .await
         .unwrap();
     let filter = "tailnum between 'N070000' and 'N071999'";
-    let scan = json!({"scan": {"table": "planes", "features": ["seats", "temp"], "filter": filter}});
+    let scan =
+        json!({"scan": {"table": "planes", "features": ["seats", "temp"], "filter": filter}});
     let read = get_json(&mut client, scan).await.unwrap();
     assert_eq!(read.rows(), 2000);
     let sent: usize = read.message_bytes.iter().sum();

@@ -251,9 +251,7 @@ impl Scan {
         self.rows_examined += piece.rows.len() as u64;
         let mut passed = piece.live.take();
         if let Some(filter) = self.filter.as_ref().filter(|_| piece.filtered) {
-            let filtered = self
-                .evaluate(filter, &piece)
-                .map_err(|e| self.compute(e))?;
+            let filtered = self.evaluate(filter, &piece).map_err(|e| self.compute(e))?;
             passed = Some(match passed {
                 Some(live) => &live & &filtered,
                 None => filtered,

@@ -31,7 +31,7 @@ pub struct ScanPart {
 /// How to divide a scan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PartSize {
-    /// Into so many parts of about equal size.
+    /// Into at most so many parts, of about equal size.
     Count(usize),
     /// Into parts of about `bytes`, but not more than `at_most`.
     Bytes {
@@ -73,7 +73,8 @@ impl Snapshot {
         let parts = match size {
             PartSize::Count(parts) => parts,
             PartSize::Bytes { bytes, at_most } => {
-                usize::try_from(total_bytes.div_ceil(bytes.max(1))).map_or(at_most, |n| n.min(at_most))
+                usize::try_from(total_bytes.div_ceil(bytes.max(1)))
+                    .map_or(at_most, |n| n.min(at_most))
             }
         };
         let ends = part_ends(&unit_bytes, parts);

@@ -32,15 +32,16 @@ pub(super) fn judge(
     level: &SegmentLevel,
     filter: &ScanFilter,
 ) -> Result<Left, ReadError> {
-    let column = |position: usize| {
-        let column = filter.columns.get(position).copied();
-        let column = column.ok_or_else(|| no_column(position))?;
-        version.column_from(&level.version, column)
-    };
-    let whole = filter
-        .bound
-        .judge(1, &|position| segment_bounds(level, &column(position)?))
-        .map_err(|e| level.compute(&e))?;
+    let compute = |e: ArrowError| level.compute(&e);
+    let columns = filter
+        .columns
+        .iter()
+        .map(|&column| version.column_from(&level.version, column))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(compute)?;
+    let known = columns.iter().map(|how| segment_bounds(level, how));
+    let known = known.collect::<Result<Vec<_>, _>>().map_err(compute)?;
+    let whole = filter.bound.judge(1, &known).map_err(compute)?;
     if whole.of(0) == Verdict::None {
         return Ok(Left::Nothing);
     }
@@ -48,13 +49,12 @@ pub(super) fn judge(
     let Some(statistics) = statistics else {
         return Ok(Left::Unknown);
     };
-    filter
-        .bound
-        .judge(level.segment.batches(), &|position| {
-            batch_bounds(level, statistics, &column(position)?)
-        })
-        .map(Left::Batches)
-        .map_err(|e| level.compute(&e))
+    let known = columns
+        .iter()
+        .map(|how| batch_bounds(level, statistics, how));
+    let known = known.collect::<Result<Vec<_>, _>>().map_err(compute)?;
+    let verdicts = filter.bound.judge(level.segment.batches(), &known);
+    verdicts.map(Left::Batches).map_err(compute)
 }
 
 fn no_column(column: usize) -> ArrowError {
@@ -160,15 +160,17 @@ fn widened(bounds: ColumnBounds, data_type: &DataType) -> Result<ColumnBounds, A
     let mut wider = Vec::with_capacity(2);
     for bound in [min, max] {
         let cast = arrow_cast::cast(bound, data_type)?;
-        lost = &lost | &BooleanBuffer::collect_bool(cast.len(), |set| {
-            bound.is_valid(set) && cast.is_null(set)
-        });
+        lost = &lost
+            | &BooleanBuffer::collect_bool(cast.len(), |set| {
+                bound.is_valid(set) && cast.is_null(set)
+            });
         if bound.data_type().is_floating() {
             let floats = arrow_cast::cast(bound, &DataType::Float64)?;
             let floats = floats.as_primitive::<Float64Type>();
-            doubtful = &doubtful | &BooleanBuffer::collect_bool(floats.len(), |set| {
-                floats.is_valid(set) && floats.value(set).is_nan()
-            });
+            doubtful = &doubtful
+                | &BooleanBuffer::collect_bool(floats.len(), |set| {
+                    floats.is_valid(set) && floats.value(set).is_nan()
+                });
         }
         wider.push(cast);
     }
@@ -205,7 +207,10 @@ mod tests {
         );
         let (min, max) = widened(ints, &DataType::Int64).unwrap().range.unwrap();
         let value = |a: &ArrayRef, i| a.as_primitive::<arrow_array::types::Int64Type>().value(i);
-        assert_eq!((value(&min, 0), value(&max, 0), value(&min, 1)), (-128, 127, 3));
+        assert_eq!(
+            (value(&min, 0), value(&max, 0), value(&min, 1)),
+            (-128, 127, 3)
+        );
         let floats = bounds(
             Arc::new(Float32Array::from(vec![1.0, 2.0])),
             Arc::new(Float32Array::from(vec![f32::NAN, 4.0])),

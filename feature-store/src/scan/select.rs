@@ -52,7 +52,7 @@ pub(super) fn picks(range: &Range<usize>, passed: Option<BooleanBuffer>) -> Vec<
     }
     let mut picks = Vec::new();
     let mut scattered_from = range.start;
-    let mut scattered = |rows: Range<usize>, picks: &mut Vec<Pick>| {
+    let scattered = |rows: Range<usize>, picks: &mut Vec<Pick>| {
         let set = passed.slice(rows.start - range.start, rows.len());
         if set.has_true() {
             picks.push(Pick::Scattered(rows, BooleanArray::new(set, None)));

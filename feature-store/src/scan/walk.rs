@@ -355,7 +355,11 @@ impl OpenSegment {
         let mut needed: Vec<usize> = event_time.into_iter().collect();
         if let Some(filter) = filter {
             for &column in &filter.columns {
-                match inner.version.column_from(version, column).map_err(compute)? {
+                match inner
+                    .version
+                    .column_from(version, column)
+                    .map_err(compute)?
+                {
                     ColumnFrom::Same(at) | ColumnFrom::Cast(at, _) => needed.push(at),
                     ColumnFrom::Absent(_) => {}
                 }

@@ -20,8 +20,8 @@ use super::meta::{
     ARROW, ArrowFileMeta, DEL, DIX, IDX, STAT, SYS, SegmentMeta, file_name, from_hex,
 };
 use super::sorted::{Run, SortedFile};
-use super::writer::delete_schema;
 use super::statistics::{Statistics, StatisticsFile};
+use super::writer::delete_schema;
 use super::{OpenSegmentError, SegmentDamage, SegmentId, sequences};
 
 /// When a delete says that its key ceased to be, in raw ticks of the table's times.

@@ -340,7 +340,8 @@ pub(super) fn write(
     id: SegmentId,
     statistics: &Statistics,
 ) -> Result<(PartialFile, FileMeta), SegmentError> {
-    let stream = to_stream(&statistics.rows).map_err(|source| SegmentError::Layout { id, source })?;
+    let stream =
+        to_stream(&statistics.rows).map_err(|source| SegmentError::Layout { id, source })?;
     let header = header(stream.len() as u64);
     let mut file = PartialFile::create(dir, id, STAT)?;
     let mut crc = crc32fast::Hasher::new();
@@ -481,7 +482,10 @@ mod tests {
             near_the_end,
         ] {
             let (min, max) = of(Arc::new(StringArray::from(vec![long.as_str()])));
-            let (min, max) = (min.as_string::<i32>().value(0), max.as_string::<i32>().value(0));
+            let (min, max) = (
+                min.as_string::<i32>().value(0),
+                max.as_string::<i32>().value(0),
+            );
             assert!(min.len() <= BOUND_BYTES && max.len() <= BOUND_BYTES);
             assert!(min <= long.as_str() && long.as_str() <= max, "{min} {max}");
             assert_ne!(min, max);
@@ -514,7 +518,12 @@ mod tests {
         let column = statistics.column(0).unwrap();
         assert_eq!(column.nulls.value(599), 1);
         assert_eq!(
-            column.bounds.unwrap().0.as_primitive::<arrow_array::types::Int32Type>().value(599),
+            column
+                .bounds
+                .unwrap()
+                .0
+                .as_primitive::<arrow_array::types::Int32Type>()
+                .value(599),
             599
         );
         let opened = StatisticsFile::open(Bytes::from(file.clone()), Some(crc32)).unwrap();

@@ -380,11 +380,7 @@ fn test_point(data_type: &DataType, op: CompareOp, point: Point) -> Result<Test,
 }
 
 /// Every value that equals a literal of the list.
-fn members(
-    name: &str,
-    data_type: &DataType,
-    list: &[&Literal],
-) -> Result<Members, FilterError> {
+fn members(name: &str, data_type: &DataType, list: &[&Literal]) -> Result<Members, FilterError> {
     let data_type = value_type(data_type);
     let mut bytes = HashSet::with_capacity(list.len());
     let mut all = Vec::with_capacity(list.len());

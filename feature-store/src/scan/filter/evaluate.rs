@@ -129,7 +129,9 @@ fn evaluate(bound: &Bound, batch: &RecordBatch) -> Result<Ternary, ArrowError> {
         Bound::Member(index, members) => {
             let column = plain(batch.column(*index))?;
             let mut found = Vec::with_capacity(rows);
-            for_each_value(column.as_ref(), |bytes| found.push(members.bytes.contains(bytes)));
+            for_each_value(column.as_ref(), |bytes| {
+                found.push(members.bytes.contains(bytes))
+            });
             Ternary::new(&BooleanBuffer::from(found), column.nulls())
         }
     })

@@ -85,7 +85,11 @@ impl KeyRange {
 }
 
 /// The part of a sorted range where the comparison holds.
-fn narrowed(range: Range<usize>, op: CompareOp, to_value: impl Fn(usize) -> Ordering) -> Range<usize> {
+fn narrowed(
+    range: Range<usize>,
+    op: CompareOp,
+    to_value: impl Fn(usize) -> Ordering,
+) -> Range<usize> {
     let first_not_less = || partition_point(range.clone(), |row| to_value(row) == Ordering::Less);
     let first_greater = || partition_point(range.clone(), |row| to_value(row) != Ordering::Greater);
     let found = match op {

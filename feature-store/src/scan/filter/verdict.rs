@@ -107,26 +107,26 @@ impl Possible {
 }
 
 impl BoundFilter {
-    /// Judges `sets` sets of rows. `bounds` is asked for columns by their position in the
-    /// schema bound to, once for each condition.
+    /// Judges `sets` sets of rows, given what is known of each column of the schema bound to.
     ///
     /// # Errors
     ///
-    /// What `bounds` fails with, or a kernel's refusal.
+    /// Bounds of another type than the column, or a kernel's refusal.
     pub(in crate::scan) fn judge(
         &self,
         sets: usize,
-        bounds: &dyn Fn(usize) -> Result<ColumnBounds, ArrowError>,
+        columns: &[ColumnBounds],
     ) -> Result<Verdicts, ArrowError> {
-        possible(&self.root, sets, bounds).map(Verdicts)
+        possible(&self.root, sets, columns).map(Verdicts)
     }
 }
 
-fn possible(
-    bound: &Bound,
-    sets: usize,
-    bounds: &dyn Fn(usize) -> Result<ColumnBounds, ArrowError>,
-) -> Result<Possible, ArrowError> {
+fn possible(bound: &Bound, sets: usize, columns: &[ColumnBounds]) -> Result<Possible, ArrowError> {
+    let column = |position: &usize| {
+        columns
+            .get(*position)
+            .ok_or_else(|| ArrowError::SchemaError(format!("nothing is said of column {position}")))
+    };
     let all = || BooleanBuffer::new_set(sets);
     let none = || BooleanBuffer::new_unset(sets);
     let always = || Possible {
@@ -138,59 +138,63 @@ fn possible(
         Bound::And(conditions) => {
             let mut result = always();
             for condition in conditions {
-                result = result.and(&possible(condition, sets, bounds)?);
+                result = result.and(&possible(condition, sets, columns)?);
             }
             result
         }
         Bound::Or(conditions) => {
             let mut result = always();
             for condition in conditions {
-                result = result.and(&possible(condition, sets, bounds)?.not());
+                result = result.and(&possible(condition, sets, columns)?.not());
             }
             result.not()
         }
-        Bound::Not(inner) => possible(inner, sets, bounds)?.not(),
-        Bound::IsNull(column) => {
-            let column = bounds(*column)?;
+        Bound::Not(inner) => possible(inner, sets, columns)?.not(),
+        Bound::IsNull(position) => {
+            let column = column(position)?.clone();
             Possible {
                 yes: column.has_null,
                 no: column.has_value,
                 null: none(),
             }
         }
-        Bound::Constant(column, value) => {
-            let (yes, no) = if *value { (all(), none()) } else { (none(), all()) };
-            Possible::of_values(&bounds(*column)?, &yes, &no)
+        Bound::Constant(position, value) => {
+            let (yes, no) = if *value {
+                (all(), none())
+            } else {
+                (none(), all())
+            };
+            Possible::of_values(column(position)?, &yes, &no)
         }
-        Bound::Column(column) => {
-            let column = bounds(*column)?;
+        Bound::Column(position) => {
+            let column = column(position)?;
             match &column.range {
-                None => Possible::of_values(&column, &all(), &all()),
+                None => Possible::of_values(column, &all(), &all()),
                 Some((min, max)) => {
                     let (min, max) = (min.as_boolean(), max.as_boolean());
                     let yes = or_unknown(max.values(), max);
                     let no = or_unknown(&!min.values(), min);
-                    Possible::of_values(&column, &yes, &no)
+                    Possible::of_values(column, &yes, &no)
                 }
             }
         }
-        Bound::Compare(column, op, value) => {
-            let column = bounds(*column)?;
+        Bound::Compare(position, op, value) => {
+            let column = column(position)?;
             match &column.range {
-                None => Possible::of_values(&column, &all(), &all()),
+                None => Possible::of_values(column, &all(), &all()),
                 Some((min, max)) => {
                     let (yes, no) = compare(*op, min, max, value)?;
-                    Possible::of_values(&column, &yes, &no)
+                    Possible::of_values(column, &yes, &no)
                 }
             }
         }
-        Bound::Member(column, members) => {
-            let column = bounds(*column)?;
+        Bound::Member(position, members) => {
+            let column = column(position)?;
             let yes = match &column.range {
                 None => all(),
                 Some((min, max)) => any_between(members, min, max)?,
             };
-            Possible::of_values(&column, &yes, &all())
+            Possible::of_values(column, &yes, &all())
         }
     })
 }
@@ -300,7 +304,8 @@ mod tests {
             .bind(&Schema::new(fields))
             .unwrap();
         let sets = columns[0].2.has_null.len();
-        let verdicts = bound.judge(sets, &|c| Ok(columns[c].2.clone())).unwrap();
+        let known: Vec<ColumnBounds> = columns.iter().map(|c| c.2.clone()).collect();
+        let verdicts = bound.judge(sets, &known).unwrap();
         (0..sets)
             .map(|set| match verdicts.of(set) {
                 Verdict::None => '-',
