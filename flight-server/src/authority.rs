@@ -278,7 +278,7 @@ mod tests {
     use super::*;
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
-    use tokio::io::AsyncReadExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     /// `%2Ftmp%2Fx.sock` and `-2Ftmp-2Fx.sock`, coded with the table of RFC 7541.
     const PATH: &[(u32, usize)] = &[
@@ -369,9 +369,8 @@ mod tests {
         let (read, mut write) = tokio::io::simplex(piece);
         let sent = bytes.to_vec();
         let writer = tokio::spawn(async move {
-            tokio::io::AsyncWriteExt::write_all(&mut write, &sent)
-                .await
-                .unwrap();
+            write.write_all(&sent).await.unwrap();
+            write.shutdown().await.unwrap();
         });
         let mut out = Vec::new();
         Mended(read, Mender::new())

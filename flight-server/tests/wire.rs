@@ -52,10 +52,11 @@ tags = "list<item: string>"
 many = "large_list<item: int64>"
 vector = "list<item: float>[6]"
 pair = "struct<a: int64, b: list<item: string>>"
-counts = "map<string, int32>"
 word = "dictionary<values=string, indices=int32, ordered=0>"
 words = "list<item: dictionary<values=string, indices=int16, ordered=0>>"
 "#;
+
+const COLOURS: [&str; 3] = ["red", "green", "blue"];
 
 /// One row; about one value in seven is null, each column's at other rows.
 fn everything_row(row: usize) -> Value {
@@ -76,8 +77,7 @@ fn everything_row(row: usize) -> Value {
         "text": text, "long_text": text, "view_text": text, "bytes": hex, "long_bytes": hex,
         "view_bytes": hex, "code": hex, "tags": items,
         "many": (0..row % 3).collect::<Vec<_>>(), "vector": [row, 1, 2, 3, 4, 5],
-        "pair": {"a": row, "b": items}, "counts": {"k": row % 10, "l": 2},
-        "word": ["red", "green", "blue"][row % 3], "words": [["red", "blue"][row % 2]],
+        "pair": {"a": row, "b": items},         "word": COLOURS[row % 3], "words": [COLOURS[row % 2], COLOURS[row % 3]],
     });
     for (column, value) in values.as_object_mut().unwrap().values_mut().enumerate() {
         if (row + column) % 7 == 3 {
@@ -149,7 +149,7 @@ async fn every_type_reads_as_the_engine_scans_it_from_logs_and_segments_clean_an
         let snapshot = table.snapshot();
         for columns in [
             None,
-            Some(&["view_text", "words", "id", "flag", "counts"][..]),
+            Some(&["view_text", "words", "id", "flag", "pair"][..]),
         ] {
             for limit in [None, Some(1000)] {
                 for bytes in [None, Some(65_536)] {
@@ -234,11 +234,12 @@ async fn the_zero_copy_share_is_whole_when_clean_and_falls_as_rows_are_supersede
             0 => assert!(share > 0.999 && mapped > 0.999, "{share} {mapped}"),
             // One row of one batch: all but its block is still sent as it lies.
             1 => assert!(share > 0.99 && share < 1.0, "{share}"),
-            _ => assert!(share < last_share, "{dirty}: {share} after {last_share}"),
+            20 => assert!(share < last_share, "{share} after {last_share}"),
+            // Now and then in every run.
+            _ => assert!(share < 0.05, "{dirty}: {share}"),
         }
         last_share = share;
     }
-    assert!(last_share < 0.1, "{last_share}");
     let metrics = metrics(&server).await;
     let bytes = |how| {
         let name = format!("pinion_scan_body_bytes_total{{how=\"{how}\"}}");
