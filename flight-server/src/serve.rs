@@ -17,7 +17,6 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::admin;
-use crate::cancel::WatchCancel;
 use crate::config::{ConfigError, ServerConfig};
 use crate::connection::{Listener, SocketFile, bind_unix};
 use crate::hooks::Hooks;
@@ -124,7 +123,7 @@ pub async fn serve(
             .http2_max_header_list_size(MAX_HEADER_BYTES)
             .add_service(health)
             .add_service(Layer {
-                inner: WatchCancel(flight),
+                inner: flight,
                 context: Arc::clone(&context),
             })
             .serve_with_incoming_shutdown(

@@ -14,11 +14,11 @@ use pinion_feature_store::Store;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use crate::cancel::Cancelled;
 use crate::command::CommandError;
 use crate::config::ServerConfig;
 use crate::error::Failure;
 use crate::hooks::Hooks;
+use crate::intake::Received;
 use crate::{action, exchange, info, measure, put};
 
 /// Smallest message size a request may ask for.
@@ -149,6 +149,15 @@ async fn answer_stream<T: Send + 'static>(
     }
 }
 
+/// Where the service is called without `wire::Layer` around it.
+fn unlayered() -> Failure {
+    Failure::new(
+        Code::Internal,
+        "UNLAYERED",
+        "the layer around the service, which handles the bodies of this method, is missing",
+    )
+}
+
 fn list<T: Send + 'static>(items: Vec<T>) -> Replies<T> {
     Box::pin(stream::iter(items.into_iter().map(Ok)))
 }
@@ -226,28 +235,20 @@ impl FlightService for Service {
         &self,
         _request: Request<Ticket>,
     ) -> Result<Response<Self::DoGetStream>, Status> {
-        Err(Failure::new(
-            Code::Internal,
-            "UNLAYERED",
-            "DoGet is answered by the layer around this service",
-        )
-        .into())
+        Err(unlayered().into())
     }
 
     async fn do_put(
         &self,
         request: Request<Streaming<FlightData>>,
     ) -> Result<Response<Self::DoPutStream>, Status> {
-        // Absent only where the service is called without a server around it.
-        let cancelled = request
-            .extensions()
-            .get::<Cancelled>()
-            .cloned()
-            .unwrap_or_default();
-        answer_stream(
-            "DoPut",
-            put::put(&self.context, request.into_inner(), cancelled),
-        )
+        let incoming = request.extensions().get().and_then(Received::take);
+        answer_stream("DoPut", async {
+            match incoming {
+                Some(incoming) => put::put(&self.context, incoming).await,
+                None => Err(unlayered()),
+            }
+        })
         .await
     }
 

@@ -49,6 +49,9 @@ async fn flights_are_listed_with_schema_rows_and_a_ticket_that_reads_them() {
     assert_eq!(read.rows(), 4);
     assert_eq!(read.metadata[0]["table"], "weather");
     assert_eq!(read.metadata[0]["zero_copy_share"], 0.0);
+    let last = read.metadata.last().unwrap();
+    assert!(last["zero_copy_share"].is_f64());
+    assert_eq!(last["mapped_share"], 0.0);
     server.stop().await;
 }
 

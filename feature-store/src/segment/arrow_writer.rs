@@ -10,7 +10,7 @@ use arrow_schema::{ArrowError, SchemaRef};
 use super::body::{self, BodyParts, BodyPlan, Placing, Views};
 use super::cut::Cutter;
 use super::files::PartialFile;
-use super::message::{self, BatchHeader};
+use super::message;
 use super::meta::{ArrowFileMeta, BatchMeta};
 use super::statistics::{Statistics, StatisticsBuilder};
 use super::{PAGE_BYTES, SEGMENT_FORMAT_VERSION, SegmentError, SegmentId, SegmentWriterOptions};
@@ -137,14 +137,13 @@ impl ArrowFileWriter {
             .zip(&lengths)
             .map(|(offset, (_, bytes))| (*offset, *bytes))
             .collect();
-        let message = BatchHeader {
+        let message = message::batch_message(
             rows,
-            nodes: &parts.nodes,
-            buffers: &buffers,
-            variadic_counts: &parts.variadic_counts,
-            body_bytes: plan.body_bytes,
-        }
-        .batch_message();
+            &parts.nodes,
+            &buffers,
+            &parts.variadic_counts,
+            plan.body_bytes,
+        );
         let position = self.file.position();
         let metadata = message::framed(&message, position, PAGE_BYTES as u64);
         let metadata_bytes = i32::try_from(metadata.len()).map_err(|_| {

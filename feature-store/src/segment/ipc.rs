@@ -18,7 +18,7 @@ use arrow_schema::{ArrowError, Schema};
 
 use super::MappedFile;
 use super::body::{self, Placing, Views};
-use super::message::{self, BatchHeader};
+use super::message;
 
 /// One message of an IPC stream, not framed.
 #[derive(Debug, Clone)]
@@ -66,7 +66,7 @@ pub fn schema_message(schema: &Schema) -> Message {
 /// For types that no table holds: unions, run ends, list views.
 pub fn batch_message(batch: &RecordBatch) -> Result<BatchMessage, ArrowError> {
     let parts = body::collect(batch.columns(), Views::AsNeeded)?;
-    let rows = assemble(batch.num_rows(), &parts, |header| header.batch_message());
+    let rows = assemble(batch.num_rows(), &parts, None);
     Ok(BatchMessage {
         rows,
         dictionaries: parts.dictionaries,
@@ -80,16 +80,11 @@ pub fn batch_message(batch: &RecordBatch) -> Result<BatchMessage, ArrowError> {
 /// As [`batch_message`]; values are never dictionaries themselves.
 pub fn dictionary_message(id: i64, values: &ArrayRef) -> Result<Message, ArrowError> {
     let parts = body::collect(std::slice::from_ref(values), Views::AsNeeded)?;
-    Ok(assemble(values.len(), &parts, |header| {
-        header.dictionary_message(id)
-    }))
+    Ok(assemble(values.len(), &parts, Some(id)))
 }
 
-fn assemble(
-    rows: usize,
-    parts: &body::BodyParts,
-    write: impl FnOnce(&BatchHeader<'_>) -> Vec<u8>,
-) -> Message {
+/// The message of a batch or, given an id, of a dictionary's values.
+fn assemble(rows: usize, parts: &body::BodyParts, dictionary: Option<i64>) -> Message {
     let lengths: Vec<_> = parts
         .buffers
         .iter()
@@ -102,13 +97,11 @@ fn assemble(
         .zip(&lengths)
         .map(|(offset, (_, bytes))| (*offset, *bytes))
         .collect();
-    let header = write(&BatchHeader {
-        rows,
-        nodes: &parts.nodes,
-        buffers: &places,
-        variadic_counts: &parts.variadic_counts,
-        body_bytes: plan.body_bytes,
-    });
+    let (nodes, counts, body_bytes) = (&parts.nodes, &parts.variadic_counts, plan.body_bytes);
+    let header = match dictionary {
+        None => message::batch_message(rows, nodes, &places, counts, body_bytes),
+        Some(id) => message::dictionary_message(id, rows, nodes, &places, counts, body_bytes),
+    };
     let buffers = plan
         .physical_order
         .iter()

@@ -34,65 +34,69 @@ pub(super) fn schema_message(schema: &Schema) -> Vec<u8> {
     finish_message(builder, MessageHeader::Schema, header.as_union_value(), 0)
 }
 
-/// What the header of a record batch, or of a dictionary's values, says about its body.
-pub(super) struct BatchHeader<'a> {
-    pub(super) rows: usize,
-    pub(super) nodes: &'a [FieldNode],
-    /// (offset, length) in the body, in the order of the format; the offsets may come in any
-    /// order.
-    pub(super) buffers: &'a [(usize, usize)],
-    pub(super) variadic_counts: &'a [i64],
-    pub(super) body_bytes: usize,
+/// A record-batch message, unframed. `buffers` are (offset, length) in the body, in the order
+/// of the format; the offsets may come in any order.
+pub(super) fn batch_message(
+    rows: usize,
+    nodes: &[FieldNode],
+    buffers: &[(usize, usize)],
+    variadic_counts: &[i64],
+    body_bytes: usize,
+) -> Vec<u8> {
+    let mut builder = FlatBufferBuilder::new();
+    let header = write_batch(&mut builder, rows, nodes, buffers, variadic_counts);
+    finish_message(
+        builder,
+        MessageHeader::RecordBatch,
+        header.as_union_value(),
+        body_bytes,
+    )
 }
 
-impl BatchHeader<'_> {
-    /// A record-batch message, unframed.
-    pub(super) fn batch_message(&self) -> Vec<u8> {
-        let mut builder = FlatBufferBuilder::new();
-        let header = self.write(&mut builder).as_union_value();
-        finish_message(builder, MessageHeader::RecordBatch, header, self.body_bytes)
-    }
+/// The message that replaces dictionary `id` by the values of a batch of one column, unframed.
+/// The rest is as for [`batch_message`].
+pub(super) fn dictionary_message(
+    id: i64,
+    rows: usize,
+    nodes: &[FieldNode],
+    buffers: &[(usize, usize)],
+    variadic_counts: &[i64],
+    body_bytes: usize,
+) -> Vec<u8> {
+    let mut builder = FlatBufferBuilder::new();
+    let data = write_batch(&mut builder, rows, nodes, buffers, variadic_counts);
+    let header = {
+        let mut dictionary = DictionaryBatchBuilder::new(&mut builder);
+        dictionary.add_id(id);
+        dictionary.add_data(data);
+        dictionary.finish().as_union_value()
+    };
+    finish_message(builder, MessageHeader::DictionaryBatch, header, body_bytes)
+}
 
-    /// The message that replaces dictionary `id` by a batch of one column, unframed.
-    pub(super) fn dictionary_message(&self, id: i64) -> Vec<u8> {
-        let mut builder = FlatBufferBuilder::new();
-        let data = self.write(&mut builder);
-        let header = {
-            let mut dictionary = DictionaryBatchBuilder::new(&mut builder);
-            dictionary.add_id(id);
-            dictionary.add_data(data);
-            dictionary.finish().as_union_value()
-        };
-        finish_message(
-            builder,
-            MessageHeader::DictionaryBatch,
-            header,
-            self.body_bytes,
-        )
+fn write_batch<'b>(
+    builder: &mut FlatBufferBuilder<'b>,
+    rows: usize,
+    nodes: &[FieldNode],
+    buffers: &[(usize, usize)],
+    variadic_counts: &[i64],
+) -> WIPOffset<arrow_ipc::RecordBatch<'b>> {
+    let buffers: Vec<_> = buffers
+        .iter()
+        .map(|(offset, bytes)| arrow_ipc::Buffer::new(*offset as i64, *bytes as i64))
+        .collect();
+    let buffers = builder.create_vector(&buffers);
+    let nodes = builder.create_vector(nodes);
+    let variadic_counts =
+        (!variadic_counts.is_empty()).then(|| builder.create_vector(variadic_counts));
+    let mut batch = RecordBatchBuilder::new(builder);
+    batch.add_length(rows as i64);
+    batch.add_nodes(nodes);
+    batch.add_buffers(buffers);
+    if let Some(counts) = variadic_counts {
+        batch.add_variadicBufferCounts(counts);
     }
-
-    fn write<'b>(
-        &self,
-        builder: &mut FlatBufferBuilder<'b>,
-    ) -> WIPOffset<arrow_ipc::RecordBatch<'b>> {
-        let buffers: Vec<_> = self
-            .buffers
-            .iter()
-            .map(|(offset, bytes)| arrow_ipc::Buffer::new(*offset as i64, *bytes as i64))
-            .collect();
-        let buffers = builder.create_vector(&buffers);
-        let nodes = builder.create_vector(self.nodes);
-        let variadic_counts =
-            (!self.variadic_counts.is_empty()).then(|| builder.create_vector(self.variadic_counts));
-        let mut batch = RecordBatchBuilder::new(builder);
-        batch.add_length(self.rows as i64);
-        batch.add_nodes(nodes);
-        batch.add_buffers(buffers);
-        if let Some(counts) = variadic_counts {
-            batch.add_variadicBufferCounts(counts);
-        }
-        batch.finish()
-    }
+    batch.finish()
 }
 
 fn finish_message(

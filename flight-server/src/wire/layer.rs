@@ -1,4 +1,5 @@
-//! The tower layer that answers DoGet, and passes everything else on.
+//! The tower layer that answers DoGet, lends DoPut its request stream, and passes everything
+//! else on.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -15,11 +16,14 @@ use tonic::server::NamedService;
 use tonic::{Code, Status};
 
 use super::stream::{Limits, WireStream};
+use crate::connection::Peer;
 use crate::error::{Failure, too_large_request};
+use crate::intake::{Intake, Received};
 use crate::service::SharedContext;
 use crate::{info, measure};
 
 const DO_GET: &str = "/arrow.flight.protocol.FlightService/DoGet";
+const DO_PUT: &str = "/arrow.flight.protocol.FlightService/DoPut";
 
 /// Compression flag and length before a gRPC message.
 const PREFIX_BYTES: usize = 5;
@@ -49,14 +53,26 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        if request.uri().path() != DO_GET {
-            return Box::pin(self.inner.call(request));
+        match request.uri().path() {
+            DO_GET => {}
+            DO_PUT => {
+                let (mut parts, body) = request.into_parts();
+                let intake = Intake::new(body, self.context.config.max_request_bytes);
+                parts.extensions.insert(Received::new(intake));
+                let request = Request::from_parts(parts, Body::empty());
+                return Box::pin(self.inner.call(request));
+            }
+            _ => return Box::pin(self.inner.call(request)),
         }
         let context = Arc::clone(&self.context);
         Box::pin(async move {
             let measured = measure::Request::start("DoGet");
+            let unix = request.extensions().get::<Peer>().is_some_and(|p| p.unix);
             Ok(match open(&context, request.into_body()).await {
-                Ok((reply, limits)) => {
+                Ok((mut reply, limits)) => {
+                    if unix && context.config.sendfile.is_on() {
+                        reply.send_by_descriptor();
+                    }
                     let body = WireStream::start(reply, limits, measured);
                     let mut response = Response::new(Body::new(body));
                     response.headers_mut().insert(

@@ -44,6 +44,8 @@ pub(crate) struct Reply {
     /// Table that the rows are counted for.
     table: String,
     max_message_bytes: usize,
+    /// Lets the transport send mapped bytes by `sendfile`.
+    by_descriptor: bool,
     /// Members of the metadata, without the shares.
     members: Map<String, Value>,
     /// Greatest length of the metadata. Any message may turn out to be the one that has it.
@@ -98,6 +100,7 @@ impl Reply {
             batches: Box::new(std::iter::empty()),
             table,
             max_message_bytes,
+            by_descriptor: false,
             metadata_bytes: metadata(members.clone()).len() + SHARES_BYTES,
             members,
             dictionaries: Vec::new(),
@@ -107,6 +110,11 @@ impl Reply {
             rows: 0,
             handed: Handed::default(),
         }
+    }
+
+    /// Lets the transport send mapped bytes by `sendfile`.
+    pub(super) fn send_by_descriptor(&mut self) {
+        self.by_descriptor = true;
     }
 
     /// Makes the next messages, about a mebibyte. Blocks while the disk is read.
@@ -138,8 +146,11 @@ impl Reply {
         loop {
             if let Some(next) = self.ready.pop_front() {
                 if let Some(before) = self.held.replace(next) {
-                    self.lay_out(before, false, out)?;
-                    return Ok(true);
+                    // What comes after rows that are lost is not sent.
+                    return self
+                        .lay_out(before, false, out)
+                        .inspect_err(|_| self.held = None)
+                        .map(|()| true);
                 }
                 continue;
             }
@@ -229,6 +240,11 @@ impl Reply {
     ) -> Result<(), Failure> {
         let laid_out =
             LaidOut::new(planned.message, &planned.storage).map_err(|e| self.unreadable(&e))?;
+        if self.by_descriptor
+            && let Storage::Mapped(file) = &planned.storage
+        {
+            file.make_sendable();
+        }
         let shares = laid_out.shares;
         self.handed.referenced += shares.referenced;
         self.handed.mapped += shares.mapped;

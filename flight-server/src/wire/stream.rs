@@ -191,6 +191,9 @@ async fn drive(shared: Arc<Shared>, mut reply: Reply, limits: Limits) {
         let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
             return;
         };
+        if shared.queue.lock().closed {
+            return;
+        }
         let stepped = tokio::task::spawn_blocking(move || {
             let step = reply.step();
             drop(turn);
