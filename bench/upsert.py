@@ -49,7 +49,7 @@ def keys_of(count):
 
 def link_or_copy(source, target):
     """Segments never change, so they are linked; the rest is copied."""
-    if source.endswith((".arrow", ".sys", ".idx", ".rows", ".del", ".dix")):
+    if source.endswith((".arrow", ".sys", ".idx", ".stat", ".rows", ".del", ".dix")):
         os.link(source, target)
     else:
         shutil.copy2(source, target)

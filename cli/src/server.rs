@@ -40,6 +40,11 @@ pub fn server_config(config: &Config) -> CliResult<ServerConfig> {
     if let Some(bytes) = config.bytes("serve.max_message_bytes") {
         server.max_message_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
     }
+    if let Some(word) = config.text("serve.sendfile") {
+        server.sendfile = word
+            .parse()
+            .map_err(|problem| CliError::usage(format!("serve.sendfile: {problem}")))?;
+    }
     if let Some(bytes) = config.bytes("store.put_max_bytes") {
         server.put_max_bytes = bytes;
     }

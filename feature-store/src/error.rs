@@ -246,6 +246,14 @@ pub enum ReadError {
     /// The filter cannot be evaluated on this table.
     #[error(transparent)]
     Filter(#[from] FilterError),
+    /// The part of a scan was made for another snapshot, or for the same after a merge.
+    #[error(
+        "table {table}: the part of the scan does not belong to this snapshot; divide the scan anew"
+    )]
+    Part {
+        /// Table name.
+        table: String,
+    },
     /// A stored block is damaged.
     #[error("table {table}: stored data cannot be read")]
     Segment {

@@ -48,7 +48,9 @@ pub use error::{
 };
 pub use lookup::{LookupRequest, LookupResult, ValueStatus};
 pub use positions::{Position, Positions};
-pub use scan::{Filter, FilterError, Scan, ScanBatch, ScanRequest, View};
+pub use scan::{
+    Filter, FilterError, PartSize, Scan, ScanBatch, ScanFigures, ScanPart, ScanRequest, View,
+};
 pub use snapshot::{Snapshot, SnapshotId};
 pub use stats::{SegmentStats, TableStats};
 pub use store::{Store, StoreOptions};

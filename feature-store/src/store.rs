@@ -16,7 +16,11 @@ use crate::check::{self, CheckReport};
 use crate::compat::Version;
 use crate::error::{ApplyError, OpenError, UnknownTable};
 use crate::lock::StoreLock;
+<<<<<<< HEAD
 use crate::numbered::CreateNumberedError;
+=======
+use crate::segment::SegmentWriterOptions;
+>>>>>>> push
 use crate::table::{Table, TableDirs, open_table};
 use crate::worker::{self, Wake};
 
@@ -41,6 +45,8 @@ pub struct StoreOptions {
     pub background: bool,
     /// How many put ids a table remembers.
     pub put_ids_kept: usize,
+    /// How segments are written.
+    pub segment: SegmentWriterOptions,
 }
 
 impl Default for StoreOptions {
@@ -55,6 +61,7 @@ impl Default for StoreOptions {
             max_segments: 12,
             background: true,
             put_ids_kept: 16_384,
+            segment: SegmentWriterOptions::default(),
         }
     }
 }

@@ -35,7 +35,11 @@ use crate::level::Level;
 use crate::manifest::{Checkpoint, DeadLetterFile, LogEnd, Manifest};
 use crate::order;
 use crate::positions::Positions;
+<<<<<<< HEAD
 use crate::segment::SegmentId;
+=======
+use crate::scan::ScanPart;
+>>>>>>> push
 use crate::snapshot::{Snapshot, SnapshotId, SnapshotInner, TableName};
 use crate::stats::{SegmentStats, TableStats};
 use crate::store::StoreOptions;
@@ -308,12 +312,19 @@ impl Table {
     /// Keeps a snapshot findable by its id until `snapshot_grace` after it was replaced.
     pub fn retain(&self, snapshot: &Snapshot) {
         let mut retained = self.0.retained.lock();
+<<<<<<< HEAD
         if !retained.iter().any(|e| e.snapshot.id() == snapshot.id()) {
             retained.push_back(Retained {
                 snapshot: snapshot.clone(),
                 replaced: None,
             });
         }
+=======
+        // A merge leaves the id and changes the files: parts of a scan need theirs.
+        let layout = snapshot.0.layout();
+        retained.retain(|(_, s)| s.id() != snapshot.id() || s.0.layout() != layout);
+        retained.push_back((Instant::now(), snapshot.clone()));
+>>>>>>> push
         drop(retained);
         self.0.expire_retained();
     }
@@ -324,14 +335,41 @@ impl Table {
     ///
     /// `Lost` if a crash took rows that it held, else `Expired`.
     pub fn snapshot_by_id(&self, id: SnapshotId) -> Result<Snapshot, SnapshotError> {
+        self.find_snapshot(id, |_| true)
+    }
+
+    /// Finds the snapshot that a part of a scan was made on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::snapshot_by_id`]; `Expired` also when only the id is known still, with the
+    /// files of a later merge.
+    pub fn snapshot_of_part(
+        &self,
+        id: SnapshotId,
+        part: &ScanPart,
+    ) -> Result<Snapshot, SnapshotError> {
+        self.find_snapshot(id, |snapshot| snapshot.0.layout() == part.layout())
+    }
+
+    fn find_snapshot(
+        &self,
+        id: SnapshotId,
+        fits: impl Fn(&Snapshot) -> bool,
+    ) -> Result<Snapshot, SnapshotError> {
         let current = self.snapshot();
-        if current.id() == id {
+        if current.id() == id && fits(&current) {
             return Ok(current);
         }
         self.0.expire_retained();
         let retained = self.0.retained.lock();
+<<<<<<< HEAD
         if let Some(found) = retained.iter().find(|e| e.snapshot.id() == id) {
             return Ok(found.snapshot.clone());
+=======
+        if let Some((_, found)) = retained.iter().find(|(_, s)| s.id() == id && fits(s)) {
+            return Ok(found.clone());
+>>>>>>> push
         }
         drop(retained);
         let table = self.name();

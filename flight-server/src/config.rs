@@ -31,8 +31,14 @@ pub struct ServerConfig {
     pub max_connections: usize,
     /// Streams at once per connection. Default 256.
     pub max_concurrent_streams: u32,
-    /// DoGet streams at once: each holds a thread while it reads. Default 128.
+    /// DoGet streams at once. Each holds up to about 10 MiB where its rows must be copied,
+    /// next to nothing where they go out as they are mapped. Default 128.
     pub max_scans: usize,
+    /// Threads that make DoGet replies ready, shared by all streams in turn. Default: one per
+    /// core, at least 2.
+    pub scan_threads: usize,
+    /// Whether mapped rows leave over the Unix socket by `sendfile`. Default [`Sendfile::Auto`].
+    pub sendfile: Sendfile,
     /// A DoGet stream whose client reads nothing for this long is ended. Default 5 min.
     pub reader_idle: Duration,
     /// Requests that may wait for a barrier at once: each holds a thread. Default 128.
@@ -41,6 +47,41 @@ pub struct ServerConfig {
     pub max_barrier: Duration,
     /// How long open streams may run on after shutdown was asked for. Default 10 s.
     pub drain: Duration,
+}
+
+/// When mapped rows are sent over the Unix socket by `sendfile`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sendfile {
+    /// As the server thinks best.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+impl Sendfile {
+    /// Whether it is used.
+    pub(crate) fn is_on(self) -> bool {
+        match self {
+            Sendfile::On => true,
+            Sendfile::Auto | Sendfile::Off => false,
+        }
+    }
+}
+
+impl std::str::FromStr for Sendfile {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Sendfile, String> {
+        match text {
+            "auto" => Ok(Sendfile::Auto),
+            "on" => Ok(Sendfile::On),
+            "off" => Ok(Sendfile::Off),
+            other => Err(format!("{other:?} is none of auto, on, off")),
+        }
+    }
 }
 
 impl Default for ServerConfig {
@@ -58,6 +99,8 @@ impl Default for ServerConfig {
             max_connections: 1024,
             max_concurrent_streams: 256,
             max_scans: 128,
+            scan_threads: std::thread::available_parallelism().map_or(2, |n| n.get().max(2)),
+            sendfile: Sendfile::Auto,
             reader_idle: Duration::from_secs(300),
             max_waiters: 128,
             max_barrier: Duration::from_secs(60),
@@ -142,7 +185,8 @@ impl ServerConfig {
         range("max_request_bytes", self.max_request_bytes, 64 << 10, cap)?;
         range("max_connections", self.max_connections, 1, 1 << 20)?;
         // A waiting request and an open scan hold a thread each, of tokio's 512.
-        range("max_scans", self.max_scans, 1, 256)?;
+        range("max_scans", self.max_scans, 1, 1024)?;
+        range("scan_threads", self.scan_threads, 1, 256)?;
         range("max_waiters", self.max_waiters, 1, 192)
     }
 }

@@ -188,6 +188,10 @@ impl From<ReadError> for Failure {
                 Failure::of(Code::InvalidArgument, "KEYS", &error).with("table", table.clone())
             }
             ReadError::Filter(_) => Failure::of(Code::InvalidArgument, "FILTER", &error),
+            ReadError::Part { table } => {
+                Failure::of(Code::FailedPrecondition, "TICKET_STALE", &error)
+                    .with("table", table.clone())
+            }
             ReadError::Segment { table, .. } => {
                 Failure::of(Code::DataLoss, "SEGMENT_DAMAGED", &error).with("table", table.clone())
             }
@@ -308,6 +312,11 @@ pub(crate) fn from_request_stream(status: Status, limit_bytes: usize) -> Status 
     if !too_large {
         return status;
     }
+    too_large_request(limit_bytes).into()
+}
+
+/// What a request message over the limit is told.
+pub(crate) fn too_large_request(limit_bytes: usize) -> Failure {
     Failure::new(
         Code::ResourceExhausted,
         "REQUEST_TOO_LARGE",
@@ -316,7 +325,6 @@ pub(crate) fn from_request_stream(status: Status, limit_bytes: usize) -> Status 
         ),
     )
     .with("limit_bytes", json!(limit_bytes))
-    .into()
 }
 
 #[cfg(test)]

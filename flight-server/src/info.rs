@@ -2,7 +2,8 @@
 
 use arrow_flight::{FlightDescriptor, FlightEndpoint, FlightInfo, Ticket as WireTicket};
 use arrow_schema::Schema;
-use pinion_feature_store::{Snapshot, Table};
+use pinion_feature_store::segment::ipc::Storage;
+use pinion_feature_store::{ScanBatch, ScanPart, Snapshot, Table};
 use tonic::Code;
 
 use crate::barrier::await_barrier;
@@ -10,9 +11,10 @@ use crate::command::{Command, CommandError, LookupCommand, ScanCommand, Target};
 use crate::error::Failure;
 use crate::lookup::LookupPlan;
 use crate::reply::{metadata, snapshots_json};
-use crate::scan::{self, Messages};
+use crate::scan;
 use crate::service::Context;
 use crate::ticket::{Ticket, TicketRequest, TicketTable};
+use crate::wire::{Batches, Reply};
 
 /// Number of rows or bytes when it is not known without reading.
 const UNKNOWN: i64 = -1;
@@ -95,12 +97,19 @@ fn scan_info(
     } else {
         (UNKNOWN, UNKNOWN)
     };
+    let parts = snapshot.scan_parts(&plan.request, command.part_size()?)?;
+    let parts: Vec<Option<ScanPart>> = match parts.as_slice() {
+        // The whole: a ticket for it does not depend on how the table is stored.
+        [_] => vec![None],
+        parts => parts.iter().copied().map(Some).collect(),
+    };
     table.retain(&snapshot);
     // The snapshot is settled: DoGet need not wait again.
     let command = ScanCommand {
         at_least: None,
         token: None,
         timeout_ms: None,
+        endpoints: None,
         ..command
     };
     info(
@@ -108,9 +117,8 @@ fn scan_info(
         descriptor,
         &schema,
         &[&snapshot],
-        Command::Scan(command),
-        rows,
-        bytes,
+        (Command::Scan(command), &parts),
+        (rows, bytes),
     )
 }
 
@@ -147,9 +155,8 @@ async fn describe_lookup(
         descriptor,
         bound.schema(),
         &snapshots,
-        Command::Lookup(command),
-        rows,
-        UNKNOWN,
+        (Command::Lookup(command), &[None]),
+        (rows, UNKNOWN),
     )
 }
 
@@ -158,11 +165,10 @@ fn info(
     descriptor: FlightDescriptor,
     schema: &Schema,
     snapshots: &[&Snapshot],
-    command: Command,
-    rows: i64,
-    bytes: i64,
+    (command, parts): (Command, &[Option<ScanPart>]),
+    (rows, bytes): (i64, i64),
 ) -> Result<FlightInfo, Failure> {
-    let tables = snapshots
+    let tables: Vec<TicketTable> = snapshots
         .iter()
         .map(|snapshot| TicketTable {
             id: snapshot.table_id(),
@@ -170,36 +176,41 @@ fn info(
             snapshot: snapshot.id(),
         })
         .collect();
-    let ticket = Ticket { tables, command }.seal(&context.store.ticket_key())?;
-    let endpoint = FlightEndpoint {
-        ticket: Some(WireTicket { ticket }),
-        // No location: read it where the ticket came from.
-        ..FlightEndpoint::default()
-    };
-    FlightInfo::new()
+    let mut info = FlightInfo::new()
         .try_with_schema(schema)
-        .map(|info| {
-            info.with_descriptor(descriptor)
-                .with_endpoint(endpoint)
-                .with_total_records(rows)
-                .with_total_bytes(bytes)
-                .with_ordered(true)
-                .with_app_metadata(metadata(snapshots_json(snapshots)))
-        })
-        .map_err(|error| Failure::new(Code::Internal, "ENCODE", error.to_string()))
+        .map_err(|error| Failure::new(Code::Internal, "ENCODE", error.to_string()))?
+        .with_descriptor(descriptor)
+        .with_total_records(rows)
+        .with_total_bytes(bytes)
+        .with_ordered(true)
+        .with_app_metadata(metadata(snapshots_json(snapshots)));
+    for part in parts {
+        let ticket = Ticket {
+            tables: tables.clone(),
+            command: command.clone(),
+            part: *part,
+        };
+        let ticket = ticket.seal(&context.store.ticket_key())?;
+        info = info.with_endpoint(FlightEndpoint {
+            ticket: Some(WireTicket { ticket }),
+            // No location: read it where the ticket came from.
+            ..FlightEndpoint::default()
+        });
+    }
+    Ok(info)
 }
 
-/// Starts the stream that a ticket stands for.
-pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Messages, Failure> {
+/// The reply that a ticket stands for.
+pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Reply, Failure> {
     match TicketRequest::open(ticket, &context.store.ticket_key())? {
         TicketRequest::Command(Command::Scan(command)) => {
-            scan::plan(context, &command).await?.stream(context)
+            Ok(scan::plan(context, &command).await?.reply())
         }
         TicketRequest::Command(Command::Lookup(command)) => {
             let plan = LookupPlan::new(context, &command)?;
             let tables = plan.tables();
             let snapshots = await_barrier(&tables, &command.barrier(), context).await?;
-            lookup_stream(context, plan, &command, snapshots)
+            lookup_reply(context, plan, &command, snapshots)
         }
         TicketRequest::Command(Command::Asof(_)) => Err(no_asof()),
         TicketRequest::Command(Command::Put(_)) => Err(CommandError::Descriptor {
@@ -207,11 +218,13 @@ pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Messages, F
         }
         .into()),
         TicketRequest::Issued(ticket) => {
-            let pinned = resolve(context, &ticket.tables)?;
+            let pinned = resolve(context, &ticket.tables, ticket.part.as_ref())?;
             match &ticket.command {
                 Command::Scan(command) => match pinned.into_iter().next() {
                     Some((table, snapshot)) => {
-                        scan::plan_at(context, command, table, snapshot)?.stream(context)
+                        let mut plan = scan::plan_at(context, command, table, snapshot)?;
+                        plan.request.part = ticket.part;
+                        Ok(plan.reply())
                     }
                     None => Err(unusable()),
                 },
@@ -226,7 +239,7 @@ pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Messages, F
                         return Err(unusable());
                     }
                     let snapshots = pinned.into_iter().map(|(_, snapshot)| snapshot).collect();
-                    lookup_stream(context, plan, command, snapshots)
+                    lookup_reply(context, plan, command, snapshots)
                 }
                 Command::Put(_) | Command::Asof(_) => Err(unusable()),
             }
@@ -235,7 +248,11 @@ pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Messages, F
 }
 
 /// The tables and snapshots of a ticket, if they can still be had.
-fn resolve(context: &Context, tables: &[TicketTable]) -> Result<Vec<(Table, Snapshot)>, Failure> {
+fn resolve(
+    context: &Context,
+    tables: &[TicketTable],
+    part: Option<&ScanPart>,
+) -> Result<Vec<(Table, Snapshot)>, Failure> {
     tables
         .iter()
         .map(|entry| {
@@ -249,7 +266,10 @@ fn resolve(context: &Context, tables: &[TicketTable]) -> Result<Vec<(Table, Snap
                     ),
                 )
             })?;
-            let snapshot = table.snapshot_by_id(entry.snapshot)?;
+            let snapshot = match part {
+                Some(part) => table.snapshot_of_part(entry.snapshot, part)?,
+                None => table.snapshot_by_id(entry.snapshot)?,
+            };
             if snapshot.definition_version() != entry.definition_version {
                 return Err(unusable());
             }
@@ -258,12 +278,12 @@ fn resolve(context: &Context, tables: &[TicketTable]) -> Result<Vec<(Table, Snap
         .collect()
 }
 
-fn lookup_stream(
+fn lookup_reply(
     context: &Context,
     plan: LookupPlan,
     command: &LookupCommand,
     snapshots: Vec<Snapshot>,
-) -> Result<Messages, Failure> {
+) -> Result<Reply, Failure> {
     let Some(keys) = &command.keys else {
         return Err(CommandError::member(
             "keys",
@@ -274,14 +294,26 @@ fn lookup_stream(
     let keys = plan.keys_from_json(keys)?;
     let bound = plan.bind(keys.schema_ref(), &snapshots)?;
     let max_message_bytes = context.message_limit(command.max_message_bytes)?;
-    scan::stream(context, move |outlet| {
-        let reply = bound.answer(&keys, &snapshots)?;
-        let mut encoder = crate::encode::Encoder::new(max_message_bytes);
-        let snapshots: Vec<&Snapshot> = snapshots.iter().collect();
-        outlet.start(encoder.schema(bound.schema()), snapshots_json(&snapshots))?;
-        outlet.batch(&mut encoder, &reply, false)?;
-        outlet.finish()
-    })
+    let named: Vec<&Snapshot> = snapshots.iter().collect();
+    let members = snapshots_json(&named);
+    let tables: Vec<&str> = named.iter().map(|snapshot| snapshot.table()).collect();
+    let tables = tables.join(",");
+    let open = move || {
+        let batch = bound.answer(&keys, &snapshots)?;
+        let answer = ScanBatch {
+            batch,
+            mapped: false,
+            storage: Storage::None,
+        };
+        let batches = std::iter::once(Ok(answer));
+        Ok((bound.schema().clone(), Box::new(batches) as Batches))
+    };
+    Ok(Reply::new(
+        Box::new(open),
+        tables,
+        max_message_bytes,
+        members,
+    ))
 }
 
 fn known(value: u64) -> i64 {

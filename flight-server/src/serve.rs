@@ -17,11 +17,11 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::admin;
-use crate::cancel::WatchCancel;
 use crate::config::{ConfigError, ServerConfig};
 use crate::connection::{Listener, SocketFile, bind_unix};
 use crate::hooks::Hooks;
 use crate::service::{Context, Service};
+use crate::wire::Layer;
 
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -122,7 +122,10 @@ pub async fn serve(
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .http2_max_header_list_size(MAX_HEADER_BYTES)
             .add_service(health)
-            .add_service(WatchCancel(flight))
+            .add_service(Layer {
+                inner: flight,
+                context: Arc::clone(&context),
+            })
             .serve_with_incoming_shutdown(
                 listener.incoming(Arc::clone(&permits)),
                 until_stopped(stopped.clone()),

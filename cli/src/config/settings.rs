@@ -110,6 +110,12 @@ pub const SETTINGS: &[Setting] = &[
         "Largest message sent unless a request asks for more",
     ),
     setting(
+        "serve.sendfile",
+        Kind::Word(&["auto", "on", "off"]),
+        Some("auto"),
+        "Send mapped rows over the Unix socket by sendfile",
+    ),
+    setting(
         "store.delta_max_bytes",
         Kind::Bytes,
         None,

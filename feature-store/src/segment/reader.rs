@@ -15,10 +15,14 @@ use pinion_schemas::{KeyEncoder, key_hash};
 
 use super::arrow_reader::{ArrowFile, Block};
 use super::index::{HeaderProblem, KeyIndex};
-use super::meta::{ARROW, ArrowFileMeta, DEL, DIX, IDX, SYS, SegmentMeta, file_name, from_hex};
+use super::map::MappedFile;
+use super::meta::{
+    ARROW, ArrowFileMeta, DEL, DIX, IDX, STAT, SYS, SegmentMeta, file_name, from_hex,
+};
 use super::sorted::{Run, SortedFile};
+use super::statistics::{Statistics, StatisticsFile};
 use super::writer::delete_schema;
-use super::{OpenSegmentError, SEGMENT_FORMAT_VERSION, SegmentDamage, SegmentId, sequences};
+use super::{OpenSegmentError, SegmentDamage, SegmentId, sequences};
 
 /// When a delete says that its key ceased to be, in raw ticks of the table's times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +49,7 @@ pub struct Segment {
     sequences: ScalarBuffer<u64>,
     pub(super) deletes: Option<SortedFile>,
     key_range: Option<(Vec<u8>, Vec<u8>)>,
+    statistics: Option<StatisticsFile>,
     /// Whole companions, for their checksums: suffix and map.
     pub(super) companions: Vec<(&'static str, Bytes)>,
 }
@@ -84,9 +89,10 @@ impl Segment {
             key_columns,
             &mut companions,
         )?;
-        let sys = map_file(dir, meta, SYS)?;
+        let sys = map_file(dir, meta, SYS)?.bytes().clone();
         let sequences = sequences::open(&sys).map_err(|problem| header_error(id, SYS, problem))?;
         companions.push((SYS, sys));
+        let statistics = open_statistics(dir, meta, &mut companions)?;
         let deletes = match &meta.del {
             Some(del) => {
                 let schema = delete_schema(&schema, key_columns);
@@ -128,6 +134,7 @@ impl Segment {
             sequences,
             deletes,
             key_range,
+            statistics,
             companions,
         })
     }
@@ -201,6 +208,48 @@ impl Segment {
     /// As [`batch`](Self::batch).
     pub fn batch_ref(&self, batch: usize) -> Result<&RecordBatch, SegmentDamage> {
         self.rows.file.batch(batch)
+    }
+
+    /// Some columns of a batch, by ascending number, as [`batch`](Self::batch) has them. If the
+    /// batch was not decoded yet, only these are, and their bytes alone are read.
+    ///
+    /// # Errors
+    ///
+    /// As [`batch`](Self::batch); also for a column that is not there.
+    pub fn batch_columns(
+        &self,
+        batch: usize,
+        columns: &[usize],
+    ) -> Result<RecordBatch, SegmentDamage> {
+        self.rows.file.batch_columns(batch, columns)
+    }
+
+    /// What is known of each batch without reading it; `None` for segments that were written
+    /// without. Decoded, and compared with its checksum, once.
+    ///
+    /// # Errors
+    ///
+    /// If the file is damaged. The rows can still be read; a merge writes it anew.
+    pub fn statistics(&self) -> Result<Option<&Statistics>, SegmentDamage> {
+        let Some(file) = &self.statistics else {
+            return Ok(None);
+        };
+        match file.get(&self.schema, self.batches()) {
+            Ok(statistics) => Ok(Some(statistics)),
+            Err(what) => Err(SegmentDamage {
+                segment: self.meta.id,
+                file: file_name(self.meta.id, STAT),
+                what,
+                batch: None,
+            }),
+        }
+    }
+
+    /// The least and the greatest encoded key over rows and deletes.
+    pub fn key_range(&self) -> Option<(&[u8], &[u8])> {
+        self.key_range
+            .as_ref()
+            .map(|(least, greatest)| (least.as_slice(), greatest.as_slice()))
     }
 
     /// The batch that holds a row, and the row's place in it.
@@ -323,6 +372,11 @@ impl Segment {
 
     /// All bytes of `.arrow`.
     pub fn arrow_map(&self) -> &Bytes {
+        self.rows.file.map().bytes()
+    }
+
+    /// The map of `.arrow`, which the buffers of its batches are slices of.
+    pub fn arrow_file(&self) -> &MappedFile {
         self.rows.file.map()
     }
 
@@ -361,7 +415,7 @@ fn open_sorted(
     companions: &mut Vec<(&'static str, Bytes)>,
 ) -> Result<SortedFile, OpenSegmentError> {
     let file = ArrowFile::open(meta.id, suffix, map_file(dir, meta, suffix)?, arrow, schema)?;
-    let index_map = map_file(dir, meta, index_suffix)?;
+    let index_map = map_file(dir, meta, index_suffix)?.bytes().clone();
     let index = KeyIndex::open(&index_map)
         .map_err(|problem| header_error(meta.id, index_suffix, problem))?;
     if index.rows() != u64::from(file.rows()) {
@@ -381,7 +435,23 @@ fn open_sorted(
     })
 }
 
-fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<Bytes, OpenSegmentError> {
+/// Segments of earlier releases have no statistics.
+fn open_statistics(
+    dir: &Path,
+    meta: &SegmentMeta,
+    companions: &mut Vec<(&'static str, Bytes)>,
+) -> Result<Option<StatisticsFile>, OpenSegmentError> {
+    let Some(listed) = meta.files.iter().find(|file| file.suffix == STAT) else {
+        return Ok(None);
+    };
+    let map = map_file(dir, meta, STAT)?.bytes().clone();
+    companions.push((STAT, map.clone()));
+    StatisticsFile::open(map, listed.crc32)
+        .map(Some)
+        .map_err(|problem| header_error(meta.id, STAT, problem))
+}
+
+fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<MappedFile, OpenSegmentError> {
     let id = meta.id;
     let file = file_name(id, suffix);
     let expected_bytes = meta
@@ -393,7 +463,8 @@ fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<Bytes, OpenS
             id,
             what: format!("it lists no {suffix}"),
         })?;
-    let opened = File::open(dir.join(&file)).and_then(|opened| {
+    let path = dir.join(&file);
+    let opened = File::open(&path).and_then(|opened| {
         let bytes = opened.metadata()?.len();
         Ok((opened, bytes))
     });
@@ -412,17 +483,17 @@ fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<Bytes, OpenS
             actual_bytes,
         });
     }
-    super::map::map_published(&opened).map_err(|source| OpenSegmentError::Io { id, file, source })
+    MappedFile::map(&opened, &path).map_err(|source| OpenSegmentError::Io { id, file, source })
 }
 
 fn header_error(id: SegmentId, suffix: &str, problem: HeaderProblem) -> OpenSegmentError {
     let file = file_name(id, suffix);
     match problem {
-        HeaderProblem::Newer { found } => OpenSegmentError::NewerVersion {
+        HeaderProblem::Newer { found, supported } => OpenSegmentError::NewerVersion {
             id,
             file,
             found,
-            supported: SEGMENT_FORMAT_VERSION,
+            supported,
         },
         HeaderProblem::Damaged(what) => OpenSegmentError::HeaderDamaged { id, file, what },
     }

@@ -17,7 +17,7 @@ use crate::delta::record::Place;
 use crate::error::{CommitError, ReadError, WorkError};
 use crate::level::{Level, SegmentLevel};
 use crate::order::RowOrder;
-use crate::segment::{SegmentId, SegmentMeta};
+use crate::segment::{SegmentId, SegmentMeta, SegmentWriterOptions};
 use crate::snapshot::SnapshotInner;
 use crate::superseded::Superseded;
 
@@ -35,6 +35,7 @@ pub(crate) struct LoadTarget {
     pub key_columns: usize,
     /// The definition it is written under.
     pub version: Arc<Version>,
+<<<<<<< HEAD
     _running: RunningLoad,
 }
 
@@ -48,6 +49,9 @@ impl Drop for RunningLoad {
     fn drop(&mut self) {
         self.table.running_loads.lock().remove(&self.segment_id);
     }
+=======
+    pub options: SegmentWriterOptions,
+>>>>>>> push
 }
 
 impl TableInner {
@@ -90,10 +94,14 @@ impl TableInner {
             key_encoder: version.key_encoder.clone(),
             key_columns: version.key_columns,
             version,
+<<<<<<< HEAD
             _running: RunningLoad {
                 table: Arc::clone(self),
                 segment_id,
             },
+=======
+            options: self.options.segment.clone(),
+>>>>>>> push
         })
     }
 

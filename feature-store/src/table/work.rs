@@ -16,7 +16,7 @@ use crate::error::{CommitError, ReadError, WorkError};
 use crate::level::{Level, SegmentLevel};
 use crate::manifest::{Checkpoint, DeadLetterFile, Manifest, SegmentEntry};
 use crate::merge::plan::{MergeLimits, SegmentSize, plan_merge};
-use crate::merge::{Written, write_segment};
+use crate::merge::{Merging, Written, write_segment};
 use crate::numbered::CreateNumberedError;
 use crate::segment::{Segment, SegmentId};
 use crate::snapshot::SnapshotInner;
@@ -141,9 +141,17 @@ impl TableInner {
         let inputs: Vec<&Level> = snapshot.levels[range.clone()].iter().collect();
         let id = SegmentId(work.manifest.next_segment);
         work.manifest.next_segment += 1;
-        let (bottom, late_from) = (range.start == 0, self.late_from(snapshot));
-        let segments_dir = &self.dirs.segments;
-        let written = write_segment(snapshot, &inputs, bottom, late_from, segments_dir, id)?;
+        let written = write_segment(
+            snapshot,
+            &inputs,
+            Merging {
+                bottom: range.start == 0,
+                late_from: self.late_from(snapshot),
+            },
+            &self.dirs.segments,
+            id,
+            &self.options.segment,
+        )?;
         let made = written
             .map(|w| self.open_written(&snapshot.version, w, 0))
             .transpose()?;

@@ -6,7 +6,7 @@ mod loads;
 mod restarts;
 mod rng;
 mod table;
-mod values;
+pub mod values;
 mod world;
 
 pub use loads::SPILLED_LOADS;

@@ -111,6 +111,11 @@ impl TestServer {
         server
     }
 
+    /// Holds the data directory, `data`, and the socket.
+    pub fn dir(&self) -> &std::path::Path {
+        self.dir.path()
+    }
+
     pub async fn client(&self) -> FlightServiceClient<Channel> {
         let url = format!("http://{}", self.addresses.flight[0]);
         let channel = Endpoint::from_shared(url).unwrap().connect().await.unwrap();
