@@ -16,11 +16,8 @@ use crate::check::{self, CheckReport};
 use crate::compat::Version;
 use crate::error::{ApplyError, OpenError, UnknownTable};
 use crate::lock::StoreLock;
-<<<<<<< HEAD
 use crate::numbered::CreateNumberedError;
-=======
 use crate::segment::SegmentWriterOptions;
->>>>>>> push
 use crate::table::{Table, TableDirs, open_table};
 use crate::worker::{self, Wake};
 

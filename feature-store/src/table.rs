@@ -35,11 +35,8 @@ use crate::level::Level;
 use crate::manifest::{Checkpoint, DeadLetterFile, LogEnd, Manifest};
 use crate::order;
 use crate::positions::Positions;
-<<<<<<< HEAD
-use crate::segment::SegmentId;
-=======
 use crate::scan::ScanPart;
->>>>>>> push
+use crate::segment::SegmentId;
 use crate::snapshot::{Snapshot, SnapshotId, SnapshotInner, TableName};
 use crate::stats::{SegmentStats, TableStats};
 use crate::store::StoreOptions;
@@ -249,9 +246,10 @@ impl TableInner {
         let current = self.current.load();
         let in_use: HashSet<u64> = segment_ids(&current).collect();
         let mut retained = self.retained.lock();
-        let present = Snapshot(Arc::clone(&current)).id();
+        let present = (Snapshot(Arc::clone(&current)).id(), current.layout());
         for entry in retained.iter_mut() {
-            if entry.replaced.is_none() && entry.snapshot.id() != present {
+            let held = (entry.snapshot.id(), entry.snapshot.0.layout());
+            if entry.replaced.is_none() && held != present {
                 entry.replaced = Some(Instant::now());
             }
         }
@@ -312,19 +310,17 @@ impl Table {
     /// Keeps a snapshot findable by its id until `snapshot_grace` after it was replaced.
     pub fn retain(&self, snapshot: &Snapshot) {
         let mut retained = self.0.retained.lock();
-<<<<<<< HEAD
-        if !retained.iter().any(|e| e.snapshot.id() == snapshot.id()) {
+        // A merge leaves the id and changes the files: parts of a scan need theirs.
+        let (id, layout) = (snapshot.id(), snapshot.0.layout());
+        if !retained
+            .iter()
+            .any(|e| e.snapshot.id() == id && e.snapshot.0.layout() == layout)
+        {
             retained.push_back(Retained {
                 snapshot: snapshot.clone(),
                 replaced: None,
             });
         }
-=======
-        // A merge leaves the id and changes the files: parts of a scan need theirs.
-        let layout = snapshot.0.layout();
-        retained.retain(|(_, s)| s.id() != snapshot.id() || s.0.layout() != layout);
-        retained.push_back((Instant::now(), snapshot.clone()));
->>>>>>> push
         drop(retained);
         self.0.expire_retained();
     }
@@ -363,13 +359,9 @@ impl Table {
         }
         self.0.expire_retained();
         let retained = self.0.retained.lock();
-<<<<<<< HEAD
-        if let Some(found) = retained.iter().find(|e| e.snapshot.id() == id) {
-            return Ok(found.snapshot.clone());
-=======
-        if let Some((_, found)) = retained.iter().find(|(_, s)| s.id() == id && fits(s)) {
+        let mut known = retained.iter().map(|entry| &entry.snapshot);
+        if let Some(found) = known.find(|s| s.id() == id && fits(s)) {
             return Ok(found.clone());
->>>>>>> push
         }
         drop(retained);
         let table = self.name();

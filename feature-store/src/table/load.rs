@@ -35,7 +35,7 @@ pub(crate) struct LoadTarget {
     pub key_columns: usize,
     /// The definition it is written under.
     pub version: Arc<Version>,
-<<<<<<< HEAD
+    pub options: SegmentWriterOptions,
     _running: RunningLoad,
 }
 
@@ -49,9 +49,6 @@ impl Drop for RunningLoad {
     fn drop(&mut self) {
         self.table.running_loads.lock().remove(&self.segment_id);
     }
-=======
-    pub options: SegmentWriterOptions,
->>>>>>> push
 }
 
 impl TableInner {
@@ -94,14 +91,11 @@ impl TableInner {
             key_encoder: version.key_encoder.clone(),
             key_columns: version.key_columns,
             version,
-<<<<<<< HEAD
+            options: self.options.segment.clone(),
             _running: RunningLoad {
                 table: Arc::clone(self),
                 segment_id,
             },
-=======
-            options: self.options.segment.clone(),
->>>>>>> push
         })
     }
 
