@@ -334,7 +334,7 @@ mod tests {
         let failure = Failure::new(Code::DataLoss, "SEGMENT_DAMAGED", "räum auf");
         let trailers = trailers(Err(failure));
         assert_eq!(trailers["grpc-status"], "15");
-        assert_eq!(trailers["grpc-message"], "r%C3%A4um auf");
+        assert_eq!(trailers["grpc-message"], "r%C3%A4um%20auf");
         assert!(trailers.contains_key(crate::ERROR_DETAILS_KEY));
         let trailers = super::trailers(Ok(()));
         assert_eq!(
