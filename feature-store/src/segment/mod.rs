@@ -51,6 +51,7 @@ mod error;
 mod files;
 mod index;
 mod index_writer;
+mod lend;
 #[allow(unsafe_code)]
 mod map;
 mod message;

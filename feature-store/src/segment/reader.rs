@@ -15,6 +15,7 @@ use pinion_schemas::{KeyEncoder, key_hash};
 
 use super::arrow_reader::{ArrowFile, Block};
 use super::index::{HeaderProblem, KeyIndex};
+use super::lend::LendableFile;
 use super::meta::{ARROW, ArrowFileMeta, DEL, DIX, IDX, SYS, SegmentMeta, file_name, from_hex};
 use super::sorted::{Run, SortedFile};
 use super::writer::delete_schema;
@@ -47,6 +48,7 @@ pub struct Segment {
     key_range: Option<(Vec<u8>, Vec<u8>)>,
     /// Whole companions, for their checksums: suffix and map.
     pub(super) companions: Vec<(&'static str, Bytes)>,
+    file: LendableFile,
 }
 
 impl Segment {
@@ -102,6 +104,8 @@ impl Segment {
             None => None,
         };
 
+        let path = dir.join(file_name(id, ARROW));
+        let file = LendableFile::new(path, rows.file.map().len() as u64);
         let row_count = u64::from(rows.file.rows());
         let delete_count = deletes
             .as_ref()
@@ -129,6 +133,7 @@ impl Segment {
             deletes,
             key_range,
             companions,
+            file,
         })
     }
 
@@ -324,6 +329,21 @@ impl Segment {
     /// All bytes of `.arrow`.
     pub fn arrow_map(&self) -> &Bytes {
         self.rows.file.map()
+    }
+
+    /// A read-only descriptor of `.arrow`, for another process to map.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if it was unlinked without [`keep_file`](Self::keep_file).
+    pub fn open_file(&self) -> io::Result<File> {
+        self.file.open()
+    }
+
+    /// Keeps `.arrow` open from now on. Call it before unlinking the file: a snapshot that
+    /// still reads this segment may still be lent.
+    pub fn keep_file(&self) {
+        self.file.keep();
     }
 
     /// Where a batch's message lies in `.arrow`; `None` if there is no such batch.

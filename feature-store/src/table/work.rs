@@ -199,6 +199,11 @@ impl TableInner {
         let levels = Arc::new(new_levels(&self.current.load().levels));
         self.publish(self.snapshot_of(&writer, levels));
         drop(writer);
+        for level in &inputs {
+            if let Level::Segment(s) = level {
+                s.segment.keep_file();
+            }
+        }
         self.remove_unused(work, &places);
         Ok(())
     }
