@@ -194,7 +194,11 @@ impl Snapshot {
         Ok(found.into_iter().map(|(_, at)| at).collect())
     }
 
-    fn lend_segment(&self, level: &Level, segment: &SegmentLevel) -> Result<LentSegment, LendError> {
+    fn lend_segment(
+        &self,
+        level: &Level,
+        segment: &SegmentLevel,
+    ) -> Result<LentSegment, LendError> {
         let id = segment.segment.id();
         let table = || self.table().to_owned();
         let file = segment.segment.open_file().map_err(|source| {
@@ -342,9 +346,7 @@ impl LentRows {
             self.next += 1;
             drop_old(&mut keep, level.version(), &stored, cut).map_err(|e| self.compute(&e))?;
             let keep = keep.map(|mut bits| BooleanArray::new(bits.finish(), None));
-            if keep.as_ref().is_some_and(|keep| keep.true_count() == 0)
-                || stored.num_rows() == 0
-            {
+            if keep.as_ref().is_some_and(|keep| keep.true_count() == 0) || stored.num_rows() == 0 {
                 continue;
             }
             return self

@@ -12,7 +12,7 @@
 //! Inside: `command` (JSON), `ticket` (what GetFlightInfo hands out), `barrier` (waiting for
 //! rows), `scan`, `lookup`, `exchange`, `put`, `action`,
 //! `info` (one file per kind of request), `keys` (JSON keys), `encode`
-//! (batches to messages), `error` (the only place that chooses codes), `service` (the Flight
+//! (batches to messages), `error` (the only place that chooses codes), `lane` (the local lane, beside Flight), `service` (the Flight
 //! trait), `serve` and `connection` (sockets), `admin` (HTTP), `metrics`.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
@@ -30,6 +30,7 @@ mod exchange;
 mod hooks;
 mod info;
 mod keys;
+mod lane;
 mod lookup;
 mod measure;
 mod put;
@@ -43,7 +44,7 @@ pub use admin::install_metrics;
 pub use command::{
     Command, LookupCommand, PutCommand, PutMode, ScanCommand, Token, ViewName, parse_time_nanos,
 };
-pub use config::{ConfigError, ServerConfig};
+pub use config::{ConfigError, LaneConfig, ServerConfig};
 pub use error::ERROR_DETAILS_KEY;
 pub use hooks::{Hooks, SourceControl};
 pub use serve::{BoundAddresses, ServeError, serve};

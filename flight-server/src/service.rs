@@ -19,6 +19,7 @@ use crate::command::CommandError;
 use crate::config::ServerConfig;
 use crate::error::Failure;
 use crate::hooks::Hooks;
+use crate::lane::Leases;
 use crate::{action, exchange, info, measure, put};
 
 /// Smallest message size a request may ask for.
@@ -33,6 +34,8 @@ pub(crate) struct Context {
     pub(crate) scans: Arc<Semaphore>,
     /// One permit per request that waits for a barrier.
     pub(crate) waiters: Semaphore,
+    /// Who holds which mapped files.
+    pub(crate) leases: Arc<Leases>,
 }
 
 pub(crate) type SharedContext = Arc<Context>;
@@ -41,12 +44,14 @@ impl Context {
     pub(crate) fn new(store: Store, hooks: Hooks, config: ServerConfig) -> SharedContext {
         let scans = Arc::new(Semaphore::new(config.max_scans));
         let waiters = Semaphore::new(config.max_waiters);
+        let leases = Leases::new(config.lane.leased_max_bytes, config.lane.lease_term);
         Arc::new(Context {
             store,
             hooks,
             config,
             scans,
             waiters,
+            leases,
         })
     }
 
