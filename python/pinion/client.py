@@ -214,16 +214,21 @@ class Client:
     # -- writing
 
     def put(self, table: str, rows: Any, *, id: str | None = None) -> dict[str, Any]:
-        """Writes whole rows (a Table, RecordBatch, or `{column: values}`): one commit, all or nothing.
+        """Writes whole rows: one commit, all or nothing.
+
+        `rows` is a Table or RecordBatch, sent as it is, or `{column: values}`, whose values take the types of
+        the table's columns.
 
         Returns once they are visible and on disk: `rows`, `applied` (False when a put of this `id` was
         applied before), and `token`, which a reader may wait for.
         """
-        return self._over_flight().put(_named(table=table, id=id), _rows(rows))
+        flight = self._over_flight()
+        return flight.put(_named(table=table, id=id), _rows(rows, flight, table))
 
     def delete(self, table: str, keys: Any, *, id: str | None = None) -> dict[str, Any]:
         """Deletes keys (key columns, and optionally the event time of the delete). As `put`."""
-        return self._over_flight().put(_named(table=table, id=id, mode="delete"), _rows(keys))
+        flight = self._over_flight()
+        return flight.put(_named(table=table, id=id, mode="delete"), _rows(keys, flight, table))
 
     # -- administration
 
@@ -437,11 +442,27 @@ def _key_batch(keys: Any) -> pa.RecordBatch:
     raise TypeError(f"keys are a RecordBatch, a Table or {{column: values}}, not {type(keys).__name__}")
 
 
-def _rows(rows: Any) -> pa.Table:
+def _rows(rows: Any, flight: Flight, table: str) -> pa.Table:
     if isinstance(rows, pa.Table):
         return rows
     if isinstance(rows, pa.RecordBatch):
         return pa.Table.from_batches([rows])
     if isinstance(rows, Mapping):
-        return pa.Table.from_pydict(dict(rows))
+        schema = flight.schema(table)
+        types = {name: schema.field(name).type for name in schema.names}
+        # A column that the table does not have is the server's to refuse.
+        columns = {
+            name: values if isinstance(values, (pa.Array, pa.ChunkedArray)) else _column(values, types.get(name))
+            for name, values in rows.items()
+        }
+        return pa.table(columns)
     raise TypeError(f"rows are a Table, a RecordBatch or {{column: values}}, not {type(rows).__name__}")
+
+
+def _column(values: Any, data_type: pa.DataType | None) -> pa.Array:
+    if data_type is not None and pa.types.is_dictionary(data_type):
+        data_type = data_type.value_type
+    try:
+        return pa.array(values, data_type)
+    except pa.ArrowInvalid as error:
+        raise errors.InvalidArgument(f"values that are no {data_type}: {error}", "SCHEMA") from error

@@ -116,6 +116,11 @@ class Flight:
     def close(self) -> None:
         self._client.close()
 
+    def schema(self, table: str) -> pa.Schema:
+        """The columns of a table."""
+        with translated():
+            return self._client.get_schema(flight.FlightDescriptor.for_path(table), self._options).schema
+
     def scan(self, command: dict[str, Any]) -> pa.Table:
         """All rows of a scan."""
         with translated():

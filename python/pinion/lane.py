@@ -453,6 +453,9 @@ def encode_dictionaries(column: Any, wanted: pa.DataType) -> Any:
         return pa.StructArray.from_arrays(children, fields=list(wanted), mask=_nulls(column))
     if pa.types.is_list(wanted) or pa.types.is_large_list(wanted):
         kind = pa.LargeListArray if pa.types.is_large_list(wanted) else pa.ListArray
+        if column.offset:
+            # pyarrow refuses nulls beside offsets that do not start at the beginning.
+            column = pa.concat_arrays([column, column.slice(0, 0)])
         items = encode_dictionaries(column.values, wanted.value_type)
         return kind.from_arrays(column.offsets, items, type=wanted, mask=_nulls(column))
     if pa.types.is_fixed_size_list(wanted):
