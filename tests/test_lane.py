@@ -486,6 +486,37 @@ def test_the_command_line_lists_leases(server, client):
     assert str(os.getpid()) in text and "items" in text
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
+def test_another_user_is_refused_by_name_unless_in_the_socket_s_group(server):
+    os.chmod(server.folder, 0o711)
+    os.chmod(server.lane, 0o666)
+
+    def somebody(groups, results):
+        os.setgroups(groups)
+        os.setgid(61001)
+        os.setuid(61001)
+        try:
+            pinion.connect(f"lane://{server.lane}")
+            results.put(None)
+        except pinion.PeerRefused as refused:
+            results.put((str(refused), refused.details["uid"]))
+
+    def connects(groups):
+        context = multiprocessing.get_context("fork")
+        results = context.SimpleQueue()
+        process = context.Process(target=somebody, args=(groups, results))
+        process.start()
+        process.join(20)
+        assert process.exitcode == 0
+        return results.get()
+
+    message, uid = connects([])
+    assert uid == 61001 and "61001" in message
+    os.chown(server.lane, -1, 61002)
+    assert connects([61003]) is not None
+    assert connects([61003, 61002]) is None
+
+
 # -- bytes that are no frames
 
 
