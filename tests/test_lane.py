@@ -102,6 +102,10 @@ def plain(table):
     return pa.table(dict(zip(table.column_names, columns)))
 
 
+def in_order(table):
+    return plain(table).sort_by([(name, "ascending") for name in ("item", "at", "price", "name")])
+
+
 # -- the same answers
 
 
@@ -199,7 +203,10 @@ def test_a_mapped_table_equals_the_scan_of_its_snapshot_under_a_writer(server, c
         dirty = 0
         until = time.monotonic() + 6
         while time.monotonic() < until:
-            mapped = assert_mapped_equals_flight(client, table)
+            # A merge between the two changes the order of rows, nothing else.
+            mapped = client.map(table)
+            scanned = client.scan(table, snapshot=mapped.snapshot, local=False)
+            assert in_order(mapped.table).equals(in_order(scanned))
             dirty += mapped.copied_bytes > 0
         assert dirty > 5
     finally:

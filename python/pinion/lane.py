@@ -120,10 +120,10 @@ class Lane:
         about = json.dumps({"client": "pinion-python/0.1.0"}).encode()
         payload = MAGIC + struct.pack("<HH", VERSION, VERSION) + about
         try:
-            kind, _, _, reply = self._ask(HELLO, payload)
+            kind, _, size, reply = self._ask(HELLO, payload)
             if kind != WELCOME:
                 raise ProtocolError(f"HELLO was answered by a frame of kind {kind}")
-            self.info = json.loads(reply.slice(HEADER_BYTES).to_pybytes())
+            self.info = json.loads(reply.slice(HEADER_BYTES, size).to_pybytes())
         except BaseException:
             self._hang_up()
             raise

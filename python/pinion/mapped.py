@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from pinion.lane import Lane
 
 _ENTRY = struct.Struct("<IIII")
-# Decoding a message takes microseconds; handing it to another thread takes as long.
-_ONE_THREAD = {"use_threads": False}
 
 
 class MappedTable:
@@ -116,13 +114,9 @@ def map_table(lane: Lane, command: dict[str, Any]) -> MappedTable:
 
 def _open(file: pa.Buffer, part: dict[str, Any], frame: pa.Buffer, stored: pa.Schema) -> tuple[pa.Table, int]:
     """A part's kept rows in the stored schema, and how many bytes of them were copied."""
-    reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(**_ONE_THREAD))
-    names = reader.schema.names
-    if names != stored.names:
-        wanted = sorted({names.index(name) for name in stored.names})
-        if len(wanted) < len(names):
-            options = pa.ipc.IpcReadOptions(included_fields=wanted, **_ONE_THREAD)
-            reader = pa.ipc.open_file(file, options=options)
+    # All columns, whatever was asked: with `included_fields` pyarrow copies those it reads.
+    reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
+    select = None if reader.schema.names == stored.names else stored.names
     copied = 0
     if part["dirty"] == 0:
         table = reader.read_all()
@@ -132,12 +126,14 @@ def _open(file: pa.Buffer, part: dict[str, Any], frame: pa.Buffer, stored: pa.Sc
         for number in range(reader.num_record_batches):
             mask = masks.get(number)
             if mask is None:
-                batches.append(reader.get_batch(number))
+                batch = reader.get_batch(number)
+                batches.append(batch if select is None else batch.select(select))
             elif mask[0]:
-                batch = reader.get_batch(number).filter(mask[1])
+                batch = reader.get_batch(number)
+                batch = (batch if select is None else batch.select(select)).filter(mask[1])
                 copied += batch.nbytes
                 batches.append(batch)
-        table = pa.Table.from_batches(batches, reader.schema)
+        table = pa.Table.from_batches(batches, batches[0].schema) if batches else stored.empty_table()
     if table.schema.equals(stored, check_metadata=True):
         return table, copied
     # The same types; names in another order, or other notes on the fields.
