@@ -231,6 +231,18 @@ def test_a_mapped_table_is_not_copied(client):
     assert mapped.table.num_rows == 50_000
 
 
+def test_a_table_with_few_replaced_rows_is_not_copied_either(client):
+    client.put("items", items(range(50_000)))
+    client.action("merge", {"table": "items"})
+    replaced = [0, 1, 777, 49_999]
+    client.put("items", items(replaced, version=1))
+    mapped = assert_mapped_equals_flight(client, "items")
+    assert mapped.copied_bytes < 4096, "more was copied than the rows of the log"
+    client.put("items", items(range(0, 50_000, 100), version=2))
+    mapped = assert_mapped_equals_flight(client, "items")
+    assert mapped.copied_bytes > 100_000, "every batch has too many replaced rows to be cut"
+
+
 def test_auto_takes_the_lane_for_whole_tables_and_flight_for_the_rest(server, client):
     client.put("items", items(range(100)))
     client.action("flush", {"table": "items"})
