@@ -15,6 +15,7 @@ import struct
 import threading
 import weakref
 from collections import deque
+from time import perf_counter_ns
 from typing import Any
 
 import pyarrow as pa
@@ -200,8 +201,6 @@ class Lane:
         return got
 
     def _spin(self, buffer: pa.Buffer) -> int:
-        from time import perf_counter_ns
-
         connection = self._socket
         until = perf_counter_ns() + self.spin_micros * 1000
         while perf_counter_ns() < until:
