@@ -391,7 +391,12 @@ def test_a_forked_child_has_a_connection_of_its_own(server, client):
         values = [lookup({"item": [i]}).column("price").to_pylist() for i in range(50)]
         # What the parent mapped is readable; letting go of it here is nobody's business there.
         total = table.num_rows
-        results.put((values, total, len(client.leases())))
+        try:
+            client.scan("items", local=False)
+            refused = None
+        except pinion.FailedPrecondition as error:
+            refused = error.error
+        results.put((values, total, len(client.leases()), refused))
 
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
@@ -402,8 +407,8 @@ def test_a_forked_child_has_a_connection_of_its_own(server, client):
         assert lookup({"item": [i % 900]}).num_rows == 1
     expected = [[None if i % 11 == 3 else i] for i in range(50)]
     for _ in processes:
-        values, total, held = results.get()
-        assert (values, total, held) == (expected, 1000, 1)
+        values, total, held, refused = results.get()
+        assert (values, total, held, refused) == (expected, 1000, 1, "FORKED")
     for process in processes:
         process.join(20)
         assert process.exitcode == 0

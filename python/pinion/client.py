@@ -41,7 +41,8 @@ def connect(
 class Client:
     """A server's tables. Threads may share a client; requests over the lane take turns.
 
-    After a fork the child connects anew by itself. Use it as a context manager, or `close` it.
+    After a fork the child's lane connects anew by itself; its Flight refuses to be used, because gRPC would
+    hang there. Use it as a context manager, or `close` it.
     """
 
     def __init__(

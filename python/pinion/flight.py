@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +35,22 @@ _CODES = {
 }
 
 _details = threading.local()
+
+# The process that gRPC's threads run in, once there are any.
+_process: int | None = None
+
+
+def _check_process() -> None:
+    """gRPC in a child that was forked beside its threads waits for ever: that is said instead."""
+    global _process
+    if _process is None:
+        _process = os.getpid()
+    elif _process != os.getpid():
+        raise errors.FailedPrecondition(
+            "Flight (gRPC) cannot be used in a process forked from one that used it: use the local lane, or"
+            " start processes by 'spawn'",
+            "FORKED",
+        )
 
 
 class _Details(flight.ClientMiddlewareFactory):
@@ -106,15 +123,22 @@ class Flight:
     """A connection over Flight. Threads may share it."""
 
     def __init__(self, url: str, timeout: float | None = None):
+        _check_process()
         options: dict[str, Any] = {"middleware": [_Details()]}
         if url.startswith("grpc+unix:"):
             options["generic_options"] = _UNIX_OPTIONS
         with translated():
-            self._client = flight.connect(url, **options)
+            self._connected = flight.connect(url, **options)
         self._options = flight.FlightCallOptions(timeout=timeout) if timeout else flight.FlightCallOptions()
 
+    @property
+    def _client(self) -> flight.FlightClient:
+        _check_process()
+        return self._connected
+
     def close(self) -> None:
-        self._client.close()
+        if _process == os.getpid():
+            self._connected.close()
 
     def schema(self, table: str) -> pa.Schema:
         """The columns of a table."""
@@ -185,6 +209,7 @@ class Exchange:
 
     def lookup(self, keys: pa.RecordBatch) -> pa.RecordBatch:
         """Looks keys up."""
+        _check_process()
         with self._lock, translated():
             try:
                 self._writer.write_batch(keys)
