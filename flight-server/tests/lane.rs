@@ -202,7 +202,7 @@ async fn wrong_requests_are_told_why_and_the_connection_goes_on() {
     );
 
     let prepared = lane.prepare(&weather, &origin.schema()).unwrap();
-    let (schema, batches) = messages(&origin.schema(), &[origin.clone()]);
+    let (schema, batches) = messages(&origin.schema(), std::slice::from_ref(&origin));
     let mut crafted = batches[0].clone();
     crafted[8..12].fill(0xFF);
     for (payload, error) in [
