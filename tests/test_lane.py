@@ -301,11 +301,14 @@ def test_errors_are_typed_alike_on_both_ways(server, client):
 def test_a_changed_type_ends_a_prepared_lookup_by_name(client):
     client.put("items", items([1]))
     lookup = client.prepare(["items:price"])
-    assert lookup({"item": [1]}).schema.field("price").type == pa.int32()
+    for reply in (lookup({"item": [1]}), client.lookup(["items:price"], {"item": [1]})):
+        assert reply.schema.field("price").type == pa.int32()
     client.action("apply", {"definitions": [WIDER]})
     client.put("items", pa.table({**{n: items([1], 9).column(n) for n in ("item", "at")}, "price": [2**40]}))
     with pytest.raises(pinion.DefinitionChanged):
         lookup({"item": [1]})
+    # What the client keeps by itself it also prepares anew by itself.
+    assert client.lookup(["items:price"], {"item": [1]}).column("price").to_pylist() == [2**40]
     assert client.prepare(["items:price"])({"item": [1]}).column("price").to_pylist() == [2**40]
 
 
@@ -447,7 +450,9 @@ def test_threads_share_a_client(client):
         try:
             for _ in range(200):
                 ids = [i for i in generator.sample(range(2000), generator.randrange(1, 50)) if i % 11 != 3]
-                assert lookup({"item": pa.array(ids, pa.int64())}).column("price").to_pylist() == ids
+                keys = pa.array(ids, generator.choice([pa.int64(), pa.int32(), pa.uint16()]))
+                assert lookup({"item": keys}).column("price").to_pylist() == ids
+                assert client.lookup(["items:price"], {"item": keys}).column("item").type == keys.type
                 if generator.random() < 0.1:
                     assert client.scan("items", ["item"]).num_rows == 2000
         except BaseException as error:

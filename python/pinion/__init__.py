@@ -12,7 +12,7 @@ A `Client` has either or both, and takes the faster for each call. Values, types
 are the same on both.
 """
 
-from pinion.client import Client, Lookup, connect
+from pinion.client import Client, Lookup, connect, is_partial
 from pinion.errors import (
     Aborted,
     Cancelled,
@@ -42,7 +42,7 @@ from pinion.mapped import MappedTable
 
 __version__ = "0.1.0"
 
-PRESENT, NULL_VALUE, NOT_FOUND, OUTSIDE_MAX_AGE = 1, 2, 3, 4
+PRESENT, NULL_VALUE, NOT_FOUND, OUTSIDE_MAX_AGE, NOT_READ = 1, 2, 3, 4, 5
 """What became of a value: the numbers in `<feature>__status`."""
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "Lookup",
     "MappedTable",
     "NOT_FOUND",
+    "NOT_READ",
     "NULL_VALUE",
     "NotFound",
     "OUTSIDE_MAX_AGE",
@@ -77,4 +78,5 @@ __all__ = [
     "UnknownFeature",
     "UnknownTable",
     "connect",
+    "is_partial",
 ]

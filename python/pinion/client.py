@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -16,6 +19,22 @@ Keys = pa.RecordBatch | pa.Table | Mapping[str, Any]
 """Key columns by name: a batch, a table, or `{"origin": ["EWR", "JFK"]}` (lists or Arrow arrays)."""
 
 Local = Literal["auto"] | bool
+
+_NO_SCHEMA = pa.schema([])
+
+# Lookups that a client keeps prepared for calls of `lookup`.
+MAX_KEPT = 128
+
+_locked: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # A thread that held one of these does not exist here.
+    for owner in list(_locked):
+        owner._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def connect(
@@ -36,6 +55,11 @@ def connect(
     connection is made by the first call that needs it.
     """
     return Client(url, flight=flight, lane=lane, timeout=timeout, spin_micros=spin_micros)
+
+
+def is_partial(reply: pa.RecordBatch) -> bool:
+    """Whether a lookup's deadline passed before all keys were looked for."""
+    return (reply.schema.metadata or {}).get(b"pinion.partial") == b"true"
 
 
 class Client:
@@ -64,6 +88,8 @@ class Client:
         self._lane = None if lane is None else Lane(_lane_path(lane), timeout, spin_micros)
         self._flight = None if flight is None else Flight(_flight_url(flight), timeout)
         self._lookups: dict[bytes, Lookup] = {}
+        self._lock = threading.Lock()
+        _locked.add(self)
 
     def __enter__(self) -> Client:
         return self
@@ -94,6 +120,8 @@ class Client:
         event_time: bool = False,
         full_feature_names: bool = False,
         keep_expired: bool = False,
+        defaults: bool = False,
+        deadline_ms: int | None = None,
         at_least: Mapping[str, Mapping[Any, int]] | None = None,
         token: Any = None,
         timeout_ms: int | None = None,
@@ -105,24 +133,40 @@ class Client:
         `<feature>__event_time` columns if wanted. A key that is not there is a row of nulls. `as_of` is a
         time (RFC 3339, or a datetime). Every call reads the newest rows.
 
+        `defaults` reads the defaults of features where a value would be null. With `deadline_ms`, keys that
+        were not looked for by then are `NOT_READ`, and `pinion.is_partial` of the reply is true.
+
         The lookup is prepared once per set of arguments, and kept: `prepare` saves finding it again.
         """
         command = _lookup_command(
-            features, service, as_of, status, event_time, full_feature_names, keep_expired, at_least, token, timeout_ms
+            features,
+            service,
+            as_of,
+            status=status,
+            event_time=event_time,
+            full_feature_names=full_feature_names,
+            keep_expired=keep_expired,
+            defaults=defaults,
+            deadline_ms=deadline_ms,
+            at_least=at_least,
+            token=token,
+            timeout_ms=timeout_ms,
         )
-        lookup = self._lookups.get(command)
-        if lookup is None:
-            if len(self._lookups) >= 128:
-                self._lookups.pop(next(iter(self._lookups))).close()
-            lookup = self._lookups[command] = Lookup(self._lane, self._flight, command)
+        lookup = self._lookups.get(command) or self._kept(command)
         keys = _key_batch(keys)
         try:
             return lookup.lookup(keys)
         except errors.DefinitionChanged:
             # Nobody holds this lookup but us: the new definition is as good.
             lookup.close()
-            lookup = self._lookups[command] = Lookup(self._lane, self._flight, command)
             return lookup.lookup(keys)
+
+    def _kept(self, command: bytes) -> Lookup:
+        """A new lookup, kept for the next call with the same arguments."""
+        with self._lock:
+            if len(self._lookups) >= MAX_KEPT:
+                self._lookups.pop(next(iter(self._lookups))).close()
+            return self._lookups.setdefault(command, Lookup(self._lane, self._flight, command))
 
     def prepare(
         self,
@@ -134,13 +178,26 @@ class Client:
         event_time: bool = False,
         full_feature_names: bool = False,
         keep_expired: bool = False,
+        defaults: bool = False,
+        deadline_ms: int | None = None,
         at_least: Mapping[str, Mapping[Any, int]] | None = None,
         token: Any = None,
         timeout_ms: int | None = None,
     ) -> Lookup:
         """A lookup to run many times; arguments as for `lookup`. It is settled by its first keys."""
         command = _lookup_command(
-            features, service, as_of, status, event_time, full_feature_names, keep_expired, at_least, token, timeout_ms
+            features,
+            service,
+            as_of,
+            status=status,
+            event_time=event_time,
+            full_feature_names=full_feature_names,
+            keep_expired=keep_expired,
+            defaults=defaults,
+            deadline_ms=deadline_ms,
+            at_least=at_least,
+            token=token,
+            timeout_ms=timeout_ms,
         )
         return Lookup(self._lane, self._flight, command)
 
@@ -283,10 +340,11 @@ class Lookup:
         self._lane = lane
         self._flight = flight
         self._command = command
-        # The last one used: nearly always the next.
-        self._schema: pa.Schema | None = None
-        self._way: Any = None
+        # The one used last, nearly always the next. Set and read as one: threads may differ in schema.
+        self._last: tuple[pa.Schema, Any] = (_NO_SCHEMA, None)
         self._ways: list[tuple[pa.Schema, Any]] = []
+        self._lock = threading.Lock()
+        _locked.add(self)
 
     def lookup(self, keys: Keys) -> pa.RecordBatch:
         """Looks keys up: see `Client.lookup`.
@@ -297,21 +355,23 @@ class Lookup:
         if not isinstance(keys, pa.RecordBatch):
             keys = _key_batch(keys)
         schema = keys.schema
-        if schema is not self._schema and not schema.equals(self._schema or _NO_SCHEMA):
-            self._settle(schema)
+        known, way = self._last
+        if schema is not known and not schema.equals(known) or way is None:
+            way = self._settle(schema)
         if self._lane is not None:
-            return self._lane.lookup(self._way, keys)
-        return self._exchange(keys)
+            return self._lane.lookup(way, keys)
+        return self._exchange(way, keys)
 
     __call__ = lookup
 
     def info(self) -> dict[str, Any]:
         """The snapshots that were current when it was prepared (over the lane; else empty)."""
-        return dict(getattr(self._way, "info", {}))
+        return dict(getattr(self._last[1], "info", {}))
 
     def close(self) -> None:
         """Ends it on the server too. It may still be used: that prepares it again."""
-        ways, self._ways, self._schema, self._way = self._ways, [], None, None
+        with self._lock:
+            ways, self._ways, self._last = self._ways, [], (_NO_SCHEMA, None)
         for _, way in ways:
             try:
                 if self._lane is not None:
@@ -321,22 +381,23 @@ class Lookup:
             except errors.PinionError:
                 pass  # what is gone has ended
 
-    def _settle(self, schema: pa.Schema) -> None:
-        way = next((way for known, way in self._ways if known.equals(schema)), None)
-        if way is None:
-            if self._lane is not None:
-                way = Prepared(self._command, schema)
-                self._lane.prepare(way)
-            else:
-                way = self._open(schema)
-            self._ways.append((schema, way))
-        self._schema, self._way = schema, way
+    def _settle(self, schema: pa.Schema) -> Any:
+        with self._lock:
+            way = next((way for known, way in self._ways if known.equals(schema)), None)
+            if way is None:
+                if self._lane is not None:
+                    way = Prepared(self._command, schema)
+                    self._lane.prepare(way)
+                else:
+                    way = self._over_flight(schema)
+                self._ways.append((schema, way))
+            self._last = (schema, way)
+        return way
 
-    def _open(self, schema: pa.Schema) -> Exchange:
+    def _over_flight(self, schema: pa.Schema) -> Exchange:
         return self._flight.exchange(self._command.rstrip(), schema)
 
-    def _exchange(self, keys: pa.RecordBatch) -> pa.RecordBatch:
-        way = self._way
+    def _exchange(self, way: Exchange, keys: pa.RecordBatch) -> pa.RecordBatch:
         if way.broken:
             # An error ends a Flight stream, not the lookup.
             way = self._replace(way, keys.schema)
@@ -346,14 +407,11 @@ class Lookup:
             return self._replace(way, keys.schema).lookup(keys)
 
     def _replace(self, broken: Exchange, schema: pa.Schema) -> Exchange:
-        self._ways = [(known, way) for known, way in self._ways if way is not broken]
-        self._schema = self._way = None
+        with self._lock:
+            self._ways = [(known, way) for known, way in self._ways if way is not broken]
+            self._last = (_NO_SCHEMA, None)
         broken.close()
-        self._settle(schema)
-        return self._way
-
-
-_NO_SCHEMA = pa.schema([])
+        return self._settle(schema)
 
 
 def _lane_path(url: str) -> str:
@@ -377,33 +435,17 @@ def _time(value: Any) -> str | None:
     return value.isoformat()
 
 
-def _lookup_command(
-    features: Any,
-    service: Any,
-    as_of: Any,
-    status: bool,
-    event_time: bool,
-    full_feature_names: bool,
-    keep_expired: bool,
-    at_least: Any,
-    token: Any,
-    timeout_ms: Any,
-) -> bytes:
+def _lookup_command(features: Any, service: Any, as_of: Any, **members: Any) -> bytes:
     if isinstance(features, str):
         features = [features]
-    members = _named(
+    command = _named(
         features=None if features is None else list(features),
         service=service,
         as_of=_time(as_of),
-        status=status or None,
-        event_time=event_time or None,
-        full_feature_names=full_feature_names or None,
-        keep_expired=keep_expired or None,
-        at_least=at_least,
-        token=token,
-        timeout_ms=timeout_ms,
+        # What is false is as if it was not said.
+        **{name: None if value is False else value for name, value in members.items()},
     )
-    return padded_json({"lookup": members})
+    return padded_json({"lookup": command})
 
 
 def _scan_command(

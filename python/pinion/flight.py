@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from pinion import errors
+from pinion.lane import marked
 
 # gRPC's C++ library sends a Unix socket's path as the authority, which not every HTTP/2 server takes.
 _UNIX_OPTIONS = [("grpc.default_authority", "localhost")]
@@ -216,6 +217,9 @@ class Exchange:
                 while True:
                     chunk = self._reader.read_chunk()
                     if chunk.data is not None:
+                        about = chunk.app_metadata
+                        if about is not None and b'"partial"' in memoryview(about).tobytes():
+                            return marked(chunk.data, json.loads(about.to_pybytes()))
                         return chunk.data
             except StopIteration:
                 self.broken = True

@@ -316,7 +316,11 @@ class Lane:
         if size + HEADER_BYTES != expected:
             note_size(prepared.sizes, rows, size + HEADER_BYTES)
         batch = _read_batch(buffer.slice(HEADER_BYTES, detail), prepared.stored)
-        return batch if prepared.result is None else to_schema(batch, prepared.result)
+        if prepared.result is not None:
+            batch = to_schema(batch, prepared.result)
+        if detail < size:
+            batch = marked(batch, json.loads(buffer.slice(HEADER_BYTES + detail, size - detail).to_pybytes()))
+        return batch
 
     # -- leases
 
@@ -407,6 +411,14 @@ class Lane:
         if kind != RESULT:
             raise ProtocolError(f"ACTION was answered by a frame of kind {kind}")
         return json.loads(buffer.slice(HEADER_BYTES, size).to_pybytes())
+
+
+def marked(batch: pa.RecordBatch, about: dict[str, Any]) -> pa.RecordBatch:
+    """A reply with what the server said of it."""
+    if not about.get("partial"):
+        return batch
+    metadata = {**(batch.schema.metadata or {}), b"pinion.partial": b"true"}
+    return batch.replace_schema_metadata(metadata)
 
 
 def note_size(sizes: dict[int, int], rows: int, total: int) -> None:

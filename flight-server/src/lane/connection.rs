@@ -279,20 +279,24 @@ impl Session {
             &handle.tables,
             &handle.barrier,
         )?;
-        let (metadata, body) = handle.answer(self.incoming.payload(header), &snapshots)?;
+        let message = handle.answer(self.incoming.payload(header), &snapshots)?;
         let frame = self.outgoing.begin();
-        push_message_head(frame, &metadata);
-        let message_bytes = (frame.len() - HEADER_BYTES + body.len()) as u32;
-        let json = if header.flags & WANT_JSON == 0 {
+        push_message_head(frame, &message.metadata);
+        let message_bytes = (frame.len() - HEADER_BYTES + message.body.len()) as u32;
+        let json = if header.flags & WANT_JSON == 0 && !message.partial {
             Vec::new()
         } else {
-            padded_json(&Value::Object(snapshot_members(&snapshots)), 0)
+            let mut members = snapshot_members(&snapshots);
+            if message.partial {
+                members.insert("partial".to_owned(), true.into());
+            }
+            padded_json(&Value::Object(members), 0)
         };
         Ok(self.outgoing.send(
             Reply::Rows,
             header.request_id,
             message_bytes,
-            &[&body, &json],
+            &[&message.body, &json],
             &[],
         )?)
     }
@@ -336,9 +340,10 @@ impl Session {
             .send(Reply::Mapped, id, json_bytes, &[], &mapped.descriptors())?;
         for (part, rows) in mapped.into_sent() {
             for batch in rows {
-                let (metadata, body) = encode(&batch.map_err(Failure::from)?)?;
-                push_message_head(self.outgoing.begin(), &metadata);
-                self.outgoing.send(Reply::Batch, id, part, &[&body], &[])?;
+                let message = encode(&batch.map_err(Failure::from)?)?;
+                push_message_head(self.outgoing.begin(), &message.metadata);
+                self.outgoing
+                    .send(Reply::Batch, id, part, &[&message.body], &[])?;
             }
         }
         self.outgoing.begin();

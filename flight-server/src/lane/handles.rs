@@ -8,6 +8,7 @@ use arrow_buffer::Buffer;
 use arrow_cast::cast;
 use arrow_ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteContext, IpcWriteOptions};
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
+use bytes::Bytes;
 use pinion_feature_store::ipc_gate::{Admitted, Gate, GateLimits};
 use pinion_feature_store::{Snapshot, Table};
 use pinion_schemas::storage_type;
@@ -44,6 +45,15 @@ impl std::fmt::Debug for Handle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Handle").finish_non_exhaustive()
     }
+}
+
+/// One IPC message without dictionaries.
+pub(super) struct Message {
+    /// The flatbuffer, without prefix or padding.
+    pub(super) metadata: Bytes,
+    pub(super) body: Bytes,
+    /// True when the deadline passed before all keys were looked for.
+    pub(super) partial: bool,
 }
 
 /// What PREPARED says.
@@ -175,13 +185,12 @@ fn unknown(handle: u32) -> Failure {
 }
 
 impl Handle {
-    /// Answers one batch of keys, an encapsulated IPC message: the metadata and the body of
-    /// the reply's message.
+    /// Answers one batch of keys, an encapsulated IPC message.
     pub(super) fn answer(
         &mut self,
         keys: &[u8],
         snapshots: &[Snapshot],
-    ) -> Result<(Vec<u8>, Vec<u8>), Failure> {
+    ) -> Result<Message, Failure> {
         let (metadata, body) = split_message(keys)?;
         let keys = match self.gate.admit(metadata, &Buffer::from(body))? {
             Admitted::Batch(keys) => keys,
@@ -192,8 +201,8 @@ impl Handle {
                 ));
             }
         };
-        let (metadata, body) = reply_message(&self.bound, &keys, snapshots)?;
-        let bytes = metadata.len() + body.len();
+        let message = reply_message(&self.bound, &keys, snapshots)?;
+        let bytes = message.metadata.len() + message.body.len();
         if bytes > self.max_reply_bytes {
             return Err(Failure::new(
                 Code::ResourceExhausted,
@@ -208,9 +217,9 @@ impl Handle {
             .with("limit_bytes", self.max_reply_bytes as u64));
         }
         for meter in &self.meters {
-            meter.sent(keys.num_rows() as u64, body.len() as u64);
+            meter.sent(keys.num_rows() as u64, message.body.len() as u64);
         }
-        Ok((metadata, body))
+        Ok(message)
     }
 }
 
@@ -239,18 +248,17 @@ fn stored_field(field: &Field) -> Field {
     }
 }
 
-/// The reply to one batch of keys as one IPC message: its metadata (the flatbuffer, without
-/// prefix or padding) and its body. Columns are those of the stored schema.
+/// The reply to one batch of keys. Columns are those of the stored schema.
 fn reply_message(
     bound: &BoundLookup,
     keys: &RecordBatch,
     snapshots: &[Snapshot],
-) -> Result<(Vec<u8>, Vec<u8>), Failure> {
+) -> Result<Message, Failure> {
     encode(&plain(bound.answer(keys, snapshots)?)?)
 }
 
-/// One batch without dictionaries as an IPC message: metadata and body.
-pub(super) fn encode(batch: &RecordBatch) -> Result<(Vec<u8>, Vec<u8>), Failure> {
+/// One batch without dictionaries as an IPC message.
+pub(super) fn encode(batch: &RecordBatch) -> Result<Message, Failure> {
     let batch = crate::encode::compact(batch)?;
     let (_, encoded) = IpcDataGenerator::default()
         .encode(
@@ -260,7 +268,11 @@ pub(super) fn encode(batch: &RecordBatch) -> Result<(Vec<u8>, Vec<u8>), Failure>
             &mut IpcWriteContext::default(),
         )
         .map_err(internal)?;
-    Ok((encoded.ipc_message, encoded.arrow_data))
+    Ok(Message {
+        metadata: encoded.ipc_message.into(),
+        body: encoded.arrow_data.into(),
+        partial: false,
+    })
 }
 
 fn plain(batch: RecordBatch) -> Result<RecordBatch, Failure> {
