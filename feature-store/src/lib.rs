@@ -22,6 +22,7 @@ mod level;
 pub mod load;
 
 pub mod ipc_gate;
+mod lend;
 mod lock;
 mod lookup;
 mod manifest;
@@ -46,6 +47,7 @@ pub use error::{
     ApplyError, CommitError, OpenError, ReadError, RowProblem, SnapshotError, UnknownTable,
     WorkError,
 };
+pub use lend::{DirtyBatch, LendError, LentPart, LentRows, LentSegment, LentTable};
 pub use lookup::{LookupRequest, LookupResult, ValueStatus};
 pub use positions::{Position, Positions};
 pub use scan::{

@@ -195,7 +195,11 @@ pub(crate) struct Barrier {
 }
 
 impl Barrier {
-    fn new(at_least: &Option<AtLeast>, token: &Option<Tokens>, timeout_ms: Option<u64>) -> Barrier {
+    pub(crate) fn new(
+        at_least: &Option<AtLeast>,
+        token: &Option<Tokens>,
+        timeout_ms: Option<u64>,
+    ) -> Barrier {
         Barrier {
             at_least: at_least.clone().unwrap_or_default(),
             tokens: token

@@ -10,7 +10,8 @@ use std::error::Error;
 use bytes::Bytes;
 use pinion_feature_store::ipc_gate::GateError;
 use pinion_feature_store::{
-    ApplyError, CommitError, FilterError, ReadError, SnapshotError, UnknownTable, WorkError,
+    ApplyError, CommitError, FilterError, LendError, ReadError, SnapshotError, UnknownTable,
+    WorkError,
 };
 use pinion_schemas::DefinitionError;
 use serde_json::{Map, Value, json};
@@ -61,6 +62,13 @@ impl Failure {
     /// The gRPC code.
     pub(crate) fn code(&self) -> Code {
         self.code
+    }
+
+    /// The details with the message among them, as the local lane sends them.
+    pub(crate) fn to_json(&self) -> Value {
+        let mut members = self.details.clone();
+        members.insert("message".to_owned(), self.message.clone().into());
+        Value::Object(members)
     }
 }
 
@@ -218,6 +226,21 @@ impl From<SnapshotError> for Failure {
                 Failure::of(Code::FailedPrecondition, "SNAPSHOT_LOST", &error)
                     .with("table", table.clone())
                     .with("snapshot", id.to_string())
+            }
+        }
+    }
+}
+
+impl From<LendError> for Failure {
+    fn from(error: LendError) -> Failure {
+        match error {
+            LendError::Read(read) => read.into(),
+            LendError::Gone { ref table, .. } => {
+                Failure::of(Code::FailedPrecondition, "SNAPSHOT_EXPIRED", &error)
+                    .with("table", table.clone())
+            }
+            LendError::Open { ref table, .. } => {
+                Failure::of(Code::Unavailable, "LEND", &error).with("table", table.clone())
             }
         }
     }

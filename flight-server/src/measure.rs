@@ -93,7 +93,8 @@ pub(crate) fn put(table: &str, rows: u64) {
     counter!("pinion_put_rows_total", "table" => table.to_owned()).increment(rows);
 }
 
-fn code_name(code: Code) -> &'static str {
+/// The name of a code in labels.
+pub(crate) fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
         Code::Cancelled => "CANCELLED",

@@ -54,6 +54,7 @@ mod files;
 mod index;
 mod index_writer;
 pub mod ipc;
+mod lend;
 #[allow(unsafe_code)]
 mod map;
 mod message;

@@ -15,6 +15,7 @@ use pinion_schemas::{KeyEncoder, key_hash};
 
 use super::arrow_reader::{ArrowFile, Block};
 use super::index::{HeaderProblem, KeyIndex};
+use super::lend::LendableFile;
 use super::map::MappedFile;
 use super::meta::{
     ARROW, ArrowFileMeta, DEL, DIX, IDX, STAT, SYS, SegmentMeta, file_name, from_hex,
@@ -52,6 +53,7 @@ pub struct Segment {
     statistics: Option<StatisticsFile>,
     /// Whole companions, for their checksums: suffix and map.
     pub(super) companions: Vec<(&'static str, Bytes)>,
+    file: LendableFile,
 }
 
 impl Segment {
@@ -108,6 +110,8 @@ impl Segment {
             None => None,
         };
 
+        let path = dir.join(file_name(id, ARROW));
+        let file = LendableFile::new(path, rows.file.map().len() as u64);
         let row_count = u64::from(rows.file.rows());
         let delete_count = deletes
             .as_ref()
@@ -136,6 +140,7 @@ impl Segment {
             key_range,
             statistics,
             companions,
+            file,
         })
     }
 
@@ -378,6 +383,21 @@ impl Segment {
     /// The map of `.arrow`, which the buffers of its batches are slices of.
     pub fn arrow_file(&self) -> &MappedFile {
         self.rows.file.map()
+    }
+
+    /// A read-only descriptor of `.arrow`, for another process to map.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if it was unlinked without [`keep_file`](Self::keep_file).
+    pub fn open_file(&self) -> io::Result<File> {
+        self.file.open()
+    }
+
+    /// Keeps `.arrow` open from now on. Call it before unlinking the file: a snapshot that
+    /// still reads this segment may still be lent.
+    pub fn keep_file(&self) {
+        self.file.keep();
     }
 
     /// Where a batch's message lies in `.arrow`; `None` if there is no such batch.

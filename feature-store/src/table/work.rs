@@ -210,6 +210,11 @@ impl TableInner {
         let levels = Arc::new(new_levels(&self.current.load().levels));
         self.publish(self.snapshot_of(&writer, levels));
         drop(writer);
+        for level in &inputs {
+            if let Level::Segment(s) = level {
+                s.segment.keep_file();
+            }
+        }
         self.remove_unused(work, &places);
         self.remove_if_dropped();
         Ok(())
