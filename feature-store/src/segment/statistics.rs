@@ -215,7 +215,7 @@ impl StatisticsBuilder {
 /// The least and the greatest value as arrays of one, null when there is none.
 fn bounds(array: &dyn Array) -> Result<(ArrayRef, ArrayRef), ArrowError> {
     let text = |(least, greatest): (Option<&str>, Option<&str>)| {
-        let least = least.map(|value| cut_text(value));
+        let least = least.map(cut_text);
         let one = |value: Option<&str>| {
             arrow_cast::cast(&StringArray::from(vec![value]), array.data_type())
         };
