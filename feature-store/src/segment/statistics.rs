@@ -215,7 +215,7 @@ impl StatisticsBuilder {
 /// The least and the greatest value as arrays of one, null when there is none.
 fn bounds(array: &dyn Array) -> Result<(ArrayRef, ArrayRef), ArrowError> {
     let text = |(least, greatest): (Option<&str>, Option<&str>)| {
-        let least = least.map(|value| &value[..value.floor_char_boundary(BOUND_BYTES)]);
+        let least = least.map(cut_text);
         let one = |value: Option<&str>| {
             arrow_cast::cast(&StringArray::from(vec![value]), array.data_type())
         };
@@ -299,6 +299,14 @@ fn primitive_bounds<T: ArrowPrimitiveType>(array: &PrimitiveArray<T>) -> (ArrayR
     (one(range.map(|r| r.0)), one(range.map(|r| r.1)))
 }
 
+/// The longest prefix of whole characters that is at most [`BOUND_BYTES`] long.
+fn cut_text(value: &str) -> &str {
+    let end = (0..=BOUND_BYTES.min(value.len()))
+        .rev()
+        .find(|&end| value.is_char_boundary(end));
+    &value[..end.unwrap_or(0)]
+}
+
 /// A text of at most [`BOUND_BYTES`] that is not less than `value`, if there is one.
 fn text_not_below(value: &str) -> Option<String> {
     if value.len() <= BOUND_BYTES {
@@ -306,7 +314,7 @@ fn text_not_below(value: &str) -> Option<String> {
     }
     // Bytes of UTF-8 are in the order of the characters: the prefix with its last character
     // one up is behind all that begin with it. A greater character may be longer.
-    let mut prefix = value[..value.floor_char_boundary(BOUND_BYTES)].to_owned();
+    let mut prefix = cut_text(value).to_owned();
     while let Some(last) = prefix.pop() {
         // The range of characters leaves out the surrogates.
         if let Some(next) = (last..=char::MAX).nth(1)
