@@ -1,0 +1,547 @@
+"""Scans of a 2 GB table: GB/s and CPU beside pyarrow's Flight server and a tonic server, projections, cold scans.
+
+Parts, each optional:
+- `full`: the whole table, hot, over the Unix socket and TCP, by pyarrow's client and by Rust clients;
+- `part`: 3 of 22 columns, and 1 % of the rows by a range of keys; bytes on the wire against the ideal;
+- `share`: how much is sent without a copy, as more and more rows are replaced;
+- `copies`: user-space memory copies in a profile of the server, clean scans only (needs `perf`);
+- `cold`: lookups of 100 keys beside a scan that comes from the disk;
+- `table`: from connect to a checked table in a process on the same machine.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import ExitStack
+
+import numpy as np
+import plot
+import pyarrow as pa
+import serving
+from harness import (
+    DATA,
+    RESULTS,
+    Span,
+    copy_store,
+    cpu_seconds,
+    machine,
+    median,
+    ratios,
+    rounds,
+    save_part,
+    show_part,
+    spread,
+    table,
+    versions,
+)
+from peers import PyarrowServer
+from serve_for import Pinion, example, missing_lane, native
+from serving import Sizes
+from workers import Workers
+
+from support import flight as calls
+
+COLUMNS = ["id", "f3", "label"]
+
+
+def main():
+    parts = {"full": full, "part": part, "share": share, "copies": copies, "cold": cold, "table": delivered}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=list(parts), help=" ".join(parts))
+    parser.add_argument("--rows", type=int, default=16_777_216, help="fewer for a trial, which writes no results")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--build-only", action="store_true", help="make the data and the store, measure nothing")
+    parser.add_argument("--render", action="store_true", help="only write docs/benchmarks.md again from the results")
+    options = parser.parse_args()
+    if options.render:
+        for name, found in json.loads((RESULTS / "scan.json").read_text())["parts"].items():
+            show_part("scan", name, found, *REPORTS[name](found))
+        return
+    sizes = Sizes.scaled(options.rows / 16_777_216)
+    serving.scan_files(sizes)
+    data = serving.store(sizes)
+    if options.build_only:
+        return
+    warm(data)
+    for name in options.parts:
+        here = machine()
+        with Span() as span:
+            found = parts[name](sizes, data, options.rounds)
+        here |= {"span": span.found, "versions": versions("pyarrow")}
+        found = {"machine": here, "rows": sizes.scan, **found}
+        if sizes.scan == 16_777_216:
+            save_part("scan", name, found, *REPORTS[name](found))
+        else:
+            body, *plots = REPORTS[name](found)
+            print(f"\n== {name} (a trial: nothing is written)\n{body}\n{here['span']}")
+
+
+def warm(data):
+    """Everything into the page cache."""
+    for file in [*data.rglob("*"), *data.parent.glob("scan-*.arrow")]:
+        if file.is_file():
+            with open(file, "rb", buffering=0) as opened:
+                while opened.readinto(BUFFER):
+                    pass
+
+
+BUFFER = bytearray(4 << 20)
+
+
+def gigabytes(sizes, columns=None, share=1.0):
+    """GB of values in a scan, without padding and framing: what GB/s and CPU per GB are counted by."""
+    file = serving.mapped(sizes.folder / "scan-64k.arrow")
+    schema = file.schema if columns is None else pa.schema([file.schema.field(name) for name in columns])
+    return serving.row_bytes(schema, file) * sizes.scan * share / 1e9
+
+
+def asked(**more):
+    """A ticket for Pinion."""
+    return {"scan": {"table": "scan", **more}}
+
+
+def measured(scan, pid, gb):
+    """One pass in GB/s and CPU seconds per GB of server and client."""
+    before = cpu_seconds(pid)
+    found = scan()
+    server = cpu_seconds(pid) - before
+    whole = gb * found.get("repeat", 1)
+    return {
+        "gb_per_second": whole / found["seconds"],
+        "server_cpu_per_gb": server / (whole * found.get("server_passes", 1)),
+        "client_cpu_per_gb": found["client_cpu_seconds"] / whole,
+        "rows": found["rows"],
+        "wire_bytes": found.get("wire_bytes", 0),
+        "metadata": found.get("metadata"),
+    }
+
+
+# -- the whole table
+
+
+def full(sizes, data, count):
+    gb, cases = gigabytes(sizes), {}
+    files = serving.scan_files(sizes)
+    with ExitStack() as stack:
+        pinion = stack.enter_context(Pinion(data))
+        unix, tcp = (stack.enter_context(PyarrowServer(files, uds=uds)) for uds in (True, False))
+        ways = {"Unix socket": (pinion.unix, unix), "TCP": (pinion.flight, tcp)}
+        for way, (url, peer) in ways.items():
+            client = stack.enter_context(Workers("scan", {"url": url}, clients=1))
+            cases[f"{way} | pyarrow | Pinion"] = pass_of(client, asked(), pinion.pid, gb, sizes.scan)
+            other = stack.enter_context(Workers("scan", {"url": peer.url}, clients=1))
+            for name in files:
+                cases[f"{way} | pyarrow | pyarrow server, {name} rows a batch"] = pass_of(
+                    other, {"file": name}, peer.pid, gb, sizes.scan
+                )
+        cases |= rust_cases(stack, sizes, files, ways, pinion, gb)
+        found = rounds(cases, count)
+    return {"gb": gb, "rounds": found}
+
+
+def pass_of(client, request, pid, gb, rows):
+    def one():
+        found = measured(lambda: client.call("scan", asked=request), pid, gb)
+        assert found["rows"] == rows, f"{found['rows']} rows of {rows}"
+        return found
+
+    return one
+
+
+def rust_cases(stack, sizes, files, ways, pinion, gb):
+    """Pinion's own Rust client, and arrow-flight's on three servers, where the examples are built."""
+    if example("scan_bench") is None:
+        print("no target/release/examples/scan_bench: the Rust clients are not measured")
+        return {}
+    cases = {}
+    for way, (url, peer) in ways.items():
+        cases[f"{way} | own Rust | Pinion"] = rust_pass("own", url, asked(), pinion.pid, gb, sizes.scan)
+        cases[f"{way} | arrow-flight | Pinion"] = rust_pass("arrow-flight", url, asked(), pinion.pid, gb, sizes.scan)
+        for name in files:
+            cases[f"{way} | arrow-flight | pyarrow server, {name} rows a batch"] = rust_pass(
+                "arrow-flight", peer.url, {"file": name}, peer.pid, gb, sizes.scan
+            )
+    if example("tonic_server") is not None:
+        from serve_for import TonicServer
+
+        tonic = stack.enter_context(TonicServer(files))
+        for way, url in (("Unix socket", tonic.unix), ("TCP", tonic.tcp)):
+            for name in files:
+                cases[f"{way} | arrow-flight | tonic's default encoder, {name} rows a batch"] = rust_pass(
+                    "arrow-flight", url, {"file": name}, tonic.pid, gb, sizes.scan
+                )
+    return cases
+
+
+def rust_pass(client, url, request, pid, gb, rows):
+    """A process with a warm-up pass and a measured one; the server's CPU is that of both."""
+
+    def one():
+        def scan():
+            found = native("scan_bench", "--client", client, "--url", url, "--ticket", json.dumps(request), "--passes", 2)
+            last = found["passes"][-1]
+            return {**last, "client_cpu_seconds": last["cpu_seconds"], "server_passes": 2}
+
+        found = measured(scan, pid, gb)
+        assert found["rows"] == rows, f"{found['rows']} rows of {rows}"
+        return found
+
+    return one
+
+
+def full_report(found):
+    rows, groups, notes = [], {}, []
+    for name, runs in found["rounds"].items():
+        way, client, server = name.split(" | ")
+        rates, ours = [run["gb_per_second"] for run in runs], server == "Pinion"
+        server_cpu, client_cpu = (median([run[f"{side}_cpu_per_gb"] for run in runs]) for side in ("server", "client"))
+        rows.append(
+            [way, f"{client} <- {server}", spread(rates)]
+            + [f"{cpu:.3f}" for cpu in (server_cpu, client_cpu, server_cpu + client_cpu)]
+        )
+        groups.setdefault(way, []).append((f"{client} <- {server}", rates, ours))
+    for way in groups:
+        for ours, peer, goal in (
+            ("pyarrow | Pinion", "pyarrow | pyarrow server", "1.2x and 2x" if way != "TCP" else "0.95x and 1.2x"),
+            ("own Rust | Pinion", "arrow-flight | tonic", "3x"),
+            ("own Rust | Pinion", "arrow-flight | pyarrow server", "1.8x"),
+        ):
+            note = against(found["rounds"], f"{way} | {ours}", f"{way} | {peer}")
+            notes += [f"{way}: {note} (goal: at least {goal})"] if note else []
+    header = ["", "client <- server", "GB/s: min / median / max", "server CPU s/GB", "client CPU s/GB", "both"]
+    notes.append(f"{found['gb']:.3f} GB of values; every peer at its best of three batch sizes in the ratios")
+    body = table(header, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+    picture = plot.bars("Scan of the whole table, hot", "GB/s, median, least and greatest", list(groups.items()))
+    return body, [("scan-full.svg", picture, "GB/s of whole-table scans")]
+
+
+def against(found, ours, peers):
+    """Our ratios to the best of the peer's settings, in words; None when one side was not measured."""
+    settings = {name: runs for name, runs in found.items() if name.startswith(peers)}
+    if ours not in found or not settings:
+        return None
+    best = max(settings, key=lambda name: median([run["gb_per_second"] for run in settings[name]]))
+    speed = ratios(*([run["gb_per_second"] for run in found[name]] for name in (ours, best)))
+    cpu = [median([run["server_cpu_per_gb"] for run in found[name]]) for name in (best, ours)]
+    return (
+        f"{' <- '.join(ours.split(' | ')[1:])} against {' <- '.join(best.split(' | ')[1:])}: "
+        f"{median(speed):.2f}x GB/s (rounds {spread(speed)}), {cpu[0] / max(cpu[1], 1e-9):.2f}x less server CPU per GB"
+    )
+
+
+# -- a part of it
+
+
+def part(sizes, data, count):
+    files, found = serving.scan_files(sizes), {}
+    first = sizes.scan // 3
+    end = first + sizes.scan // 100
+    questions = {
+        "3 of 22 columns": ({"features": COLUMNS}, {"columns": COLUMNS}, gigabytes(sizes, COLUMNS), sizes.scan, 1),
+        "1 % of the rows": (
+            {"filter": f"id >= {first} and id < {end}"},
+            {"rows": [first, end]},
+            gigabytes(sizes, share=(end - first) / sizes.scan),
+            end - first,
+            20,
+        ),
+    }
+    with ExitStack() as stack:
+        pinion = stack.enter_context(Pinion(data))
+        unix, tcp = (stack.enter_context(PyarrowServer(files, uds=uds)) for uds in (True, False))
+        for question, (ours, theirs, gb, rows, repeat) in questions.items():
+            cases = {}
+            for way, url, peer in (("Unix socket", pinion.unix, unix), ("TCP", pinion.flight, tcp)):
+                client = stack.enter_context(Workers("scan", {"url": url}, clients=1))
+                cases[f"{way} | pyarrow | Pinion"] = repeated(client, asked(**ours), pinion.pid, gb, rows, repeat)
+                other = stack.enter_context(Workers("scan", {"url": peer.url}, clients=1))
+                for name in files:
+                    cases[f"{way} | pyarrow | pyarrow server, {name} rows a batch"] = repeated(
+                        other, {"file": name, **theirs}, peer.pid, gb, rows, repeat
+                    )
+            found[question] = {"gb": gb, "rows": rows, "rounds": rounds(cases, count)}
+    return {"questions": found}
+
+
+def repeated(client, request, pid, gb, rows, repeat):
+    def one():
+        def scan():
+            return {**client.call("scan", asked=request, repeat=repeat), "repeat": repeat}
+
+        found = measured(scan, pid, gb)
+        assert found["rows"] == rows * repeat, f"{found['rows']} rows of {rows} x {repeat}"
+        found["wire_bytes"] /= repeat
+        return found
+
+    return one
+
+
+def part_report(found):
+    rows, notes = [], []
+    for question, of in found["questions"].items():
+        for name, runs in of["rounds"].items():
+            way, client, server = name.split(" | ")
+            wire = median([run["wire_bytes"] for run in runs])
+            rows.append(
+                [question, way, server, spread([run["gb_per_second"] for run in runs])]
+                + [f"{median([run[f'{side}_cpu_per_gb'] for run in runs]):.3f}" for side in ("server", "client")]
+                + [f"{wire / 1e6:.2f} MB, {wire / (of['gb'] * 1e9) - 1:+.1%}" if wire else ""]
+            )
+        for way in ("Unix socket", "TCP"):
+            note = against(of["rounds"], f"{way} | pyarrow | Pinion", f"{way} | pyarrow | pyarrow server")
+            notes.append(f"{question}, {way}: {note}")
+        notes.append(f"{question}: the ideal is {of['gb'] * 1e3:.2f} MB (goal: on the wire within 5 % of it)")
+    notes.append("bytes on the wire are what the client's TCP socket received, HTTP/2 and gRPC framing included")
+    header = ["", "", "server", "GB/s: min / median / max", "server CPU s/GB", "client CPU s/GB", "on the wire, over the ideal"]
+    return table(header, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n", []
+
+
+# -- what is sent without a copy
+
+
+def share(sizes, data, count):
+    """Rows are replaced by puts to a copy of the store; a range of keys, then keys spread over the whole table."""
+    copy = copy_store(data, DATA / "scan-share-work")
+    try:
+        steps = []
+        with Pinion(copy) as pinion, Workers("scan", {"url": pinion.unix}, clients=1) as client:
+            fixed = [field.name for field in serving.SCHEMA if not pa.types.is_string(field.type)]
+            gb, writer = gigabytes(sizes), calls.connect(pinion)
+            steps.append(step("no row, fixed-width columns", client, pinion, asked(features=fixed), gigabytes(sizes, fixed)))
+            steps.append(step("no row", client, pinion, asked(), gb))
+            done = 0
+            for percent in (0.1, 1, 5):
+                until = int(sizes.scan * percent / 100)
+                replace(writer, np.arange(done, until))
+                done = until
+                steps.append(step(f"{percent} % in one range of keys", client, pinion, asked(), gb))
+            spreaded = np.random.default_rng(11).choice(sizes.scan, 500, replace=False)
+            replace(writer, np.sort(spreaded))
+            steps.append(step("and 500 rows all over the table", client, pinion, asked(), gb))
+        return {"steps": steps}
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def replace(writer, ids):
+    for first in range(0, len(ids), 50_000):
+        some = ids[first : first + 50_000]
+        rows = serving.wide_chunk(0, len(some)).set_column(0, serving.KEY, pa.array(some))
+        calls.put(writer, "scan", rows)
+
+
+def step(replaced, client, pinion, request, gb):
+    runs = [measured(lambda: client.call("scan", asked=request), pinion.pid, gb) for _ in range(4)][1:]
+    metadata = runs[-1]["metadata"] or {}
+    return {
+        "replaced": replaced,
+        "share": metadata.get("zero_copy_share"),
+        "gb_per_second": [run["gb_per_second"] for run in runs],
+        "server_cpu_per_gb": median([run["server_cpu_per_gb"] for run in runs]),
+        "rows": runs[-1]["rows"],
+    }
+
+
+def share_report(found):
+    rows = [
+        [of["replaced"], "none told" if of["share"] is None else f"{of['share']:.2%}", spread(of["gb_per_second"])]
+        + [f"{of['server_cpu_per_gb']:.3f}"]
+        for of in found["steps"]
+    ]
+    note = "\n- the share is what the reply itself says; pyarrow's client over the Unix socket (goal: 99 % when clean)\n"
+    return table(["rows replaced", "zero-copy share", "GB/s: min / median / max", "server CPU s/GB"], rows) + "\n" + note, []
+
+
+# -- copies, seen from outside
+
+COPIES = re.compile(r"mem(cpy|move)|copy_nonoverlapping|extend_from_slice|copy_from_slice")
+
+
+def copies(sizes, data, count):
+    """A sampled profile of the server while a pyarrow client scans a clean table."""
+    if shutil.which("perf") is None:
+        raise SystemExit("perf is missing: leave out the part `copies`, or install it (Debian calls it linux-perf)")
+    found = {}
+    with Pinion(data) as pinion, tempfile.TemporaryDirectory() as folder:
+        for way, url in (("Unix socket", pinion.unix), ("TCP", pinion.flight)):
+            with Workers("scan", {"url": url}, clients=1) as client:
+                client.call("scan", asked=asked())
+                file = f"{folder}/{way[:3]}.data"
+                record = ["perf", "record", "-q", "-e", "cpu-clock", "-F", "1999", "-p", str(pinion.pid), "-o", file]
+                with subprocess.Popen(record, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as perf:
+                    time.sleep(0.3)
+                    client.call("scan", asked=asked(), repeat=max(3, count))
+                    perf.terminate()
+                found[way] = profile(file)
+    return {"profiles": found}
+
+
+def profile(file):
+    """Shares of the samples by kind, and the greatest symbols."""
+    report = ["perf", "report", "--stdio", "-i", file, "--no-children", "-F", "overhead,dso,sym", "-w", "0,40,120", "-t", "|"]
+    said = subprocess.run(report, capture_output=True, text=True, check=True).stdout
+    symbols = []
+    for line in said.splitlines():
+        if match := re.match(r"\s*([\d.]+)%\s*\|\s*(\S+)\s*\|\s*\[(.)\]\s*(.*)", line):
+            percent, _, mode, symbol = match.groups()
+            symbols.append((float(percent), "user" if mode == "." else "kernel", symbol.strip()))
+    user = [(share, name) for share, mode, name in symbols if mode == "user"]
+    return {
+        "user_percent": sum(share for share, _ in user),
+        "copy_percent": sum(share for share, name in user if COPIES.search(name)),
+        "top": [list(found) for found in symbols[:12]],
+    }
+
+
+def copies_report(found):
+    rows = [
+        [way, f"{of['copy_percent']:.2f} %", f"{of['user_percent']:.1f} %", ", ".join(f"{n} {p:.1f} %" for p, _, n in of["top"][:3])]
+        for way, of in found["profiles"].items()
+    ]
+    note = "\n- samples of the CPU clock in the server, pyarrow's client, clean table (goal: copies under 2 %)\n"
+    return table(["", "user-space copies", "user space in all", "most samples"], rows) + "\n" + note, []
+
+
+# -- a cold scan beside hot lookups
+
+
+def cold(sizes, data, count):
+    """The table's pages are dropped while no server maps them; then lookups run alone, and beside the cold scan."""
+    found = []
+    paths = {"Flight, Unix socket": "flight"} | ({} if missing_lane() else {"local lane": "lane"})
+    for number in range(min(count, 3)):
+        for path, kind in paths.items():
+            dropped = drop_pages(data)
+            with Pinion(data) as pinion, ExitStack() as stack:
+                where = {"url": pinion.unix} if kind == "flight" else {"socket": str(pinion.lane)}
+                lookups = Workers(kind, {**where, "table": "profile", "features": serving.FEATURES}, clients=1)
+                stack.enter_context(lookups)
+                scan = stack.enter_context(Workers("scan", {"url": pinion.unix}, clients=1))
+
+                def ask(seconds):
+                    return lookups.run(1, 100, seconds, sizes.profile, 1, seed=number)
+
+                ask(1.0)
+                alone = ask(1.5)
+                scan.start(1, "scan", asked=asked())
+                beside = ask(1.5)
+                [scanned] = scan.finish()
+                scan.start(1, "scan", asked=asked(), repeat=3)
+                hot = ask(1.5)
+                scan.finish()
+            assert scanned["rows"] == sizes.scan
+            found.append(
+                {"path": path, "resident_before": dropped, "alone": alone, "beside_cold": beside, "beside_hot": hot}
+                | {"scan_seconds": scanned["seconds"]}
+            )
+    return {"gb": gigabytes(sizes), "runs": found}
+
+
+def drop_pages(data):
+    """Drops a table's files from the page cache; the share of them that stayed."""
+    files = [file for file in scan_table(data).rglob("*") if file.is_file() and file.stat().st_size]
+    subprocess.run(["sync"], check=True)
+    for file in files:
+        with open(file, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    done = subprocess.run(["fincore", "-b", "-n", "-o", "RES,SIZE", *files], capture_output=True, text=True, check=True)
+    pairs = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    return sum(resident for resident, _ in pairs) / sum(size for _, size in pairs)
+
+
+def scan_table(data):
+    """The folder of the table `scan`: the first that was made."""
+    return sorted((data / "tables").iterdir())[0]
+
+
+def cold_report(found):
+    rows, notes = [], []
+    for path in dict.fromkeys(run["path"] for run in found["runs"]):
+        runs = [run for run in found["runs"] if run["path"] == path]
+        for what in ("alone", "beside_hot", "beside_cold"):
+            rows.append(
+                [path, what.replace("_", " a ") + (" scan" if what != "alone" else "")]
+                + [spread([run[what][f"{p}_micros"] for run in runs], "{:.0f}") for p in ("p50", "p99")]
+            )
+        worse = ratios(*([run[what]["p99_micros"] for run in runs] for what in ("beside_cold", "alone")))
+        notes.append(f"{path}: p99 beside a cold scan {median(worse):.2f}x of alone ({spread(worse)}; goal: within 2x)")
+    rates = [found["gb"] / run["scan_seconds"] for run in found["runs"]]
+    stayed = max(run["resident_before"] for run in found["runs"])
+    notes.append(f"the cold scan itself: {spread(rates)} GB/s; at most {stayed:.1%} of the table was in memory before")
+    header = ["lookups of 100 keys", "", "p50 µs: min / median / max", "p99 µs"]
+    return table(header, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n", []
+
+
+# -- a table in a process on the same machine
+
+
+def delivered(sizes, data, count):
+    files = serving.scan_files(sizes)
+    file = serving.mapped(files["64k"])
+    row = int(np.random.default_rng(5).integers(0, sizes.scan))
+    expect = {"rows": sizes.scan, "row": row, "value": file["f3"][row].as_py()}
+    from scan_clients import sums
+
+    expected = sums(file)
+
+    def once(kind, options):
+        def one():
+            with Workers(kind, options, clients=1) as fresh:
+                found = fresh.call("deliver", **expect)
+            assert np.allclose(found.pop("sums"), expected, rtol=1e-6), "the sums differ from the file's"
+            return found
+
+        return one
+
+    with ExitStack() as stack:
+        pinion = stack.enter_context(Pinion(data))
+        unix = stack.enter_context(PyarrowServer(files, uds=True))
+        cases = {
+            f"pyarrow Flight server, {name} rows a batch": once("table-flight", {"url": unix.url, "asked": {"file": name}})
+            for name in files
+        }
+        cases["Pinion, Flight"] = once("table-flight", {"url": pinion.unix, "asked": asked()})
+        if why := missing_lane():
+            print(f"the mapped table is not measured: {why}")
+        else:
+            cases["Pinion, mapped over the local lane"] = once("table-mapped", {"socket": str(pinion.lane)})
+        found = rounds(cases, count, warm=1)
+    return {"gb": gigabytes(sizes), "rounds": found}
+
+
+def delivered_report(found):
+    rows, notes = [], []
+    for name, runs in found["rounds"].items():
+        rows.append([name] + [spread([run[f"{what}_seconds"] * 1e3 for run in runs], "{:.1f}") for what in ("table", "sum")])
+    peers = {name: runs for name, runs in found["rounds"].items() if name.startswith("pyarrow")}
+    ours = found["rounds"].get("Pinion, mapped over the local lane")
+    for what, text, goal in (("table", "to a checked table", 100), ("sum", "all columns summed", 5)):
+        if ours:
+            best = min(peers, key=lambda name: median([run[f"{what}_seconds"] for run in peers[name]]))
+            faster = ratios(*([run[f"{what}_seconds"] for run in runs] for runs in (peers[best], ours)))
+            notes.append(f"{text}: {median(faster):.1f}x faster than {best} ({spread(faster)}; goal: at least {goal}x)")
+    notes.append(f"{found['gb']:.3f} GB, a new process each time; its start and imports are not counted, connecting is")
+    header = ["", "connect to checked table, ms: min / median / max", "and all columns summed, ms"]
+    groups = [("Checked table", [(n, [r["table_seconds"] * 1e3 for r in runs], n.startswith("Pinion")) for n, runs in found["rounds"].items()])]
+    groups += [("All columns summed", [(n, [r["sum_seconds"] * 1e3 for r in runs], n.startswith("Pinion")) for n, runs in found["rounds"].items()])]
+    picture = plot.bars("From connect to a table of 2 GB in a local process", "ms, logarithmic", groups, log=True)
+    body = table(header, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+    return body, [("scan-table.svg", picture, "Milliseconds from connect to a table")]
+
+
+REPORTS = {
+    "full": full_report,
+    "part": part_report,
+    "share": share_report,
+    "copies": copies_report,
+    "cold": cold_report,
+    "table": delivered_report,
+}
+
+if __name__ == "__main__":
+    main()
