@@ -3,6 +3,9 @@
 A client is made once in its process. `requests(ids)` brings arrays of keys into the form that the client library takes;
 that is not timed. `ask(request)` is timed: from there to the reply in the process. `typed(reply)` gives the reply as Arrow,
 for the check of values; where a client is said to reply typed, `ask` has done it already.
+
+`PREPARED_KEYS` are made ready before a run, and asked again from the first one when a run is longer: more than a processor
+caches, and not much more than the client can ask for in a run.
 """
 
 import json
@@ -17,6 +20,8 @@ KEY = pa.schema([pa.field("id", pa.int64(), nullable=False)])
 
 class Flight:
     """pyarrow's Flight client: one DoExchange stream, a batch of keys a request."""
+
+    PREPARED_KEYS = 400_000
 
     def __init__(self, url, table, features, limit=None):
         from pyarrow import flight
@@ -42,6 +47,8 @@ class Flight:
 class Lane:
     """Pinion's Python client on the local lane."""
 
+    PREPARED_KEYS = 400_000
+
     def __init__(self, socket, table, features):
         import pinion
 
@@ -63,6 +70,8 @@ class Redis:
     `hiredis` chooses the parser; `pipeline` sends all HMGETs of a request together, else one after the other; `types` builds
     the typed Arrow batch that Pinion replies with, else the values stay bytes.
     """
+
+    PREPARED_KEYS = 50_000
 
     def __init__(self, socket, schema, step, hiredis=True, pipeline=True, types=False):
         import redis
@@ -110,6 +119,8 @@ class RedisPacked(Redis):
     No feature store does it so, and a single feature cannot be read or written: what Redis can do at its very best.
     """
 
+    PREPARED_KEYS = 200_000
+
     def requests(self, arrays):
         return [(ids, [f"p:{rank:012d}" for rank in (ids // self.step).tolist()]) for ids in arrays]
 
@@ -133,6 +144,8 @@ class RedisPacked(Redis):
 
 class FeastSdk:
     """Feast's Python SDK on its Redis online store."""
+
+    PREPARED_KEYS = 10_000
 
     def __init__(self, repository, features, schema, arrow=False):
         from feast import FeatureStore
@@ -159,6 +172,8 @@ class FeastSdk:
 
 class FeastServe:
     """`feast serve` over HTTP with a kept-alive connection; replies parsed from JSON."""
+
+    PREPARED_KEYS = 10_000
 
     def __init__(self, port, features, schema):
         import http.client

@@ -54,7 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(parts), help=" ".join(parts))
     parser.add_argument("--rows", type=int, default=16_777_216, help="fewer for a trial, which writes no results")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--build-only", action="store_true", help="make the data and the store, measure nothing")
     parser.add_argument("--render", action="store_true", help="only write docs/benchmarks.md again from the results")
     options = parser.parse_args()
@@ -140,7 +140,7 @@ def full(sizes, data, count):
                     other, {"file": name}, peer.pid, gb, sizes.scan
                 )
         cases |= rust_cases(stack, sizes, files, ways, pinion, gb)
-        found = rounds(cases, count)
+        found = rounds(cases, count, limit_seconds=270)
     return {"gb": gb, "rounds": found}
 
 
@@ -264,7 +264,7 @@ def part(sizes, data, count):
                     cases[f"{way} | pyarrow | pyarrow server, {name} rows a batch"] = repeated(
                         other, {"file": name, **theirs}, peer.pid, gb, rows, repeat
                     )
-            found[question] = {"gb": gb, "rows": rows, "rounds": rounds(cases, count)}
+            found[question] = {"gb": gb, "rows": rows, "rounds": rounds(cases, count, limit_seconds=60)}
     return {"questions": found}
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+WARM_SECONDS = 0.1
 PACKAGE = Path(__file__).resolve().parents[1] / "python"  # Pinion's own Python client
-PREPARED = 20_000  # keys that are made ready for one run; then they repeat
 
 
 class Workers:
@@ -166,12 +166,13 @@ def check(client, order):
 
 def run(client, order, number, pipe):
     generator = np.random.default_rng([order["seed"], number])
-    count = max(8, PREPARED // order["keys"])
+    count = max(8, min(5_000, client.PREPARED_KEYS // order["keys"]))
     ids = generator.integers(0, order["among"], (count, order["keys"])) * order["step"]
     requests = client.requests(list(ids))
-    for request in requests[: max(3, min(20, 2_000 // order["keys"]))]:
-        client.ask(request)  # warm
-    warmed = max(3, min(20, 2_000 // order["keys"]))
+    warmed, until = 0, time.monotonic() + WARM_SECONDS
+    while warmed < 2 or (warmed < 20 and time.monotonic() < until):
+        client.ask(requests[warmed % len(requests)])
+        warmed += 1
     pipe.send({"ready": True})
     begin = pipe.recv()
     while time.monotonic() < begin:
