@@ -18,6 +18,7 @@ import subprocess
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -369,21 +370,19 @@ def half(sizes, data, count):
             cases = {}
             for path, workers in paths.items():
                 cpu = Cpu(redis.pid if path == best else pinion.pid)
-                cases[path] = at_half(lambda **how: case(workers, 8, keys, few, cpu, **how), 8)
+                cases[path] = at_half(partial(case, workers, 8, keys, few, cpu))
             if example("lane_bench") is not None and not missing_lane():
-                cases[NATIVE] = at_half(
-                    lambda **how: lane_bench(pinion, "profile", serving.FEATURES, 8, keys, few, **how), 8
-                )
+                cases[NATIVE] = at_half(partial(lane_bench, pinion, "profile", serving.FEATURES, 8, keys, few))
             found[str(keys)] = rounds(cases, count, limit_seconds=60)
     return {"rounds": found}
 
 
-def at_half(make, clients):
+def at_half(make):
     """Saturation first, then half of its rate, in one round."""
 
-    def one(make=make):
+    def one():
         full = make()()
-        return {"full": full, "half": make(rate=full["requests_per_second"] / 2 / clients, seconds=2 * SECONDS)()}
+        return {"full": full, "half": make(rate=full["requests_per_second"] / 2, seconds=2 * SECONDS)()}
 
     return one
 
@@ -514,7 +513,7 @@ def many_report(found):
             )
         worse = ratios(*([run[what]["p99_micros"] for run in runs] for what in ("beside", "alone")))
         notes.append(f"{path}: p99 {median(worse):.2f}x of alone ({spread(worse)}; goal: within 3x)")
-    before, peak = (max(run[f"rss_{when}"] for run in found["runs"]) / 2**20 for when in ("before", "peak"))
+    before, peak = found["runs"][0]["rss_before"] / 2**20, max(run["rss_peak"] for run in found["runs"]) / 2**20
     rates = [run["rows_per_second"] for run in found["runs"]]
     notes.append(
         f"anonymous memory of the server: {before:.0f} MiB before, at most {peak:.0f} MiB beside the scans: "

@@ -22,14 +22,7 @@ def missing_lane():
 
 
 class Pinion(Server):
-    """`pinion serve` on TCP, on a Unix socket, and on the local lane where it can."""
-
-    def __init__(self, data, **options):
-        super().__init__(data, start=False, **options)
-        self.lane = self.folder / "lane.sock"
-        if not missing_lane():
-            self.arguments += ["--lane", str(self.lane)]
-        self.start()
+    """`pinion serve` on TCP, on a Unix socket, and on the local lane."""
 
     @property
     def unix(self):

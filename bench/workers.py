@@ -72,7 +72,8 @@ class Workers:
 
         Without `rate` the next request follows the reply (saturation); with it, so many requests a second in all.
         """
-        order = {"keys": keys, "seconds": seconds, "among": among, "step": step, "seed": seed, "rate": rate}
+        each = rate / clients if rate else None
+        order = {"keys": keys, "seconds": seconds, "among": among, "step": step, "seed": seed, "rate": each}
         return self.order(do="run", clients=clients, **order)
 
     def __enter__(self):
