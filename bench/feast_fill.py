@@ -1,6 +1,6 @@
 """Fills a Feast repository: one feature view with every STEP-th row of an Arrow file. Runs in Feast's own venv.
 
-    feast_fill.py REPOSITORY FILE STEP
+feast_fill.py REPOSITORY FILE STEP
 """
 
 import sys

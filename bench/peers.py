@@ -81,9 +81,7 @@ class PyarrowServer(Peer):
         super().__init__("pyarrow Flight server")
         ready = self.folder / "ready"
         location = f"grpc+unix://{self.folder}/flight.sock" if uds else "grpc://127.0.0.1:0"
-        self.launch(
-            [sys.executable, HERE / "flight_peer.py", location, ready, *(f"{n}={f}" for n, f in files.items())]
-        )
+        self.launch([sys.executable, HERE / "flight_peer.py", location, ready, *(f"{n}={f}" for n, f in files.items())])
         self.wait_for(lambda: ready.exists() and ready.read_text())
         self.url = location if uds else f"grpc://127.0.0.1:{ready.read_text()}"
 
@@ -158,4 +156,3 @@ class Feast:
 
     def __exit__(self, *_):
         self.redis.__exit__()
-

@@ -34,7 +34,9 @@ def received_bytes():
                 with socket.socket(fileno=os.dup(int(name))) as found:
                     if found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM:
                         # tcpi_bytes_received of struct tcp_info
-                        total += struct.unpack_from("Q", found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), 128)[0]
+                        total += struct.unpack_from(
+                            "Q", found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), 128
+                        )[0]
     return total
 
 

@@ -53,7 +53,11 @@ def example(name):
 def native(name, *arguments, timeout=300):
     """Runs a native benchmark client to its end; what its last line of JSON says."""
     done = subprocess.run(
-        [str(example(name)), *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=dict(os.environ)
+        [str(example(name)), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=dict(os.environ),
     )
     if done.returncode != 0:
         raise RuntimeError(f"{name} {' '.join(map(str, arguments))} exited {done.returncode}\n{done.stderr[-2000:]}")

@@ -96,7 +96,9 @@ def write(path, count, chunk, batch_rows):
 
 def scan_files(sizes):
     """batch name -> the file that a peer maps."""
-    return {name: write(sizes.folder / f"scan-{name}.arrow", sizes.scan, wide_chunk, rows) for name, rows in BATCHES.items()}
+    return {
+        name: write(sizes.folder / f"scan-{name}.arrow", sizes.scan, wide_chunk, rows) for name, rows in BATCHES.items()
+    }
 
 
 def profile_file(sizes):
