@@ -1,11 +1,11 @@
 """The lookup clients that are compared, one class each. (Those of scans: `scan_clients`.)
 
-A client is made once in its process. `requests(ids)` brings arrays of keys into the form that the client library takes;
-that is not timed. `ask(request)` is timed: from there to the reply in the process. `typed(reply)` gives the reply as Arrow,
-for the check of values; where a client is said to reply typed, `ask` has done it already.
+A client is made once in its process. `requests(ids)` brings arrays of keys into the form that the client library
+takes; that is not timed. `ask(request)` is timed: from there to the reply in the process. `typed(reply)` gives the reply
+as Arrow, for the check of values; where a client is said to reply typed, `ask` has done it already.
 
-`PREPARED_KEYS` are made ready before a run, and asked again from the first one when a run is longer: more than a processor
-caches, and not much more than the client can ask for in a run.
+`PREPARED_KEYS` are made ready before a run, and asked again from the first one when a run is longer: more than a
+processor caches, and not much more than the client can ask for in a run.
 """
 
 import json
@@ -67,8 +67,8 @@ class Lane:
 class Redis:
     """redis-py. Every row is a hash `e:<rank>` of fixed-width little-endian values and texts, read by HMGET.
 
-    `hiredis` chooses the parser; `pipeline` sends all HMGETs of a request together, else one after the other; `types` builds
-    the typed Arrow batch that Pinion replies with, else the values stay bytes.
+    `hiredis` chooses the parser; `pipeline` sends all HMGETs of a request together, else one after the other; `types`
+    builds the typed Arrow batch that Pinion replies with, else the values stay bytes.
     """
 
     PREPARED_KEYS = 50_000

@@ -7,8 +7,8 @@ Parts, each optional:
 - `many`: 64 scans at once beside lookups: memory of the server, latency;
 - `cancel`: 10,000 streams that their clients cancel, and what is left of them.
 
-Pinion holds 10 M keys, Redis every tenth of them, Feast every hundredth; keys are asked uniformly from the peer's set, and
-from all 10 M too.
+Pinion holds 10 M keys, Redis every tenth of them, Feast every hundredth; keys are asked uniformly from the peer's set,
+and from all 10 M too.
 """
 
 import argparse
@@ -27,12 +27,14 @@ from lookup_paths import (
     FLIGHT,
     LANE,
     NATIVE,
+    READS,
     REDIS_SETTINGS,
     SECONDS,
     Cpu,
     case,
     check,
     feast_paths,
+    has_native,
     lane_bench,
     pinion_paths,
     redis_benchmark,
@@ -41,7 +43,7 @@ from lookup_paths import (
 )
 from lookup_report import REPORTS
 from peers import FEAST_PYTHON, Feast
-from serve_for import Pinion, example, missing_lane
+from serve_for import Pinion, missing_lane, understands
 from serving import FEAST_STEP, REDIS_STEP, Sizes
 from workers import Workers
 
@@ -127,10 +129,10 @@ def lookups(sizes, data, count):
                     if keys > 1 or "one HMGET" not in path:
                         cases[f"{path} | Redis's"] = case(workers, clients, keys, few, peer)
                 cases["redis-benchmark | Redis's"] = redis_benchmark(redis, clients, keys, few[0], peer)
-                if example("lane_bench") is not None and not missing_lane():
+                for path, read in READS.items() if has_native() else ():
                     for asked, of in ((few, "Redis's"), (every, "all")):
-                        cases[f"{NATIVE} | {of}"] = lane_bench(
-                            pinion, "profile", serving.FEATURES, clients, keys, asked
+                        cases[f"{path} | {of}"] = lane_bench(
+                            pinion, "profile", serving.FEATURES, clients, keys, asked, read=read
                         )
                 if clients == 1 or keys == 100:
                     for path, workers in feasts.items():
@@ -155,7 +157,7 @@ def half(sizes, data, count):
             for path, workers in paths.items():
                 cpu = Cpu(redis.pid if path == best else pinion.pid)
                 cases[path] = at_half(partial(case, workers, 8, keys, few, cpu))
-            if example("lane_bench") is not None and not missing_lane():
+            if has_native() and understands("lane_bench", "--rate"):
                 cases[NATIVE] = at_half(partial(lane_bench, pinion, "profile", serving.FEATURES, 8, keys, few))
             found[str(keys)] = rounds(cases, count, limit_seconds=60)
     return {"rounds": found}
@@ -186,8 +188,12 @@ def requests(sizes, data, count):
         for clients in (1, 2, 4, 8):
             for path, workers in paths.items():
                 cases[f"{path} | {clients}"] = case(workers, clients, keys, every, cpu)
-            if example("lane_bench") is not None and not missing_lane():
-                cases[f"{NATIVE} | {clients}"] = lane_bench(pinion, "fifty", names, clients, keys, every)
+            for path, read in READS.items() if has_native() else ():
+                for depth in (1, 4):
+                    label = f"{path}, {depth} under way" if depth > 1 else path
+                    cases[f"{label} | {clients}"] = lane_bench(
+                        pinion, "fifty", names, clients, keys, every, read=read, depth=depth
+                    )
         found = rounds(cases, count, limit_seconds=90)
     return {"rounds": found}
 

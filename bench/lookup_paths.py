@@ -11,11 +11,12 @@ import redis_fill
 import serving
 from harness import cpu_seconds, family_cpu_seconds
 from peers import FEAST_PYTHON, Feast, Redis
-from serve_for import missing_lane, native
+from serve_for import example, missing_lane, native, understands
 from serving import REDIS_STEP
 from workers import Workers
 
 SECONDS = 0.5
+NATIVE_WARM = 0.2
 SCHEMA = [(field.name, str(field.type)) for field in serving.SCHEMA]
 # The settings of redis-py, the first of them its best as a rule; all are printed.
 REDIS_SETTINGS = {
@@ -26,6 +27,8 @@ REDIS_SETTINGS = {
 REDIS_TYPED = "redis-py, hiredis, pipelined HMGET, typed Arrow"
 REDIS_PACKED = "redis-py, hiredis, MGET of packed rows, typed Arrow"
 LANE, FLIGHT, NATIVE = "local lane, Python", "Flight, pyarrow", "local lane, native"
+# How the native client reads replies.
+READS = {NATIVE: "batch", f"{NATIVE}, values in place": "columns"}
 
 
 @contextmanager
@@ -160,15 +163,28 @@ def child_cpu_seconds():
     return used.ru_utime + used.ru_stime
 
 
-def lane_bench(pinion, name, features, clients, keys, asked, seconds=SECONDS, rate=None):
-    """The native client of the local lane; it validates what it receives."""
+def has_native():
+    return example("lane_bench") is not None and not missing_lane()
+
+
+def lane_bench(pinion, name, features, clients, keys, asked, seconds=SECONDS, rate=None, read="batch", depth=1):
+    """The native client of the local lane, `clients` connections of it.
+
+    `read`: "batch" gives validated Arrow batches, "columns" checks and reads every value in place. `depth` requests are
+    under way on each connection.
+    """
     among, step = asked
+    spaced = understands("lane_bench", "--key-step")
 
     def one():
-        return native(
-            *("lane_bench", "--lane", pinion.lane, "--features", ",".join(f"{name}:{f}" for f in features)),
-            *("--connections", clients, "--keys", keys, "--among", among, "--step", step, "--seconds", seconds),
-            *("--seed", next(SEED), *(("--rate", rate) if rate else ())),
-        )
+        arguments = ["--lane", f"lane://{pinion.lane}", "--features", ",".join(f"{name}:{f}" for f in features)]
+        arguments += ["--connections", clients, "--keys", keys, "--depth", depth, "--read", read]
+        arguments += ["--key-to", among * (step if spaced else 1), "--seconds", seconds, "--warm", NATIVE_WARM]
+        arguments += ["--key-step", step] if spaced else []
+        arguments += ["--rate", rate] if rate else []
+        [found] = native("lane_bench", *arguments)
+        found["requests"] = found["requests_per_second"] * seconds
+        found["sent"] = found["requests"] * (seconds + NATIVE_WARM) / seconds
+        return found
 
     return lambda: timed(one, Cpu(pinion.pid), keys)

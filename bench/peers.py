@@ -86,6 +86,19 @@ class PyarrowServer(Peer):
         self.url = location if uds else f"grpc://127.0.0.1:{ready.read_text()}"
 
 
+class TonicServer(Peer):
+    """tonic with arrow-flight's default encoder; it reads one file into its own memory and serves one way."""
+
+    def __init__(self, program, file, uds):
+        super().__init__("tonic Flight server")
+        socket_path = self.folder / "flight.sock"
+        where = ["--uds", socket_path] if uds else ["--listen", "127.0.0.1:0"]
+        self.launch([program, "--file", file, *where])
+        self.wait_for(lambda: "ready" in (self.folder / "log").read_text())
+        address = (self.folder / "log").read_text().split()[-1]
+        self.url = f"grpc+unix://{socket_path}" if uds else f"grpc://{address}"
+
+
 class Redis(Peer):
     """redis-server without persistence, on a Unix socket and a loopback port; what `dump` holds is loaded first."""
 

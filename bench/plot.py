@@ -7,7 +7,7 @@ from html import escape
 from math import ceil, floor, log10
 
 OURS, PEER, INK, FAINT = "#2f7ed8", "#9aa5b1", "#6b7280", "#d1d5db"
-LINE, LEFT, RIGHT, TOP, WIDTH = 22, 300, 90, 48, 860
+LINE, LEFT, RIGHT, TOP, WIDTH = 22, 340, 100, 48, 920
 
 
 def bars(title, unit, groups, log=False, form="{:.3g}"):

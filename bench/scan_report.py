@@ -24,6 +24,9 @@ def full_report(found):
             note = against(found["rounds"], f"{way} | {ours}", f"{way} | {peer}")
             notes += [f"{way}: {note} (goal: at least {goal})"] if note else []
     header = ["", "client <- server", "GB/s: min / median / max", "server CPU s/GB", "client CPU s/GB", "both"]
+    for server, of in found["tried"].items():
+        rates = ", ".join(f"{name} rows {rate:.2f}" for name, rate in of.items())
+        notes.append(f"arrow-flight <- {server}, the settings tried beforehand: {rates} GB/s")
     notes.append(f"{found['gb']:.3f} GB of values; every peer at its best of three batch sizes in the ratios")
     body = table(header, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
     picture = plot.bars("Scan of the whole table, hot", "GB/s, median, least and greatest", list(groups.items()))
@@ -151,7 +154,9 @@ def delivered_report(found):
             ],
         )
     ]
-    picture = plot.bars("From connect to a table of 2 GB in a local process", "ms, logarithmic", groups, log=True)
+    picture = plot.bars(
+        "From connect to a table of 2 GB in a local process", "ms, logarithmic", groups, log=True, form="{:,.0f}"
+    )
     body = table(header, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
     return body, [("scan-table.svg", picture, "Milliseconds from connect to a table")]
 

@@ -1,7 +1,6 @@
 """Pinion and its native benchmark clients, as the serving benchmarks start them."""
 
 import json
-import os
 import subprocess
 import urllib.request
 from functools import cache
@@ -45,20 +44,21 @@ class Pinion(Server):
 
 
 def example(name):
-    """The path of a native benchmark client, or None when it is not built."""
+    """The path of a native benchmark program (an example of the client crate), or None when it is not built."""
     path = binary().parent / "examples" / name
     return path if path.exists() else None
 
 
+@cache
+def understands(name, option):
+    """Whether a native benchmark program has an option, by its usage."""
+    return f"{option} " in subprocess.run([str(example(name)), "--help"], capture_output=True, text=True).stderr
+
+
 def native(name, *arguments, timeout=300):
-    """Runs a native benchmark client to its end; what its last line of JSON says."""
-    done = subprocess.run(
-        [str(example(name)), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=dict(os.environ),
-    )
+    """Runs a native benchmark program to its end; the JSON of each line that it prints."""
+    command = [str(example(name)), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     if done.returncode != 0:
-        raise RuntimeError(f"{name} {' '.join(map(str, arguments))} exited {done.returncode}\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        raise RuntimeError(f"{' '.join(command)} exited {done.returncode}\n{done.stderr[-2000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines()]

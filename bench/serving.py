@@ -1,12 +1,12 @@
 """The data of the serving benchmarks (scan, lookup): three tables, their Arrow files, one store that holds them all.
 
-- `scan`: 2 GB; a key, 3 int64, 16 float32, 2 strings; the peers map the same rows from Arrow files of 8 k, 64 k and 256 k
-  rows a batch;
+- `scan`: 2 GB; a key, 3 int64, 16 float32, 2 strings; the peers map the same rows from Arrow files of 8 k, 64 k and
+  256 k rows a batch;
 - `profile`: 10 M keys with the same columns, laid out for lookups;
 - `fifty`: 1 M keys with 50 float32 features.
 
-Keys are 0 and up, in order. Every chunk of rows has a seed of its own, so any of them can be made again. Files and stores
-are kept in the cache from run to run, under a name that tells their sizes.
+Keys are 0 and up, in order. Every chunk of rows has a seed of its own, so any of them can be made again. Files and
+stores are kept in the cache from run to run, under a name that tells their sizes.
 """
 
 import shutil
