@@ -84,7 +84,7 @@ def faster(cases, ours, peers, of):
         return None
     best = min(settings, key=lambda name: median([run["p50_micros"] for run in settings[name]]))
     times = ratios(*([run["p50_micros"] for run in runs] for runs in (settings[best], mine)))
-    return f"p50 of {ours} {median(times):.2f}x faster than {best.split(' | ')[0]} ({spread(times)})"
+    return f"p50 of {ours}: {median(times):.2f}x as fast as {best.split(' | ')[0]} ({spread(times)})"
 
 
 def half_report(found):

@@ -133,7 +133,7 @@ def delivered_report(found):
         if ours:
             best = min(peers, key=lambda name: median([run[f"{what}_seconds"] for run in peers[name]]))
             faster = ratios(*([run[f"{what}_seconds"] for run in runs] for runs in (peers[best], ours)))
-            notes.append(f"{text}: {median(faster):.1f}x faster than {best} ({spread(faster)}; goal: at least {goal}x)")
+            notes.append(f"{text}: {median(faster):.1f}x as fast as {best} ({spread(faster)}; goal: at least {goal}x)")
     notes.append(f"{found['gb']:.3f} GB, a new process each time; its start and imports are not counted, connecting is")
     header = ["", "connect to checked table, ms: min / median / max", "and all columns summed, ms"]
     groups = [
