@@ -32,6 +32,10 @@ PLOTS = ROOT / "docs" / "plots"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
+class Unmeasured(Exception):
+    """A part cannot be measured on this machine; the message says why. The other parts go on."""
+
+
 def machine():
     """What the figures were measured on."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import serving
-from harness import RESULTS, Span, machine, rounds, rss_anon, save_part, show_part, versions
+from harness import RESULTS, Span, Unmeasured, machine, rounds, rss_anon, save_part, show_part, versions
 from lookup_paths import (
     FLIGHT,
     LANE,
@@ -69,8 +69,12 @@ def main():
         return
     for name in options.parts:
         here = machine()
-        with Span() as span:
-            found = parts[name](sizes, data, options.rounds)
+        try:
+            with Span() as span:
+                found = parts[name](sizes, data, options.rounds)
+        except Unmeasured as why:
+            print(f"\n== {name} is not measured: {why}")
+            continue
         here |= {
             "span": span.found,
             "versions": peer_versions() if name in ("lookups", "half") else versions("pyarrow"),

@@ -27,6 +27,7 @@ from harness import (
     DATA,
     RESULTS,
     Span,
+    Unmeasured,
     copy_store,
     cpu_seconds,
     machine,
@@ -68,8 +69,12 @@ def main():
     warm(data)
     for name in options.parts:
         here = machine()
-        with Span() as span:
-            found = parts[name](sizes, data, options.rounds)
+        try:
+            with Span() as span:
+                found = parts[name](sizes, data, options.rounds)
+        except Unmeasured as why:
+            print(f"\n== {name} is not measured: {why}")
+            continue
         here |= {"span": span.found, "versions": versions("pyarrow")}
         found = {"machine": here, "rows": sizes.scan, **found}
         if sizes.scan == 16_777_216:
@@ -185,16 +190,18 @@ def rust_cases(stack, sizes, files, ways, gb, pinion):
     return cases, tried
 
 
-def rust_pass(client, url, request, pid, gb, rows):
-    """A process with a warm-up pass and a measured one; the server's CPU is that of both."""
+def rust_pass(client, url, request, pid, gb, rows, repeat=1):
+    """A process with a warm-up pass and `repeat` measured ones; the server's CPU is that of all."""
 
     def one():
         def scan():
-            arguments = ("--via", client, "--url", url, "--ticket", json.dumps(request), "--passes", 2)
-            return {**native("scan_bench", *arguments)[-1], "server_passes": 2}
+            arguments = ("--via", client, "--url", url, "--ticket", json.dumps(request), "--passes", 1 + repeat)
+            passes = native("scan_bench", *arguments)[1:]
+            summed = {name: sum(each[name] for each in passes) for name in ("rows", "seconds", "client_cpu_seconds")}
+            return {**summed, "repeat": repeat, "server_passes": (1 + repeat) / repeat}
 
         found = measured(scan, pid, gb)
-        assert found["rows"] == rows, f"{found['rows']} rows of {rows}"
+        assert found["rows"] == rows * repeat, f"{found['rows']} rows of {rows} x {repeat}"
         return found
 
     return one
@@ -230,6 +237,13 @@ def part(sizes, data, count):
                     cases[f"{way} | pyarrow | pyarrow server, {name} rows a batch"] = repeated(
                         other, {"file": name, **theirs}, peer.pid, gb, rows, repeat
                     )
+                if example("scan_bench") is not None:
+                    rust = partial(rust_pass, gb=gb, rows=rows, repeat=repeat)
+                    cases[f"{way} | own Rust | Pinion"] = rust("pinion", url, asked(**ours), pinion.pid)
+                    for name in files:
+                        cases[f"{way} | arrow-flight | pyarrow server, {name} rows a batch"] = rust(
+                            "arrow-flight", peer.url, {"file": name, **theirs}, peer.pid
+                        )
             found[question] = {"gb": gb, "rows": rows, "rounds": rounds(cases, count, limit_seconds=60)}
     return {"questions": found}
 
@@ -303,7 +317,7 @@ COPIES = re.compile(r"mem(cpy|move)|copy_nonoverlapping|extend_from_slice|copy_f
 def copies(sizes, data, count):
     """A sampled profile of the server while a pyarrow client scans a clean table."""
     if shutil.which("perf") is None:
-        raise SystemExit("perf is missing: leave out the part `copies`, or install it (Debian calls it linux-perf)")
+        raise Unmeasured("perf is missing (Debian calls it linux-perf)")
     found = {}
     with Pinion(data) as pinion, tempfile.TemporaryDirectory() as folder:
         for way, url in (("Unix socket", pinion.unix), ("TCP", pinion.flight)):
@@ -335,7 +349,10 @@ def profile(file):
         "-t",
         "|",
     ]
-    said = subprocess.run(report, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(report, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise Unmeasured(f"perf recorded nothing: {done.stderr.strip()[-200:]}")
+    said = done.stdout
     symbols = []
     for line in said.splitlines():
         if match := re.match(r"\s*([\d.]+)%\s*\|\s*(\S+)\s*\|\s*\[(.)\]\s*(.*)", line):

@@ -54,19 +54,20 @@ def part_report(found):
             way, client, server = name.split(" | ")
             wire = median([run["wire_bytes"] for run in runs])
             rows.append(
-                [question, way, server, spread([run["gb_per_second"] for run in runs])]
+                [question, way, f"{client} <- {server}", spread([run["gb_per_second"] for run in runs])]
                 + [f"{median([run[f'{side}_cpu_per_gb'] for run in runs]):.3f}" for side in ("server", "client")]
                 + [f"{wire / 1e6:.2f} MB, {wire / (of['gb'] * 1e9) - 1:+.1%}" if wire else ""]
             )
         for way in ("Unix socket", "TCP"):
-            note = against(of["rounds"], f"{way} | pyarrow | Pinion", f"{way} | pyarrow | pyarrow server")
-            notes.append(f"{question}, {way}: {note}")
+            for ours, peer in (("pyarrow", "pyarrow"), ("own Rust", "arrow-flight")):
+                note = against(of["rounds"], f"{way} | {ours} | Pinion", f"{way} | {peer} | pyarrow server")
+                notes += [f"{question}, {way}: {note}"] if note else []
         notes.append(f"{question}: the ideal is {of['gb'] * 1e3:.2f} MB (goal: on the wire within 5 % of it)")
     notes.append("bytes on the wire are what the client's TCP socket received, HTTP/2 and gRPC framing included")
     header = [
         "",
         "",
-        "server",
+        "client <- server",
         "GB/s: min / median / max",
         "server CPU s/GB",
         "client CPU s/GB",
