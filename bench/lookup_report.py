@@ -149,9 +149,12 @@ def many_report(found):
         notes.append(f"{path}: p99 {median(worse):.2f}x of alone ({spread(worse)}; goal: within 3x)")
     before, peak = found["runs"][0]["rss_before"] / 2**20, max(run["rss_peak"] for run in found["runs"]) / 2**20
     rates = [run["rows_per_second"] for run in found["runs"]]
+    copied = found["rss_peak_copied"] / 2**20
     notes.append(
-        f"anonymous memory of the server: {before:.0f} MiB before, at most {peak:.0f} MiB beside the scans: "
-        f"{max(peak - before, 0) / found['streams']:.2f} MiB a stream"
+        f"anonymous memory of the server: {before:.0f} MiB before, at most {peak:.0f} MiB beside the scans, "
+        f"{max(peak - before, 0) / found['streams']:.2f} MiB a stream; at most {copied:.0f} MiB, "
+        f"{max(copied - before, 0) / found['streams']:.2f} MiB a stream, when a filter has every row copied "
+        "(bound: about 10 MiB a stream, docs/design.md)"
     )
     notes.append(f"the scans together: {spread([rate / 1e6 for rate in rates], '{:.1f}')} M rows/s")
     header = ["lookups of 100 keys", "", "p50 µs: min / median / max", "p99 µs"]
