@@ -276,15 +276,14 @@ def share(sizes, data, count):
                 step("no row, fixed-width columns", client, pinion, asked(features=fixed), gigabytes(sizes, fixed))
             )
             steps.append(step("no row", client, pinion, asked(), gb))
+            replace(writer, np.arange(sizes.scan // 100))
+            steps.append(step("1 % in one range of keys", client, pinion, asked(), gb))
+            everywhere = np.random.default_rng(11).permutation(sizes.scan)
             done = 0
-            for percent in (0.1, 1, 5):
-                until = int(sizes.scan * percent / 100)
-                replace(writer, np.arange(done, until))
+            for until in (50, 200, 1_000):
+                replace(writer, np.sort(everywhere[done:until]))
                 done = until
-                steps.append(step(f"{percent} % in one range of keys", client, pinion, asked(), gb))
-            spreaded = np.random.default_rng(11).choice(sizes.scan, 500, replace=False)
-            replace(writer, np.sort(spreaded))
-            steps.append(step("and 500 rows all over the table", client, pinion, asked(), gb))
+                steps.append(step(f"and {until:,} rows all over the table", client, pinion, asked(), gb))
         return {"steps": steps}
     finally:
         shutil.rmtree(copy, ignore_errors=True)

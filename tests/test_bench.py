@@ -25,7 +25,7 @@ def test_a_trial_of_the_scan_benchmark_prints_its_tables(tmp_path):
     for expected in (
         "| 3 of 22 columns | TCP | pyarrow <- Pinion |",
         "| 1 % of the rows | Unix socket | pyarrow <- pyarrow server, 256k rows a batch |",
-        "| 5 % in one range of keys |",
+        "| and 1,000 rows all over the table |",
         "foreign_cpu_share",
     ):
         assert expected in done.stdout, done.stdout
