@@ -168,11 +168,11 @@ def rust_cases(stack, sizes, files, ways, gb, pinion):
     cases, tried = {}, {}
     unix = ways["Unix socket"][1]
     for name in files:
-        found = rust("arrow-flight", unix.url, {"file": name}, unix.pid)()
-        tried.setdefault("pyarrow server", {})[name] = found["gb_per_second"]
+        tried.setdefault("pyarrow server", {})[name] = best_of_two(
+            rust("arrow-flight", unix.url, {"file": name}, unix.pid)
+        )
         with TonicServer(example("tonic_flight_server"), files[name], uds=True) as tonic:
-            found = rust("arrow-flight", tonic.url, {}, tonic.pid)()
-        tried.setdefault("tonic's encoder", {})[name] = found["gb_per_second"]
+            tried.setdefault("tonic's encoder", {})[name] = best_of_two(rust("arrow-flight", tonic.url, {}, tonic.pid))
     best = {server: max(found, key=found.get) for server, found in tried.items()}
     for way, (url, peer) in ways.items():
         cases[f"{way} | own Rust | Pinion"] = rust("pinion", url, asked(), pinion.pid)
@@ -188,6 +188,10 @@ def rust_cases(stack, sizes, files, ways, gb, pinion):
             "arrow-flight", tonic.url, {}, tonic.pid
         )
     return cases, tried
+
+
+def best_of_two(one):
+    return max(one()["gb_per_second"] for _ in range(2))
 
 
 def rust_pass(client, url, request, pid, gb, rows, repeat=1):
