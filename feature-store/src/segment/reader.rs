@@ -111,7 +111,7 @@ impl Segment {
         };
 
         let path = dir.join(file_name(id, ARROW));
-        let file = LendableFile::new(path, rows.file.map().len() as u64);
+        let file = LendableFile::new(path, rows.file.map().bytes().len() as u64);
         let row_count = u64::from(rows.file.rows());
         let delete_count = deletes
             .as_ref()
