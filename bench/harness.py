@@ -171,7 +171,7 @@ def copy_store(source, target):
     """A copy of a data directory: what never changes is linked, the rest copied."""
 
     def link_or_copy(one, other):
-        if one.endswith((".arrow", ".sys", ".idx", ".rows", ".del", ".dix")):
+        if one.endswith((".arrow", ".sys", ".idx", ".stat", ".rows", ".del", ".dix")):
             os.link(one, other)
         else:
             shutil.copy2(one, other)
