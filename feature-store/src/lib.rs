@@ -46,7 +46,10 @@ pub use error::{
     ApplyError, CommitError, OpenError, ReadError, RowProblem, SnapshotError, UnknownTable,
     WorkError,
 };
-pub use lookup::{LookupRequest, LookupResult, ValueStatus};
+pub use lookup::{
+    LookupRequest, LookupResult, ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch,
+    ReplyShape, ValueStatus,
+};
 pub use positions::{Position, Positions};
 pub use scan::{Filter, FilterError, Scan, ScanBatch, ScanRequest, View};
 pub use snapshot::{Snapshot, SnapshotId};
