@@ -31,6 +31,7 @@ mod order;
 mod positions;
 mod scan;
 pub mod segment;
+mod services;
 mod snapshot;
 mod stats;
 mod store;
@@ -43,8 +44,8 @@ pub use catalog::{TableId, TablePlan};
 pub use check::{CheckProblem, CheckReport};
 pub use commit::{Change, Commit, DeadLetter, Receipt, WriteToken};
 pub use error::{
-    ApplyError, CommitError, OpenError, ReadError, RowProblem, SnapshotError, UnknownTable,
-    WorkError,
+    ApplyError, CommitError, OpenError, ReadError, RowProblem, SnapshotError, UnknownService,
+    UnknownTable, WorkError,
 };
 pub use lookup::{
     LookupRequest, LookupResult, ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch,
@@ -54,5 +55,6 @@ pub use positions::{Position, Positions};
 pub use scan::{Filter, FilterError, Scan, ScanBatch, ScanRequest, View};
 pub use snapshot::{Snapshot, SnapshotId};
 pub use stats::{SegmentStats, TableStats};
-pub use store::{Store, StoreOptions};
+pub use services::{Service, ServicePlan, ServiceVersion};
+pub use store::{Plans, Store, StoreOptions};
 pub use table::Table;
