@@ -572,7 +572,8 @@ impl World {
                     .unwrap()
             })
             .collect();
-        let expected = expected(&request, &results, &outputs, status, event_time);
+        let plain = rng.chance(50);
+        let expected = expected(&request, &results, &outputs, status, event_time, plain);
         let shape = ReplyShape {
             parts,
             outputs,
@@ -619,6 +620,7 @@ fn expected(
     outputs: &[(usize, usize)],
     status: bool,
     event_time: bool,
+    plain: bool,
 ) -> RecordBatch {
     let mut fields: Vec<Field> = request
         .schema()
@@ -628,8 +630,19 @@ fn expected(
         .collect();
     let mut columns = request.columns().to_vec();
     for &(part, feature) in outputs {
-        fields.push(results[part].fields[feature].as_ref().clone());
-        columns.push(Arc::clone(&results[part].columns[feature]));
+        let field = results[part].fields[feature].as_ref().clone();
+        let column = Arc::clone(&results[part].columns[feature]);
+        match field.data_type() {
+            // A reply may have the values instead.
+            DataType::Dictionary(_, value) if plain => {
+                columns.push(arrow_cast::cast(&column, value).unwrap());
+                fields.push(Field::new(field.name(), value.as_ref().clone(), true));
+            }
+            _ => {
+                columns.push(column);
+                fields.push(field);
+            }
+        }
     }
     if status {
         for &(part, feature) in outputs {

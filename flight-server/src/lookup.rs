@@ -19,10 +19,10 @@ use arrow_schema::{DataType, Field, FieldRef, Schema, SchemaRef};
 use bytes::Bytes;
 use chrono::Utc;
 use pinion_feature_store::{
-    LookupRequest, LookupResult, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch, ReplyShape,
-    Snapshot, Table, ValueStatus,
+    LookupRequest, LookupResult, ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch,
+    ReplyShape, Snapshot, Table, ValueStatus,
 };
-use pinion_schemas::TableDefinition;
+use pinion_schemas::{TableDefinition, storage_type};
 use serde_json::Value;
 use tonic::Code;
 
@@ -66,8 +66,10 @@ pub(crate) struct BoundLookup {
     /// Per part, which request columns are its key columns, in entity order.
     keys: Vec<Vec<usize>>,
     schema: SchemaRef,
-    /// For replies of flat types.
+    /// Makes replies of flat types; dictionaries come as their values.
     reply_plan: Option<ReplyPlan>,
+    /// Whether the schema has no dictionaries.
+    is_plain: bool,
 }
 
 /// What one stream of lookups keeps between its requests.
@@ -259,12 +261,13 @@ impl LookupPlan {
             }
         }
         let schema = Arc::new(Schema::new(fields));
-        let reply_plan = self.reply_plan(request, &keys, &schema, snapshots);
+        let plain = plain_schema(&schema);
         Ok(BoundLookup {
+            is_plain: plain == schema,
+            reply_plan: self.reply_plan(request, &keys, &plain, snapshots),
             plan: self,
             keys,
             schema,
-            reply_plan,
         })
     }
 
@@ -392,25 +395,19 @@ impl BoundLookup {
         snapshots: &[Snapshot],
         arrived: Instant,
     ) -> Result<Reply, Failure> {
-        let rows = request.num_rows();
-        self.check_rows(rows)?;
-        if let Some(plan) = &self.reply_plan {
-            let moment = ReplyRequest {
-                now_nanos: now_nanos(),
-                deadline: self.deadline(arrived),
-            };
-            if let Some(reply) = plan.fill(&mut scratch.reply, request, snapshots, moment)? {
-                let bytes = reply.header.len() + reply.body.len();
-                scratch.encoder.check_reply(rows, bytes)?;
-                return Ok(Reply {
-                    dictionaries: Vec::new(),
-                    rows: IpcMessage {
-                        header: reply.header,
-                        body: reply.body,
-                    },
-                    partial: reply.partial,
-                });
-            }
+        if self.is_plain
+            && let Some(reply) = self.plain_reply(&mut scratch.reply, request, snapshots, arrived)?
+        {
+            let bytes = reply.header.len() + reply.body.len();
+            scratch.encoder.check_reply(request.num_rows(), bytes)?;
+            return Ok(Reply {
+                dictionaries: Vec::new(),
+                rows: IpcMessage {
+                    header: reply.header,
+                    body: reply.body,
+                },
+                partial: reply.partial,
+            });
         }
         let (batch, partial) = self.answer(request, snapshots, arrived)?;
         let mut messages = scratch
@@ -428,6 +425,30 @@ impl BoundLookup {
             rows,
             partial,
         })
+    }
+
+    /// Answers one batch of keys as one message without dictionaries: columns of dictionaries
+    /// hold their values. `None` where only [`BoundLookup::answer`] can.
+    ///
+    /// # Errors
+    ///
+    /// As [`BoundLookup::reply`]; the size of the message is the caller's to check.
+    pub(crate) fn plain_reply(
+        &self,
+        scratch: &mut ReplyScratch,
+        request: &RecordBatch,
+        snapshots: &[Snapshot],
+        arrived: Instant,
+    ) -> Result<Option<ReplyMessage>, Failure> {
+        self.check_rows(request.num_rows())?;
+        let Some(plan) = &self.reply_plan else {
+            return Ok(None);
+        };
+        let moment = ReplyRequest {
+            now_nanos: now_nanos(),
+            deadline: self.deadline(arrived),
+        };
+        Ok(plan.fill(scratch, request, snapshots, moment)?)
     }
 
     /// Answers one batch of keys in columns; says whether the deadline passed before all were
@@ -500,6 +521,23 @@ impl BoundLookup {
         // One too far to be a moment is none.
         arrived.checked_add(self.plan.deadline?)
     }
+}
+
+/// A schema with each dictionary replaced by its values.
+fn plain_schema(schema: &SchemaRef) -> SchemaRef {
+    let plain = |field: &FieldRef| -> FieldRef {
+        let data_type = storage_type(field.data_type());
+        if data_type == *field.data_type() {
+            return Arc::clone(field);
+        }
+        // A field built anew forgets its dictionary's id.
+        Arc::new(
+            Field::new(field.name(), data_type, field.is_nullable())
+                .with_metadata(field.metadata().clone()),
+        )
+    };
+    let fields = schema.fields().iter().map(plain);
+    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
 }
 
 fn now_nanos() -> i64 {

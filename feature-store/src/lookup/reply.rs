@@ -6,7 +6,7 @@ use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_schema::{DataType, SchemaRef};
 use bytes::{Bytes, BytesMut};
-use pinion_schemas::key_hash;
+use pinion_schemas::{EncodedKeys, key_hash};
 
 use super::gather::{Cell, Sink, Target, compute};
 use super::prepare::PreparedPart;
@@ -45,7 +45,7 @@ pub struct ReplyShape {
     pub outputs: Vec<(usize, usize)>,
     /// Columns of a request.
     pub request: SchemaRef,
-    /// Columns of a reply: the request's, the outputs, then a status per output and an event
+    /// Columns of a reply, dictionaries as their values: the request's, the outputs, then a status per output and an event
     /// time per output of a table that has event time, as asked.
     pub reply: SchemaRef,
     /// Whether statuses are asked for.
@@ -127,7 +127,6 @@ pub struct ReplyScratch {
     prepared: Vec<PreparedPart>,
     fills: Vec<Fill>,
     places: Vec<usize>,
-    hashes: Vec<u64>,
     found: Vec<Found>,
     probe: ProbeScratch,
     header: BytesMut,
@@ -154,7 +153,8 @@ struct Fill {
 
 impl ReplyPlan {
     /// Prepares a stream. `None` if a column of the reply has a type that is left to the IPC
-    /// writer: nested ones but fixed-size lists of primitives, views, dictionaries.
+    /// writer: nested ones but fixed-size lists of primitives, views, dictionaries. (A feature
+    /// that is a dictionary has a plan where the reply says the type of its values.)
     pub fn new(shape: ReplyShape, snapshots: &[Snapshot]) -> Option<ReplyPlan> {
         if snapshots.len() != shape.parts.len() {
             return None;
@@ -182,9 +182,12 @@ impl ReplyPlan {
                 node,
                 buffer,
             };
-            // A request's lists are rare, and their items may be anything.
-            if matches!((role, column.shape), (Role::Request(_), Shape::List { .. })) {
-                return None;
+            if let Role::Request(at) = role {
+                // A request's lists are rare, and their items may be anything.
+                let same = shape.request.field(at).data_type() == field.data_type();
+                if !same || matches!(column.shape, Shape::List { .. }) {
+                    return None;
+                }
             }
             node += column.shape.nodes();
             buffer += column.shape.buffers();
@@ -248,7 +251,6 @@ impl ReplyPlan {
             prepared,
             fills,
             places,
-            hashes,
             found,
             probe,
             header,
@@ -293,28 +295,38 @@ impl ReplyPlan {
         }
         let prepared: &[PreparedPart] = prepared;
         let mut texts: Vec<Vec<Vec<&[u8]>>> = Vec::with_capacity(self.parts.len());
+        let mut encodings: Vec<Encoding<'_>> = Vec::new();
         let mut partial = false;
         for (number, (part, snapshot)) in self.parts.iter().zip(snapshots).enumerate() {
             let (Some(prepared), Some(fill)) = (prepared.get(number), fills.get_mut(number)) else {
                 return Ok(None);
             };
             let mut part_texts: Vec<Vec<&[u8]>> = Vec::new();
-            partial |= PartRun {
+            // Tables of one request mostly have the same key: it is encoded once.
+            let same = encodings.iter().position(|e| e.fits(part, snapshot));
+            let encoding = match same {
+                Some(at) => at,
+                None => {
+                    encodings.push(Encoding::new(part, snapshot, request)?);
+                    encodings.len() - 1
+                }
+            };
+            let Some(encoding) = encodings.get(encoding) else {
+                return Ok(None);
+            };
+            let run = PartRun {
                 plan: self,
                 part,
                 prepared,
                 snapshot,
                 rows,
                 moment,
-            }
-            .run(
-                request,
-                fill,
-                places,
-                &mut part_texts,
-                (hashes, found, probe),
-                body,
-            )?;
+            };
+            let keys = Keys {
+                encoded: &encoding.encoded,
+                hashes: &encoding.hashes,
+            };
+            partial |= run.run(&keys, fill, places, &mut part_texts, (found, probe), body)?;
             texts.push(part_texts);
         }
 
@@ -375,6 +387,48 @@ fn aligned(end: usize, bytes: usize) -> usize {
     })
 }
 
+/// The keys of a request as one or several tables have them.
+struct Encoding<'r> {
+    part: &'r PartPlan,
+    snapshot: &'r Snapshot,
+    encoded: EncodedKeys,
+    hashes: Vec<u64>,
+}
+
+impl<'r> Encoding<'r> {
+    fn new(
+        part: &'r PartPlan,
+        snapshot: &'r Snapshot,
+        request: &RecordBatch,
+    ) -> Result<Encoding<'r>, ReadError> {
+        let given: Vec<ArrayRef> = part
+            .keys
+            .iter()
+            .map(|&column| ArrayRef::clone(request.column(column)))
+            .collect();
+        let encoded = snapshot.encode_keys(&snapshot.key_columns(&given)?)?;
+        Ok(Encoding {
+            part,
+            snapshot,
+            hashes: encoded.iter().map(key_hash).collect(),
+            encoded,
+        })
+    }
+
+    /// Whether another table would encode its keys the same.
+    fn fits(&self, part: &PartPlan, snapshot: &Snapshot) -> bool {
+        let types = |snapshot: &'_ Snapshot| -> Vec<DataType> {
+            let version = &snapshot.0.version;
+            let fields = version.storage_schema.fields().iter();
+            fields
+                .take(version.key_columns)
+                .map(|field| field.data_type().clone())
+                .collect()
+        };
+        self.part.keys == part.keys && types(self.snapshot) == types(snapshot)
+    }
+}
+
 /// One table's part of one reply.
 struct PartRun<'r, 'a> {
     plan: &'r ReplyPlan,
@@ -389,11 +443,11 @@ impl<'a> PartRun<'_, 'a> {
     /// Finds the keys and writes what they have. Returns whether the deadline passed.
     fn run(
         &self,
-        request: &RecordBatch,
+        keys: &Keys<'_>,
         fill: &mut Fill,
         places: &[usize],
         texts: &mut Vec<Vec<&'a [u8]>>,
-        (hashes, found, probe): (&mut Vec<u64>, &mut Vec<Found>, &mut ProbeScratch),
+        (found, probe): (&mut Vec<Found>, &mut ProbeScratch),
         body: &mut [u8],
     ) -> Result<bool, ReadError> {
         let PartRun {
@@ -406,20 +460,6 @@ impl<'a> PartRun<'_, 'a> {
         } = *self;
         let shape = &plan.shape;
         let inner = snapshot.0.as_ref();
-        let given: Vec<ArrayRef> = part
-            .keys
-            .iter()
-            .map(|&column| ArrayRef::clone(request.column(column)))
-            .collect();
-        let columns = snapshot.key_columns(&given)?;
-        let encoded = snapshot.encode_keys(&columns)?;
-        hashes.clear();
-        hashes.extend(encoded.iter().map(key_hash));
-        let keys = Keys {
-            encoded: &encoded,
-            hashes,
-        };
-
         fill.begin(part, places, rows, shape.event_time, texts);
         let levels: Vec<&Level> = inner.newest_first().collect();
         let expired_before = snapshot.expired_before(shape.as_of_nanos, Some(moment.now_nanos));
@@ -459,7 +499,7 @@ impl<'a> PartRun<'_, 'a> {
             if partial {
                 found.fill(Found::NOT_READ);
             } else {
-                inner.find_all(&levels, &keys, range.clone(), window, found, probe)?;
+                inner.find_all(&levels, keys, range.clone(), window, found, probe)?;
             }
             cells.clear();
             kept.clear();
