@@ -55,9 +55,11 @@ impl TryFrom<RemoteService> for Service {
                 definition: Arc::new(definition),
             })
         });
-        let versions = versions.collect::<Result<_, DefinitionError>>().map_err(|e| {
-            CliError::caused("the server's service definition is not understood", e)
-        })?;
+        let versions = versions
+            .collect::<Result<_, DefinitionError>>()
+            .map_err(|e| {
+                CliError::caused("the server's service definition is not understood", e)
+            })?;
         Ok(Service {
             name: service.service,
             versions,

@@ -50,15 +50,24 @@ fn rows(first: i64, count: i64) -> Result<RecordBatch, Failure> {
         vec![("id".into(), Arc::new(Int64Array::from_iter_values(ids())))];
     for i in 0..3_i64 {
         let values = ids().map(|id| id.wrapping_mul(2_654_435_761 + i));
-        columns.push((format!("i{i}"), Arc::new(Int64Array::from_iter_values(values))));
+        columns.push((
+            format!("i{i}"),
+            Arc::new(Int64Array::from_iter_values(values)),
+        ));
     }
     for i in 0..16 {
         let values = ids().map(|id| (id % 10_007) as f32 * (i + 1) as f32);
-        columns.push((format!("f{i}"), Arc::new(Float32Array::from_iter_values(values))));
+        columns.push((
+            format!("f{i}"),
+            Arc::new(Float32Array::from_iter_values(values)),
+        ));
     }
     for i in 0..2 {
         let values = ids().map(|id| format!("c{}", id % (97 + i)));
-        columns.push((format!("s{i}"), Arc::new(StringArray::from_iter_values(values))));
+        columns.push((
+            format!("s{i}"),
+            Arc::new(StringArray::from_iter_values(values)),
+        ));
     }
     Ok(RecordBatch::try_from_iter(columns)?)
 }
@@ -111,7 +120,9 @@ fn measure(
 
 fn main() -> Result<(), Failure> {
     let mut arguments = std::env::args().skip(1);
-    let count: i64 = arguments.next().map_or(Ok(2_000_000), |text| text.parse())?;
+    let count: i64 = arguments
+        .next()
+        .map_or(Ok(2_000_000), |text| text.parse())?;
     let seconds: f64 = arguments.next().map_or(Ok(1.0), |text| text.parse())?;
     let dir = tempfile::tempdir()?;
     Store::init(dir.path())?;
@@ -134,7 +145,10 @@ fn main() -> Result<(), Failure> {
         let stats = table.stats();
         println!("{layout}: {count} rows, {:?}", stats.segments);
     }
-    println!("{:>8} {:>9} {:>12} {:>10}", "keys", "path", "us/request", "us/key");
+    println!(
+        "{:>8} {:>9} {:>12} {:>10}",
+        "keys", "path", "us/request", "us/key"
+    );
     let mut state = 0x9e37_79b9_7f4a_7c15;
     for keys in [1_usize, 10, 100, 1000] {
         let requests: Vec<RecordBatch> = (0..(400_000 / keys).min(5_000))
@@ -188,5 +202,8 @@ fn main() -> Result<(), Failure> {
 }
 
 fn print(keys: usize, path: &str, median: f64) {
-    println!("{keys:>8} {path:>9} {median:>12.2} {:>10.3}", median / keys as f64);
+    println!(
+        "{keys:>8} {path:>9} {median:>12.2} {:>10.3}",
+        median / keys as f64
+    );
 }

@@ -53,8 +53,8 @@ pub use lookup::{
 };
 pub use positions::{Position, Positions};
 pub use scan::{Filter, FilterError, Scan, ScanBatch, ScanRequest, View};
+pub use services::{Service, ServicePlan, ServiceVersion};
 pub use snapshot::{Snapshot, SnapshotId};
 pub use stats::{SegmentStats, TableStats};
-pub use services::{Service, ServicePlan, ServiceVersion};
 pub use store::{Plans, Store, StoreOptions};
 pub use table::Table;

@@ -95,7 +95,11 @@ pub(crate) fn ticks_of(array: &ArrayRef) -> Result<Int64Array, ArrowError> {
 pub(crate) fn tick_at(array: &dyn Array, row: usize) -> Option<i64> {
     macro_rules! value {
         ($type:ty) => {
-            array.as_primitive_opt::<$type>()?.values().get(row).copied()
+            array
+                .as_primitive_opt::<$type>()?
+                .values()
+                .get(row)
+                .copied()
         };
     }
     match array.data_type() {

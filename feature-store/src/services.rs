@@ -220,7 +220,11 @@ pub(crate) fn users_of(catalog: &Catalog, table: &str) -> Vec<String> {
     let mut users = Vec::new();
     for service in &catalog.services {
         for version in &service.versions {
-            if version.definition.references().any(|(name, _)| name == table) {
+            if version
+                .definition
+                .references()
+                .any(|(name, _)| name == table)
+            {
                 users.push(format!("{}@v{}", service.name, version.version));
             }
         }

@@ -90,7 +90,10 @@ const WIDER: [(&str, &[&str]); 9] = [
     ("float", &["double"]),
     ("halffloat", &["float", "double"]),
     ("string", &["large_string"]),
-    ("decimal128(9, 2)", &["decimal128(12, 2)", "decimal256(40, 2)"]),
+    (
+        "decimal128(9, 2)",
+        &["decimal128(12, 2)", "decimal256(40, 2)"],
+    ),
 ];
 /// Seconds since the epoch around which events lie.
 const BASE: i64 = 1_700_000_000;
@@ -104,7 +107,10 @@ fn data_type(text: &str) -> DataType {
 fn array_of(data_type: &DataType, numbers: &[Option<i64>]) -> ArrayRef {
     let text = |n: i64| match n.rem_euclid(11) {
         0 => String::new(),
-        10 => format!("{n} {}", "long ".repeat(40 + n.unsigned_abs() as usize % 40)),
+        10 => format!(
+            "{n} {}",
+            "long ".repeat(40 + n.unsigned_abs() as usize % 40)
+        ),
         length => format!("{n}{}", "é".repeat(length as usize)),
     };
     let nulls = || NullBuffer::from_iter(numbers.iter().map(Option::is_some));
@@ -136,17 +142,14 @@ fn array_of(data_type: &DataType, numbers: &[Option<i64>]) -> ArrayRef {
                     bytes
                 })
             });
-            Arc::new(
-                FixedSizeBinaryArray::try_from_sparse_iter_with_size(values, *width).unwrap(),
-            )
+            Arc::new(FixedSizeBinaryArray::try_from_sparse_iter_with_size(values, *width).unwrap())
         }
         DataType::FixedSizeList(item, items) => {
             let values: Vec<Option<i64>> = numbers
                 .iter()
                 .flat_map(|n| {
-                    (0..i64::from(*items)).map(move |i| {
-                        n.map(|n| n + i).filter(|v| v.rem_euclid(7) != 3)
-                    })
+                    (0..i64::from(*items))
+                        .map(move |i| n.map(|n| n + i).filter(|v| v.rem_euclid(7) != 3))
                 })
                 .collect();
             let values = array_of(item.data_type(), &values);
@@ -156,7 +159,9 @@ fn array_of(data_type: &DataType, numbers: &[Option<i64>]) -> ArrayRef {
             )
         }
         DataType::List(item) => {
-            let lengths = numbers.iter().map(|n| n.map_or(0, |n| n.rem_euclid(3) as usize));
+            let lengths = numbers
+                .iter()
+                .map(|n| n.map_or(0, |n| n.rem_euclid(3) as usize));
             let values: Vec<Option<i64>> = numbers
                 .iter()
                 .flat_map(|n| vec![*n; n.map_or(0, |n| n.rem_euclid(3) as usize)])
@@ -166,19 +171,21 @@ fn array_of(data_type: &DataType, numbers: &[Option<i64>]) -> ArrayRef {
             Arc::new(ListArray::try_new(Arc::clone(item), offsets, values, Some(nulls())).unwrap())
         }
         DataType::Date32 => {
-            let days = arrow_array::Int32Array::from_iter(
-                numbers.iter().map(|n| n.map(|n| n as i32)),
-            );
+            let days =
+                arrow_array::Int32Array::from_iter(numbers.iter().map(|n| n.map(|n| n as i32)));
             arrow_cast::cast(&days, data_type).unwrap()
         }
         DataType::Time32(_) => {
             let ticks = arrow_array::Int32Array::from_iter(
-                numbers.iter().map(|n| n.map(|n| n.rem_euclid(80_000) as i32)),
+                numbers
+                    .iter()
+                    .map(|n| n.map(|n| n.rem_euclid(80_000) as i32)),
             );
             arrow_cast::cast(&ticks, data_type).unwrap()
         }
         DataType::Time64(_) => {
-            let ticks = Int64Array::from_iter(numbers.iter().map(|n| n.map(|n| n.rem_euclid(80_000))));
+            let ticks =
+                Int64Array::from_iter(numbers.iter().map(|n| n.map(|n| n.rem_euclid(80_000))));
             arrow_cast::cast(&ticks, data_type).unwrap()
         }
         DataType::Int8 | DataType::UInt8 => {
@@ -187,7 +194,9 @@ fn array_of(data_type: &DataType, numbers: &[Option<i64>]) -> ArrayRef {
         }
         DataType::Float16 => {
             let floats = arrow_array::Float32Array::from_iter(
-                numbers.iter().map(|n| n.map(|n| n.rem_euclid(1000) as f32 / 8.0)),
+                numbers
+                    .iter()
+                    .map(|n| n.map(|n| n.rem_euclid(1000) as f32 / 8.0)),
             );
             arrow_cast::cast(&floats, data_type).unwrap()
         }
@@ -297,7 +306,10 @@ impl Spec {
             text += "lookup = \"rows\"\n";
         }
         for f in &self.features {
-            text += &format!("[[feature]]\nname = {:?}\ntype = {:?}\n", f.name, f.type_text);
+            text += &format!(
+                "[[feature]]\nname = {:?}\ntype = {:?}\n",
+                f.name, f.type_text
+            );
             if let Some(default) = &f.default {
                 text += &format!("default = {default}\n");
             }
@@ -311,7 +323,12 @@ impl Spec {
     fn evolve(&mut self, rng: &mut Rng) {
         match rng.below(4) {
             0 => self.rows = !self.rows,
-            1 => self.ttl = self.event.as_ref().map(|_| 86_400 * rng.between(1, 4) as i64),
+            1 => {
+                self.ttl = self
+                    .event
+                    .as_ref()
+                    .map(|_| 86_400 * rng.between(1, 4) as i64)
+            }
             2 => {
                 let name = format!("{}{}", self.name, self.features.len());
                 self.features.push(draw_feature(rng, name, true));
@@ -351,7 +368,11 @@ impl Spec {
             let seconds: Vec<i64> = (0..rows)
                 .map(|_| {
                     let second = BASE + rng.below(12) as i64 * 43_200;
-                    if rng.chance(30) { second } else { second + rng.below(1000) as i64 }
+                    if rng.chance(30) {
+                        second
+                    } else {
+                        second + rng.below(1000) as i64
+                    }
                 })
                 .collect();
             columns.push(("at".to_owned(), time_array(event, &seconds)));
@@ -396,7 +417,8 @@ fn time_array(data_type: &DataType, seconds: &[i64]) -> ArrayRef {
 }
 
 fn batch(columns: Vec<(String, ArrayRef)>) -> RecordBatch {
-    RecordBatch::try_from_iter_with_nullable(columns.into_iter().map(|(n, a)| (n, a, true))).unwrap()
+    RecordBatch::try_from_iter_with_nullable(columns.into_iter().map(|(n, a)| (n, a, true)))
+        .unwrap()
 }
 
 fn options() -> StoreOptions {
@@ -448,7 +470,9 @@ impl World {
     }
 
     fn draw_keys(&self, rng: &mut Rng, rows: usize) -> Vec<i64> {
-        (0..rows).map(|_| rng.below(self.keys as usize) as i64).collect()
+        (0..rows)
+            .map(|_| rng.below(self.keys as usize) as i64)
+            .collect()
     }
 
     fn step(&mut self, rng: &mut Rng) {
@@ -497,10 +521,8 @@ impl World {
         // Columns that are no keys come back as they were.
         for (name, type_text) in [("note", "string"), ("weight", "int16"), ("seen", "bool")] {
             if rng.chance(40) {
-                let numbers: Vec<Option<i64>> = keys
-                    .iter()
-                    .map(|k| (k % 3 != 0).then_some(*k))
-                    .collect();
+                let numbers: Vec<Option<i64>> =
+                    keys.iter().map(|k| (k % 3 != 0).then_some(*k)).collect();
                 columns.push((name.to_owned(), array_of(&data_type(type_text), &numbers)));
             }
         }
@@ -543,9 +565,13 @@ impl World {
             .flat_map(|(p, part)| (0..part.features.len()).map(move |f| (p, f)))
             .collect();
         rng.shuffle(&mut outputs);
-        let as_of = rng.chance(40).then(|| (BASE + rng.below(13) as i64 * 43_200) * NANOS);
+        let as_of = rng
+            .chance(40)
+            .then(|| (BASE + rng.below(13) as i64 * 43_200) * NANOS);
         let now = (BASE + rng.below(16) as i64 * 43_200) * NANOS + rng.below(2) as i64;
-        let passed = rng.chance(4).then(|| Instant::now() - Duration::from_millis(1));
+        let passed = rng
+            .chance(4)
+            .then(|| Instant::now() - Duration::from_millis(1));
         let lookup = LookupRequest {
             as_of_nanos: as_of,
             now_nanos: Some(now),
@@ -598,8 +624,7 @@ impl World {
             now_nanos: now,
             deadline: passed,
         };
-        // The scratch of another stream, and then its own.
-        self.scratch = ReplyScratch::default();
+        // The scratch of another plan, and then its own.
         for _ in 0..2 {
             let reply = plan
                 .fill(&mut self.scratch, &request, &snapshots, moment)
@@ -663,8 +688,7 @@ fn expected(
             }
         }
     }
-    let options =
-        arrow_array::RecordBatchOptions::new().with_row_count(Some(request.num_rows()));
+    let options = arrow_array::RecordBatchOptions::new().with_row_count(Some(request.num_rows()));
     RecordBatch::try_new_with_options(Arc::new(Schema::new(fields)), columns, &options).unwrap()
 }
 

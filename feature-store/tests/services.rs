@@ -16,7 +16,10 @@ fn open(dir: &tempfile::TempDir) -> Store {
 }
 
 fn table(name: &str, features: &[&str]) -> TableDefinition {
-    let features: Vec<String> = features.iter().map(|f| format!("{f} = \"double\"")).collect();
+    let features: Vec<String> = features
+        .iter()
+        .map(|f| format!("{f} = \"double\""))
+        .collect();
     TableDefinition::parse_toml(&format!(
         "[table]\nname = {name:?}\nentity = [{{ name = \"id\", type = \"int64\" }}]\n[features]\n{}\n",
         features.join("\n")
@@ -34,7 +37,12 @@ fn service(features: &[&str]) -> ServiceDefinition {
 }
 
 fn features_of(store: &Store, reference: &str) -> Vec<String> {
-    store.service(reference).unwrap().definition.features.clone()
+    store
+        .service(reference)
+        .unwrap()
+        .definition
+        .features
+        .clone()
 }
 
 #[test]

@@ -199,9 +199,7 @@ fn any_table(context: &SharedContext, body: AnyTable) -> Result<Vec<Table>, Fail
 
 fn apply(context: &SharedContext, body: Apply) -> Result<Value, Failure> {
     if body.definitions.is_empty() {
-        return Err(
-            CommandError::member("definitions", "give at least one definition").into(),
-        );
+        return Err(CommandError::member("definitions", "give at least one definition").into());
     }
     let (mut tables, mut services) = (Vec::new(), Vec::new());
     for text in &body.definitions {
@@ -259,9 +257,9 @@ fn service_plan(plan: &ServicePlan) -> Value {
 }
 
 fn describe_service(service: &Service) -> Value {
-    let versions = service.versions.iter().map(|version| {
-        json!({"version": version.version, "definition": version.definition.to_toml()})
-    });
+    let versions = service.versions.iter().map(
+        |version| json!({"version": version.version, "definition": version.definition.to_toml()}),
+    );
     json!({"service": service.name, "versions": versions.collect::<Vec<_>>()})
 }
 

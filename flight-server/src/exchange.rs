@@ -10,8 +10,8 @@ use std::time::Instant;
 use arrow_array::RecordBatch;
 use arrow_flight::FlightData;
 use bytes::Bytes;
-use pinion_feature_store::{Positions, Snapshot, SnapshotId};
 use pinion_feature_store::ipc_gate::{Admitted, Gate, GateLimits};
+use pinion_feature_store::{Positions, Snapshot, SnapshotId};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
@@ -241,9 +241,11 @@ impl Described {
     fn metadata(&mut self, snapshots: &[Snapshot], partial: bool) -> Bytes {
         let same = !partial
             && self.snapshots.len() == snapshots.len()
-            && self.snapshots.iter().zip(snapshots).all(|(old, new)| {
-                old.0 == new.id() && Arc::ptr_eq(&old.1, new.positions())
-            });
+            && self
+                .snapshots
+                .iter()
+                .zip(snapshots)
+                .all(|(old, new)| old.0 == new.id() && Arc::ptr_eq(&old.1, new.positions()));
         if same {
             return self.metadata.clone();
         }

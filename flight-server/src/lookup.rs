@@ -396,7 +396,8 @@ impl BoundLookup {
         arrived: Instant,
     ) -> Result<Reply, Failure> {
         if self.is_plain
-            && let Some(reply) = self.plain_reply(&mut scratch.reply, request, snapshots, arrived)?
+            && let Some(reply) =
+                self.plain_reply(&mut scratch.reply, request, snapshots, arrived)?
         {
             let bytes = reply.header.len() + reply.body.len();
             scratch.encoder.check_reply(request.num_rows(), bytes)?;

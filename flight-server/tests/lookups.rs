@@ -54,10 +54,16 @@ fn users(count: i64) -> RecordBatch {
         ("id", ids(0..count), false),
         (
             "score",
-            Arc::new(Float64Array::from_iter_values((0..count).map(|i| i as f64 / 2.0))) as ArrayRef,
+            Arc::new(Float64Array::from_iter_values(
+                (0..count).map(|i| i as f64 / 2.0),
+            )) as ArrayRef,
             true,
         ),
-        ("name", column(&|i| (i % 5 != 4).then(|| format!("user {i}"))), true),
+        (
+            "name",
+            column(&|i| (i % 5 != 4).then(|| format!("user {i}"))),
+            true,
+        ),
         ("group", column(&|i| Some(format!("g{}", i % 3))), true),
     ])
     .unwrap()
@@ -88,8 +94,7 @@ async fn a_service_answers_as_its_features_do_for_one_key_and_for_thousands() {
         ]
     };
     let by_service = json!({"lookup": {"service": "ranking", "status": true}});
-    let by_name =
-        json!({"lookup": {"features": ["users:score", "users:name"], "status": true}});
+    let by_name = json!({"lookup": {"features": ["users:score", "users:name"], "status": true}});
     let read = exchange(&mut client, by_service, batches()).await.unwrap();
     let named = exchange(&mut client, by_name, batches()).await.unwrap();
     assert_eq!(read.batches, named.batches);
@@ -108,7 +113,12 @@ async fn a_service_answers_as_its_features_do_for_one_key_and_for_thousands() {
         }
     }
     let last = &read.batches[2];
-    let status = |column: usize| last.column(column).as_primitive::<UInt8Type>().values().to_vec();
+    let status = |column: usize| {
+        last.column(column)
+            .as_primitive::<UInt8Type>()
+            .values()
+            .to_vec()
+    };
     assert_eq!(status(3), [1, 1, 1, 3]);
     assert_eq!(status(4), [2, 1, 1, 3]);
     assert_eq!(read.batches[3].num_rows(), 0);
@@ -125,7 +135,9 @@ async fn a_new_version_of_a_service_leaves_the_old_one_usable() {
     let mut client = server.client().await;
     for (service, columns) in [("ranking@v1", 3), ("ranking@v2", 2), ("ranking", 2)] {
         let command = json!({"lookup": {"service": service}});
-        let read = exchange(&mut client, command, vec![request([1])]).await.unwrap();
+        let read = exchange(&mut client, command, vec![request([1])])
+            .await
+            .unwrap();
         assert_eq!(read.schema.fields().len(), columns, "{service}");
     }
     let described = act(&mut client, "describe", &json!({})).await.unwrap();
@@ -133,12 +145,22 @@ async fn a_new_version_of_a_service_leaves_the_old_one_usable() {
     let in_use = act(&mut client, "drop", &json!({"table": "users"})).await;
     let in_use = in_use.unwrap_err();
     assert_eq!(in_use.code(), Code::FailedPrecondition);
-    assert_eq!(details(&in_use)["services"], json!(["ranking@v1", "ranking@v2"]));
+    assert_eq!(
+        details(&in_use)["services"],
+        json!(["ranking@v1", "ranking@v2"])
+    );
     let both = json!({"lookup": {"service": "ranking", "features": ["users:name"]}});
-    let error = exchange(&mut client, both, vec![request([1])]).await.err().unwrap();
+    let error = exchange(&mut client, both, vec![request([1])])
+        .await
+        .err()
+        .unwrap();
     assert_eq!(error.code(), Code::InvalidArgument);
-    act(&mut client, "drop", &json!({"service": "ranking"})).await.unwrap();
-    act(&mut client, "drop", &json!({"table": "users"})).await.unwrap();
+    act(&mut client, "drop", &json!({"service": "ranking"}))
+        .await
+        .unwrap();
+    act(&mut client, "drop", &json!({"table": "users"}))
+        .await
+        .unwrap();
     server.stop().await;
 }
 
@@ -147,7 +169,9 @@ async fn defaults_stand_in_for_nulls_and_the_status_stays() {
     let server = server().await;
     let mut client = server.client().await;
     let command = json!({"lookup": {"service": "ranking", "defaults": true, "status": true}});
-    let read = exchange(&mut client, command, vec![request([1, 4, 9_999])]).await.unwrap();
+    let read = exchange(&mut client, command, vec![request([1, 4, 9_999])])
+        .await
+        .unwrap();
     let batch = read.one();
     let names: Vec<Option<&str>> = batch.column(2).as_string::<i32>().iter().collect();
     assert_eq!(names, [Some("user 1"), Some("nobody"), Some("nobody")]);
@@ -162,9 +186,10 @@ async fn a_reply_past_its_deadline_is_marked_partial_and_its_values_not_read() {
     let server = server().await;
     let mut client = server.client().await;
     for features in [json!(["users:score"]), json!(["users:group"])] {
-        let command =
-            json!({"lookup": {"features": features, "deadline_ms": 0, "status": true}});
-        let read = exchange(&mut client, command, vec![request(0..10)]).await.unwrap();
+        let command = json!({"lookup": {"features": features, "deadline_ms": 0, "status": true}});
+        let read = exchange(&mut client, command, vec![request(0..10)])
+            .await
+            .unwrap();
         let batch = read.one();
         let status = batch.column(2).as_primitive::<UInt8Type>();
         assert!(status.values().iter().all(|s| *s == 5), "{status:?}");
@@ -175,9 +200,14 @@ async fn a_reply_past_its_deadline_is_marked_partial_and_its_values_not_read() {
     let read = get_json(&mut client, command).await.unwrap();
     assert_eq!(read.metadata.last().unwrap()["partial"], true);
     let in_time = json!({"lookup": {"features": ["users:score"], "deadline_ms": 60_000}});
-    let read = exchange(&mut client, in_time, vec![request([4])]).await.unwrap();
+    let read = exchange(&mut client, in_time, vec![request([4])])
+        .await
+        .unwrap();
     assert!(read.metadata.iter().all(|m| m.get("partial").is_none()));
-    assert_eq!(read.one().column(1).as_primitive::<Float64Type>().value(0), 2.0);
+    assert_eq!(
+        read.one().column(1).as_primitive::<Float64Type>().value(0),
+        2.0
+    );
     server.stop().await;
 }
 

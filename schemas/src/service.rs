@@ -145,7 +145,11 @@ impl ServiceDefinition {
             return Err(refuse("service.name", problem, None));
         }
         for (path, text, limit) in [
-            ("service.description", &self.description, MAX_DESCRIPTION_BYTES),
+            (
+                "service.description",
+                &self.description,
+                MAX_DESCRIPTION_BYTES,
+            ),
             ("service.owner", &self.owner, MAX_OWNER_BYTES),
         ] {
             if text.len() > limit {
@@ -168,11 +172,14 @@ impl ServiceDefinition {
                 return Err(refuse(path, problem, Some("write \"table:feature\"")));
             };
             for (kind, name) in [("table", table), ("feature", feature)] {
-                valid_name(kind, name)
-                    .map_err(|error| refuse(path, error.to_string(), None))?;
+                valid_name(kind, name).map_err(|error| refuse(path, error.to_string(), None))?;
             }
             if !seen.insert(reference) {
-                return Err(refuse(path, format!("\"{reference}\" stands there twice"), None));
+                return Err(refuse(
+                    path,
+                    format!("\"{reference}\" stands there twice"),
+                    None,
+                ));
             }
         }
         Ok(())
@@ -216,7 +223,10 @@ mod tests {
         assert_eq!(service.name, "ranking");
         let references: Vec<_> = service.references().collect();
         assert_eq!(references, [("user", "age"), ("weather", "temp")]);
-        assert_eq!(ServiceDefinition::parse_toml(&service.to_toml()), Ok(service));
+        assert_eq!(
+            ServiceDefinition::parse_toml(&service.to_toml()),
+            Ok(service)
+        );
     }
 
     #[test]
@@ -224,9 +234,18 @@ mod tests {
         for (text, expected) in [
             ("[service]\nname = \"R\"\nfeatures = [\"a:b\"]\n", "line 2"),
             ("[service]\nname = \"r\"\nfeatures = []\n", "line 3"),
-            ("[service]\nname = \"r\"\nfeatures = [\"ab\"]\n", "table:feature"),
-            ("[service]\nname = \"r\"\nfeatures = [\"a:b\", \"a:b\"]\n", "twice"),
-            ("[service]\nname = \"r\"\nversion = 2\nfeatures = [\"a:b\"]\n", "counted by the store"),
+            (
+                "[service]\nname = \"r\"\nfeatures = [\"ab\"]\n",
+                "table:feature",
+            ),
+            (
+                "[service]\nname = \"r\"\nfeatures = [\"a:b\", \"a:b\"]\n",
+                "twice",
+            ),
+            (
+                "[service]\nname = \"r\"\nversion = 2\nfeatures = [\"a:b\"]\n",
+                "counted by the store",
+            ),
             ("[service]\nname = \"r\"\n", "\"features\" is missing"),
             ("[service]\nname = \"r\"\nfeaturs = [\"a:b\"]\n", "features"),
         ] {

@@ -24,12 +24,19 @@ fn every_example_parses_and_survives_a_round_trip() {
         let definition = Definition::parse_toml(&text)
             .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
-        assert_eq!(definition.name(), name, "a file is named after what it defines");
+        assert_eq!(
+            definition.name(),
+            name,
+            "a file is named after what it defines"
+        );
         let table = match definition {
             Definition::Table(table) => *table,
             Definition::Service(service) => {
                 for (table, feature) in service.references() {
-                    assert!(example(table).feature(feature).is_some(), "{table}:{feature}");
+                    assert!(
+                        example(table).feature(feature).is_some(),
+                        "{table}:{feature}"
+                    );
                 }
                 let again = ServiceDefinition::parse_toml(&service.to_toml());
                 assert_eq!(again, Ok(service));

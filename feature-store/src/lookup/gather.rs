@@ -15,7 +15,7 @@ use super::prepare::{Constant, LevelMap, PackedMap, Stored};
 use super::probe::prefetch_cell;
 use super::template::Shape;
 use crate::error::ReadError;
-use crate::segment::{PackedRows, prefetch};
+use crate::segment::{PackedRows, RawColumn, prefetch};
 
 /// Rows between fetching a cell and reading it.
 const AHEAD: usize = 12;
@@ -138,13 +138,7 @@ impl<'a> Sink<'_, 'a> {
         }
     }
 
-    fn widened(
-        &mut self,
-        row: usize,
-        feature: usize,
-        value: &[u8],
-        widen: super::prepare::Widen,
-    ) {
+    fn widened(&mut self, row: usize, feature: usize, value: &[u8], widen: super::prepare::Widen) {
         let target = self.targets[feature];
         if let Shape::Fixed { width } = target.shape {
             let at = target.at + row * width;
@@ -181,10 +175,14 @@ impl<'a> Sink<'_, 'a> {
                 return None;
             };
             let bytes = slot.get(offset..offset + items * width)?;
-            let item_nulls = slot.get(offset + items * width..).filter(|_| nullable_items);
+            let item_nulls = slot
+                .get(offset + items * width..)
+                .filter(|_| nullable_items);
             self.list(row, feature, bytes, |item| {
                 item_nulls.is_some_and(|nulls| {
-                    nulls.get(item / 8).is_some_and(|byte| byte >> (item % 8) & 1 == 1)
+                    nulls
+                        .get(item / 8)
+                        .is_some_and(|byte| byte >> (item % 8) & 1 == 1)
                 })
             });
         }
@@ -238,6 +236,11 @@ impl<'a> Sink<'_, 'a> {
             column,
             widen,
         } = *stored;
+        if let Some(Cell { raw: Some(_), .. }) = cells.first()
+            && let Some(done) = self.raw(cells, stored, data_type)
+        {
+            return done;
+        }
         macro_rules! primitive {
             ($type:ty) => {
                 self.primitive::<$type>(cells, feature, column, widen)
@@ -277,6 +280,96 @@ impl<'a> Sink<'_, 'a> {
             },
             other => Err(ArrowError::NotYetImplemented(format!("a reply of {other}"))),
         }
+    }
+
+    /// As `column`, by the buffers; `None` for types that have no such reading.
+    fn raw(
+        &mut self,
+        cells: &[Cell<'a>],
+        stored: &Stored,
+        data_type: &DataType,
+    ) -> Option<Result<(), ArrowError>> {
+        let done = match (Shape::of(data_type)?, stored.widen) {
+            (Shape::Fixed { width: 4 }, None) => self.raw_values(cells, stored, 4, copy_value::<4>),
+            (Shape::Fixed { width: 8 }, None) => self.raw_values(cells, stored, 8, copy_value::<8>),
+            (Shape::Fixed { width }, None) => {
+                self.raw_values(cells, stored, width, |from, to| to.copy_from_slice(from))
+            }
+            (Shape::Fixed { width }, Some(widen)) => self.raw_values(cells, stored, width, widen),
+            (Shape::Text { offset_bytes }, _) => self.raw_texts(cells, stored, offset_bytes),
+            (Shape::Bits | Shape::List { .. }, _) => return None,
+        };
+        Some(done.ok_or_else(|| mismatch(stored.column)))
+    }
+
+    fn raw_values(
+        &mut self,
+        cells: &[Cell<'a>],
+        stored: &Stored,
+        width: usize,
+        put: impl Fn(&[u8], &mut [u8]),
+    ) -> Option<()> {
+        let Stored {
+            feature, column, ..
+        } = *stored;
+        let Target { shape, at, .. } = *self.targets.get(feature)?;
+        let Shape::Fixed { width: to_width } = shape else {
+            return None;
+        };
+        for (n, cell) in cells.iter().enumerate() {
+            if let Some(Cell {
+                raw: Some(raw),
+                at: ahead,
+                ..
+            }) = cells.get(n + AHEAD)
+            {
+                prefetch(raw.get(column)?.values.as_slice(), ahead * width);
+            }
+            let raw = cell.raw?.get(column)?;
+            if raw.is_null(cell.at) {
+                self.null(cell.row, feature);
+                continue;
+            }
+            let value = raw.values.get(cell.at * width..cell.at * width + width)?;
+            let to = at + cell.row * to_width;
+            put(value, self.body.get_mut(to..to + to_width)?);
+        }
+        Some(())
+    }
+
+    fn raw_texts(
+        &mut self,
+        cells: &[Cell<'a>],
+        stored: &Stored,
+        offset_bytes: usize,
+    ) -> Option<()> {
+        let Stored {
+            feature, column, ..
+        } = *stored;
+        let text = self.targets.get(feature)?.text;
+        for (n, cell) in cells.iter().enumerate() {
+            // First the offsets, then, nearer, the bytes that they point at.
+            if let Some(Cell {
+                raw: Some(raw), at, ..
+            }) = cells.get(n + AHEAD)
+            {
+                prefetch(raw.get(column)?.offsets.as_slice(), at * offset_bytes);
+            }
+            if let Some(Cell {
+                raw: Some(raw), at, ..
+            }) = cells.get(n + AHEAD / 2)
+                && let Some(text) = raw.get(column)?.text(*at, offset_bytes)
+            {
+                prefetch(text, 0);
+            }
+            let raw = cell.raw?.get(column)?;
+            if raw.is_null(cell.at) {
+                self.null(cell.row, feature);
+            } else {
+                self.texts[text][cell.row] = raw.text(cell.at, offset_bytes)?;
+            }
+        }
+        Some(())
     }
 
     fn primitive<T: ArrowPrimitiveType>(
@@ -367,11 +460,20 @@ pub(super) struct Cell<'a> {
     pub(super) map: usize,
     /// Whether the other features of the row came from its slot.
     pub(super) packed: bool,
+    /// The buffers of the batch, if it is of a segment.
+    pub(super) raw: Option<&'a [RawColumn]>,
 }
 
 impl<'a> Cell<'a> {
     fn array(&self, column: usize) -> Option<&'a dyn Array> {
         self.batch.columns().get(column).map(AsRef::as_ref)
+    }
+}
+
+#[inline(always)]
+fn copy_value<const N: usize>(from: &[u8], to: &mut [u8]) {
+    if let (Some(from), Some(to)) = (from.first_chunk::<N>(), to.first_chunk_mut::<N>()) {
+        *to = *from;
     }
 }
 

@@ -6,22 +6,22 @@
 //!   is this file, and the rules are read here.
 //! - [`ReplyPlan`] answers a stream of requests of one shape: names are resolved once, keys are
 //!   probed together (`probe`), rows are read from packed slots or columns straight into the
-//!   body of the reply (`gather`, by the plans of `prepare`), and the message before the body
-//!   is a template (`template`). It knows the flat types; `reply` puts it together.
+//!   body of the reply (`run`, `gather`, by the plans of `prepare`), and the message before the
+//!   body is a template (`template`, `writer`). It knows the flat types; `reply` puts it together.
 
 mod gather;
 mod prepare;
 mod probe;
 mod reply;
+mod run;
 mod template;
+mod writer;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use arrow_array::{
-    Array, ArrayRef, BooleanArray, Scalar, UInt8Array, UInt64Array, new_null_array,
-};
+use arrow_array::{Array, ArrayRef, BooleanArray, Scalar, UInt8Array, UInt64Array, new_null_array};
 use arrow_schema::{ArrowError, DataType, FieldRef};
 use arrow_select::interleave::interleave;
 use arrow_select::zip::zip;
@@ -284,7 +284,10 @@ impl Snapshot {
         let sources = Sources::new(answers)?;
         let expired: Vec<bool> = answers
             .iter()
-            .map(|a| a.row().is_some_and(|h| h.found.order.event < expired_before))
+            .map(|a| {
+                a.row()
+                    .is_some_and(|h| h.found.order.event < expired_before)
+            })
             .collect();
         let blank = (!request.keep_expired && expired.contains(&true))
             .then(|| BooleanArray::from(expired.clone()));
@@ -341,7 +344,9 @@ impl Snapshot {
             return Ok(Arc::clone(values));
         };
         let one = default_value(feature, values.data_type())?;
-        let valid: BooleanArray = (0..values.len()).map(|i| Some(values.is_valid(i))).collect();
+        let valid: BooleanArray = (0..values.len())
+            .map(|i| Some(values.is_valid(i)))
+            .collect();
         zip(&valid, values, &Scalar::new(one))
     }
 }

@@ -54,8 +54,7 @@ impl Shape {
     pub(super) fn buffers(self) -> usize {
         match self {
             Shape::Fixed { .. } | Shape::Bits => 2,
-            Shape::Text { .. } => 3,
-            Shape::List { .. } => 4,
+            Shape::Text { .. } | Shape::List { .. } => 3,
         }
     }
 
@@ -108,9 +107,12 @@ impl Template {
         let body_bytes_at = only(&header, BODY_MARK)?;
         let list_at = |mark: u64, count: u64| {
             let first = only(&header, mark)?;
-            (0..count)
-                .all(|n| only(&header, mark + n) == Some(first + n as usize * 16))
-                .then_some(first)
+            let stands = |n: u64| {
+                let at = first + n as usize * 16;
+                let found = header.get(at..at + 8);
+                found.is_some_and(|found| *found == (mark + n).to_le_bytes())
+            };
+            (0..count).all(stands).then_some(first)
         };
         let nodes_at = list_at(NODE_MARK, nodes)?;
         let buffers_at = list_at(BUFFER_MARK, buffers)?;
@@ -187,7 +189,7 @@ mod tests {
         for node in 0..5 {
             template.set_node(&mut header, node, 100 + node, node);
         }
-        for buffer in 0..11 {
+        for buffer in 0..10 {
             template.set_buffer(&mut header, buffer, buffer * 64, buffer);
         }
         let message = root_as_message(&header).unwrap();
@@ -201,8 +203,8 @@ mod tests {
             (node.length(), node.null_count()) == (100 + n as i64, n as i64)
         }));
         let buffers = batch.buffers().unwrap();
-        assert_eq!(buffers.len(), 11);
-        assert!((0..11).all(|n| {
+        assert_eq!(buffers.len(), 10);
+        assert!((0..10).all(|n| {
             let buffer = buffers.get(n);
             (buffer.offset(), buffer.length()) == (n as i64 * 64, n as i64)
         }));

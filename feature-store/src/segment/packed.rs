@@ -441,7 +441,7 @@ mod tests {
         let mut fields = vec![("key", DataType::Int64)];
         fields.extend([("b", DataType::Int64), ("c", DataType::Int64)]);
         fields.push(("d", DataType::Int64));
-        fields.extend([("x", DataType::Float32); 16]);
+        fields.extend((0..16).map(|_| ("x", DataType::Float32)));
         fields.extend([("s", DataType::Utf8), ("t", DataType::Utf8)]);
         let layout = PackedLayout::new(&schema(&fields), 1, 16);
         assert_eq!(layout.slot_bytes, 128);
@@ -455,7 +455,10 @@ mod tests {
             ("key", DataType::Utf8),
             ("flag", DataType::Boolean),
             ("amount", DataType::Decimal128(9, 2)),
-            ("nested", DataType::List(Field::new("item", DataType::Int8, true).into())),
+            (
+                "nested",
+                DataType::List(Field::new("item", DataType::Int8, true).into()),
+            ),
             ("name", DataType::LargeBinary),
         ]);
         let (narrow, wide) = (

@@ -87,7 +87,14 @@ impl PackedWriter {
             self.slots.clear();
             let heap_base = self.spilled_bytes;
             columns
-                .pack(layout, keys, start, &mut self.slots, &mut self.heap, heap_base)
+                .pack(
+                    layout,
+                    keys,
+                    start,
+                    &mut self.slots,
+                    &mut self.heap,
+                    heap_base,
+                )
                 .map_err(layout_error)?;
             self.crc.update(&self.slots);
             self.rows += rows as u64;
@@ -162,7 +169,10 @@ impl PackedWriter {
 /// A column ready to be packed.
 enum Values {
     /// Raw values of that many bytes each, one after the other.
-    Fixed { bytes: arrow_buffer::Buffer, width: usize },
+    Fixed {
+        bytes: arrow_buffer::Buffer,
+        width: usize,
+    },
     Bits(arrow_buffer::BooleanBuffer),
     List {
         items: arrow_buffer::Buffer,
@@ -246,7 +256,9 @@ impl Columns {
         if let KeyPlace::Fixed { bytes } = layout.key {
             for (row, slot) in slots.chunks_exact_mut(layout.slot_bytes).enumerate() {
                 let key = keys.get(first + row);
-                let place = slot.get_mut(..bytes).filter(|place| place.len() == key.len());
+                let place = slot
+                    .get_mut(..bytes)
+                    .filter(|place| place.len() == key.len());
                 place
                     .ok_or_else(|| unequal("an encoded key of another width than its columns"))?
                     .copy_from_slice(key);
@@ -283,9 +295,13 @@ impl Columns {
         let valid = |row: usize| column.array.is_valid(row);
         let rows = slots.chunks_exact_mut(layout.slot_bytes).enumerate();
         match (packed, &column.values) {
-            (Packed::Fixed { offset, width }, Values::Fixed { bytes, width: found })
-                if width == *found && bytes.len() == self.rows * width =>
-            {
+            (
+                Packed::Fixed { offset, width },
+                Values::Fixed {
+                    bytes,
+                    width: found,
+                },
+            ) if width == *found && bytes.len() == self.rows * width => {
                 for (row, slot) in rows.filter(|(row, _)| valid(*row)) {
                     slot[offset..offset + width]
                         .copy_from_slice(&bytes[row * width..(row + 1) * width]);
@@ -367,8 +383,8 @@ impl Columns {
             slot[layout.inline_offset..layout.inline_offset + 8]
                 .copy_from_slice(&offset.to_le_bytes());
             for text in &texts {
-                let length = u32::try_from(text.len())
-                    .map_err(|_| unequal("a value of more than 4 GiB"))?;
+                let length =
+                    u32::try_from(text.len()).map_err(|_| unequal("a value of more than 4 GiB"))?;
                 heap.extend_from_slice(&length.to_le_bytes());
             }
             texts.iter().for_each(|text| heap.extend_from_slice(text));
@@ -460,7 +476,9 @@ impl PackedRows {
             let (found, due) = (self.slot(row), expected.slot(at));
             let equal = if self.is_in_heap(found) && expected.is_in_heap(due) {
                 let texts = |rows: &PackedRows, slot: &[u8]| -> Option<Vec<Vec<u8>>> {
-                    rows.texts(slot)?.map(|text| text.map(<[u8]>::to_vec)).collect()
+                    rows.texts(slot)?
+                        .map(|text| text.map(<[u8]>::to_vec))
+                        .collect()
                 };
                 found[..layout.inline_offset] == due[..layout.inline_offset]
                     && texts(self, found).is_some()

@@ -19,6 +19,7 @@ use super::meta::{
     ARROW, ArrowFileMeta, DEL, DIX, IDX, ROWS, SYS, SegmentMeta, file_name, from_hex,
 };
 use super::packed::PackedRows;
+use super::raw::RawColumn;
 use super::sorted::{Run, SortedFile};
 use super::writer::delete_schema;
 use super::{OpenSegmentError, SEGMENT_FORMAT_VERSION, SegmentDamage, SegmentId, sequences};
@@ -214,6 +215,12 @@ impl Segment {
     /// As [`batch`](Self::batch).
     pub fn batch_ref(&self, batch: usize) -> Result<&RecordBatch, SegmentDamage> {
         self.rows.file.batch(batch)
+    }
+
+    /// The buffers of a record batch, for reading single cells.
+    #[inline]
+    pub(crate) fn raw(&self, batch: usize) -> Result<&[RawColumn], SegmentDamage> {
+        self.rows.file.raw(batch)
     }
 
     /// The batch that holds a row, and the row's place in it.
