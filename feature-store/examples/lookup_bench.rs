@@ -5,7 +5,8 @@
 //! ```
 //!
 //! Makes a table of 22 columns (4 int64 of which one is the key, 16 float32, 2 strings) twice,
-//! packed and not, with uniformly random keys asked. Prints microseconds a key, and a request.
+//! packed and not, and a packed one of 50 float32; asks them for all features of uniformly
+//! random keys. Prints the median of microseconds a request, and that by its keys.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,46 +31,83 @@ fn next(state: &mut u64) -> u64 {
     *state
 }
 
-fn definition(name: &str, layout: &str) -> Result<TableDefinition, Failure> {
-    let mut text = format!(
-        "[table]\nname = {name:?}\nlookup = {layout:?}\nentity = [{{ name = \"id\", type = \"int64\" }}]\n[features]\n"
-    );
-    for i in 0..3 {
-        text += &format!("i{i} = \"int64\"\n");
-    }
-    for i in 0..16 {
-        text += &format!("f{i} = \"float32\"\n");
-    }
-    text += "s0 = \"string\"\ns1 = \"string\"\n";
-    Ok(TableDefinition::parse_toml(&text)?)
+/// A table to ask: its columns beside the key.
+struct Shape {
+    name: &'static str,
+    layout: &'static str,
+    ints: i64,
+    floats: i64,
+    texts: i64,
+    /// Whether it is asked key by key too.
+    by_key: bool,
 }
 
-fn rows(first: i64, count: i64) -> Result<RecordBatch, Failure> {
-    let ids = || first..first + count;
-    let mut columns: Vec<(String, ArrayRef)> =
-        vec![("id".into(), Arc::new(Int64Array::from_iter_values(ids())))];
-    for i in 0..3_i64 {
-        let values = ids().map(|id| id.wrapping_mul(2_654_435_761 + i));
-        columns.push((
-            format!("i{i}"),
-            Arc::new(Int64Array::from_iter_values(values)),
-        ));
+const TABLES: [Shape; 3] = [
+    Shape {
+        name: "rows",
+        layout: "rows",
+        ints: 3,
+        floats: 16,
+        texts: 2,
+        by_key: false,
+    },
+    Shape {
+        name: "columns",
+        layout: "columns",
+        ints: 3,
+        floats: 16,
+        texts: 2,
+        by_key: true,
+    },
+    Shape {
+        name: "rows_50",
+        layout: "rows",
+        ints: 0,
+        floats: 50,
+        texts: 0,
+        by_key: false,
+    },
+];
+
+impl Shape {
+    fn definition(&self) -> Result<TableDefinition, Failure> {
+        let mut text = format!(
+            "[table]\nname = {:?}\nlookup = {:?}\nentity = [{{ name = \"id\", type = \"int64\" }}]\n[features]\n",
+            self.name, self.layout
+        );
+        for (count, prefix, type_text) in [
+            (self.ints, "i", "int64"),
+            (self.floats, "f", "float32"),
+            (self.texts, "s", "string"),
+        ] {
+            for i in 0..count {
+                text += &format!("{prefix}{i} = \"{type_text}\"\n");
+            }
+        }
+        Ok(TableDefinition::parse_toml(&text)?)
     }
-    for i in 0..16 {
-        let values = ids().map(|id| (id % 10_007) as f32 * (i + 1) as f32);
-        columns.push((
-            format!("f{i}"),
-            Arc::new(Float32Array::from_iter_values(values)),
-        ));
+
+    fn rows(&self, first: i64, count: i64) -> Result<RecordBatch, Failure> {
+        let ids = || first..first + count;
+        let mut columns: Vec<(String, ArrayRef)> =
+            vec![("id".into(), Arc::new(Int64Array::from_iter_values(ids())))];
+        for i in 0..self.ints {
+            let values = ids().map(|id| id.wrapping_mul(2_654_435_761 + i));
+            let values = Arc::new(Int64Array::from_iter_values(values));
+            columns.push((format!("i{i}"), values));
+        }
+        for i in 0..self.floats {
+            let values = ids().map(|id| (id % 10_007) as f32 * (i + 1) as f32);
+            let values = Arc::new(Float32Array::from_iter_values(values));
+            columns.push((format!("f{i}"), values));
+        }
+        for i in 0..self.texts {
+            let values = ids().map(|id| format!("c{}", id % (97 + i)));
+            let values = Arc::new(StringArray::from_iter_values(values));
+            columns.push((format!("s{i}"), values));
+        }
+        Ok(RecordBatch::try_from_iter(columns)?)
     }
-    for i in 0..2 {
-        let values = ids().map(|id| format!("c{}", id % (97 + i)));
-        columns.push((
-            format!("s{i}"),
-            Arc::new(StringArray::from_iter_values(values)),
-        ));
-    }
-    Ok(RecordBatch::try_from_iter(columns)?)
 }
 
 fn plan(snapshot: &Snapshot, features: &[String]) -> Result<ReplyPlan, Failure> {
@@ -131,19 +169,21 @@ fn main() -> Result<(), Failure> {
         ..StoreOptions::default()
     };
     let store = Store::open(dir.path(), options)?;
-    for layout in ["rows", "columns"] {
-        store.apply(vec![definition(layout, layout)?])?;
-        let table = store.table(layout)?;
+    for shape in &TABLES {
+        store.apply(vec![shape.definition()?])?;
+        let table = store.table(shape.name)?;
         for first in (0..count).step_by(STEP_ROWS as usize) {
             table.commit(Commit {
-                changes: vec![Change::Upsert(rows(first, STEP_ROWS.min(count - first))?)],
+                changes: vec![Change::Upsert(
+                    shape.rows(first, STEP_ROWS.min(count - first))?,
+                )],
                 ..Commit::default()
             })?;
         }
         table.flush()?;
         table.merge()?;
         let stats = table.stats();
-        println!("{layout}: {count} rows, {:?}", stats.segments);
+        println!("{}: {count} rows, {} bytes", shape.name, stats.bytes);
     }
     println!(
         "{:>8} {:>9} {:>12} {:>10}",
@@ -160,8 +200,8 @@ fn main() -> Result<(), Failure> {
                 )])
             })
             .collect::<Result<_, _>>()?;
-        for layout in ["rows", "columns"] {
-            let snapshot = store.table(layout)?.snapshot();
+        for shape in &TABLES {
+            let snapshot = store.table(shape.name)?.snapshot();
             let features: Vec<String> = snapshot
                 .definition()
                 .features
@@ -179,8 +219,8 @@ fn main() -> Result<(), Failure> {
                 let reply = plan.fill(&mut scratch, request, &snapshots, moment)?;
                 Ok(reply.ok_or("not by the plan")?.body.len())
             })?;
-            print(keys, layout, median);
-            if layout == "columns" {
+            print(keys, shape.name, median);
+            if shape.by_key {
                 let median = measure(seconds, &requests, |request| {
                     let result = snapshot.lookup(&LookupRequest {
                         keys: vec![ArrayRef::clone(request.column(0))],

@@ -382,6 +382,13 @@ impl Store {
             return Err(ApplyError::ReadOnly);
         }
         let mut catalog = self.0.catalog.lock();
+        if services::resolve(&catalog.services, name).is_ok() && name.contains('@') {
+            return Err(ApplyError::UnknownService(UnknownService {
+                reference: name.to_owned(),
+                problem: "a service is dropped with all its versions; give the name alone"
+                    .to_owned(),
+            }));
+        }
         services::resolve(&catalog.services, name)?;
         let mut next = catalog.clone();
         next.number += 1;

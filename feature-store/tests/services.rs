@@ -145,6 +145,8 @@ fn a_table_that_a_service_names_is_not_dropped() {
     let error = store.drop_table("item").unwrap_err();
     assert!(error.to_string().contains("ranking@v1"), "{error}");
     assert!(store.table("item").is_ok());
+    let error = store.drop_service("ranking@v1").unwrap_err();
+    assert!(error.to_string().contains("name alone"), "{error}");
     store.drop_service("ranking").unwrap();
     assert!(store.drop_service("ranking").is_err());
     store.drop_table("item").unwrap();

@@ -172,12 +172,29 @@ impl SnapshotInner {
     ) -> Result<(), ReadError> {
         for start in range.clone().step_by(GROUP) {
             let group = start..range.end.min(start + GROUP);
-            for level in levels {
-                if let Level::Segment(segment) = level {
-                    for key in group.clone() {
-                        let index = segment.segment.row_index();
-                        index.prefetch_filter(keys.hashes[key]);
-                        index.prefetch_line(keys.hashes[key]);
+            let segments = || {
+                levels.iter().filter_map(|level| match level {
+                    Level::Segment(segment) => Some(segment.as_ref()),
+                    Level::Log(_) => None,
+                })
+            };
+            for segment in segments() {
+                let index = segment.segment.row_index();
+                for key in group.clone() {
+                    index.prefetch_filter(keys.hashes[key]);
+                    index.prefetch_line(keys.hashes[key]);
+                }
+            }
+            // Of the versions of a key the last is mostly the one.
+            for segment in segments() {
+                let index = segment.segment.row_index();
+                for hash in &keys.hashes[group.clone()] {
+                    if index.may_contain(*hash)
+                        && let Probe::Candidate { first, count } = index.probe(*hash)
+                    {
+                        let row = first.saturating_add(count.max(1) - 1);
+                        prefetch_row(segment, row, true);
+                        segment.segment.prefetch_sequence(row);
                     }
                 }
             }

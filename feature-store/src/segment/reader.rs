@@ -238,6 +238,12 @@ impl Segment {
         self.sequences[row as usize]
     }
 
+    /// Fetches the sequence of a row into the cache.
+    #[inline]
+    pub(crate) fn prefetch_sequence(&self, row: u32) {
+        super::map::prefetch(&self.sequences, row as usize);
+    }
+
     /// The sequences of some rows, a slice of the map.
     ///
     /// # Panics
