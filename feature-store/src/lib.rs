@@ -22,6 +22,7 @@ mod level;
 pub mod load;
 
 pub mod ipc_gate;
+mod lend;
 mod lock;
 mod lookup;
 mod manifest;
@@ -46,9 +47,12 @@ pub use error::{
     ApplyError, CommitError, OpenError, ReadError, RowProblem, SnapshotError, UnknownTable,
     WorkError,
 };
+pub use lend::{DirtyBatch, LendError, LentPart, LentRows, LentSegment, LentTable};
 pub use lookup::{LookupRequest, LookupResult, ValueStatus};
 pub use positions::{Position, Positions};
-pub use scan::{Filter, FilterError, Scan, ScanBatch, ScanRequest, View};
+pub use scan::{
+    Filter, FilterError, PartSize, Scan, ScanBatch, ScanFigures, ScanPart, ScanRequest, View,
+};
 pub use snapshot::{Snapshot, SnapshotId};
 pub use stats::{SegmentStats, TableStats};
 pub use store::{Store, StoreOptions};

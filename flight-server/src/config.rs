@@ -4,6 +4,40 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// Settings of the local lane (`docs/local-lane.md`). Sizes are bytes.
+#[derive(Debug, Clone)]
+pub struct LaneConfig {
+    /// Its Unix socket, created with mode 0660. `None`: no lane.
+    pub path: Option<PathBuf>,
+    /// Connections at once: each holds a thread. Default 256.
+    pub max_connections: usize,
+    /// A request is at most this large. Default 16 MiB.
+    pub max_request_bytes: usize,
+    /// Lookups that a connection may have prepared. Default 1,024.
+    pub max_handles: usize,
+    /// How long a connection looks for its next request before it sleeps. More answers
+    /// sooner, and keeps a core busy for as long. Default 0.
+    pub spin: Duration,
+    /// How long a lease of mapped files runs before it is overdue. Default 1 h.
+    pub lease_term: Duration,
+    /// Bytes of files that leases may hold together. Default 64 GiB.
+    pub leased_max_bytes: u64,
+}
+
+impl Default for LaneConfig {
+    fn default() -> LaneConfig {
+        LaneConfig {
+            path: None,
+            max_connections: 256,
+            max_request_bytes: 16 << 20,
+            max_handles: 1024,
+            spin: Duration::ZERO,
+            lease_term: Duration::from_secs(3600),
+            leased_max_bytes: 64 << 30,
+        }
+    }
+}
+
 /// Settings of a server. Sizes are bytes.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
@@ -14,6 +48,8 @@ pub struct ServerConfig {
     pub uds: Option<PathBuf>,
     /// Address of the HTTP admin port (`/livez`, `/readyz`, `/metrics`).
     pub admin: Option<SocketAddr>,
+    /// The local lane.
+    pub lane: LaneConfig,
     /// Allows addresses other than loopback, although nobody is authenticated.
     pub insecure: bool,
     /// A reply message is at most this large unless the request raises it. Default
@@ -90,6 +126,7 @@ impl Default for ServerConfig {
         ServerConfig {
             flight: Vec::new(),
             uds: None,
+            lane: LaneConfig::default(),
             admin: None,
             insecure: false,
             max_message_bytes: (4 << 20) - (64 << 10),
@@ -114,7 +151,7 @@ impl Default for ServerConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// Nowhere to listen.
-    #[error("no address to serve Flight on: give a TCP address or a Unix socket path")]
+    #[error("no address to serve on: give a TCP address, a Unix socket path, or a local lane path")]
     Nowhere,
     /// Reachable from other machines, without authentication.
     #[error(
@@ -145,7 +182,7 @@ impl ServerConfig {
     ///
     /// See [`ConfigError`].
     pub fn check(&self) -> Result<(), ConfigError> {
-        if self.flight.is_empty() && self.uds.is_none() {
+        if self.flight.is_empty() && self.uds.is_none() && self.lane.path.is_none() {
             return Err(ConfigError::Nowhere);
         }
         if !self.insecure {
@@ -188,6 +225,12 @@ impl ServerConfig {
         // A waiting request and an open scan hold a thread each, of tokio's 512.
         range("max_scans", self.max_scans, 1, 1024)?;
         range("scan_threads", self.scan_threads, 1, 256)?;
-        range("max_waiters", self.max_waiters, 1, 192)
+        range("max_waiters", self.max_waiters, 1, 192)?;
+        let lane = &self.lane;
+        range("lane.max_connections", lane.max_connections, 1, 1 << 16)?;
+        range("lane.max_request_bytes", lane.max_request_bytes, 4096, cap)?;
+        range("lane.max_handles", lane.max_handles, 1, 1 << 20)?;
+        let spin = usize::try_from(lane.spin.as_micros()).unwrap_or(usize::MAX);
+        range("lane.spin_micros", spin, 0, 1_000_000)
     }
 }

@@ -220,6 +220,13 @@ pub(crate) struct SocketFile {
     path: PathBuf,
 }
 
+impl SocketFile {
+    /// The name.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_file(&self.path) {

@@ -177,7 +177,7 @@ fn views_bytes(views: &[u128]) -> usize {
 
 /// Copies the values of view columns together when the writer would send far more than the
 /// rows need. Every other type the writer cuts to the slice itself.
-fn compact(batch: &RecordBatch) -> Result<RecordBatch, Failure> {
+pub(crate) fn compact(batch: &RecordBatch) -> Result<RecordBatch, Failure> {
     let wasteful = |total: usize, used: usize| total > used.saturating_mul(2) + 4096;
     let mut changed = false;
     let columns: Vec<ArrayRef> = batch

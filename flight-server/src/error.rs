@@ -10,7 +10,8 @@ use std::error::Error;
 use bytes::Bytes;
 use pinion_feature_store::ipc_gate::GateError;
 use pinion_feature_store::{
-    ApplyError, CommitError, FilterError, ReadError, SnapshotError, UnknownTable, WorkError,
+    ApplyError, CommitError, FilterError, LendError, ReadError, SnapshotError, UnknownTable,
+    WorkError,
 };
 use pinion_schemas::DefinitionError;
 use serde_json::{Map, Value, json};
@@ -61,6 +62,13 @@ impl Failure {
     /// The gRPC code.
     pub(crate) fn code(&self) -> Code {
         self.code
+    }
+
+    /// The details with the message among them, as the local lane sends them.
+    pub(crate) fn to_json(&self) -> Value {
+        let mut members = self.details.clone();
+        members.insert("message".to_owned(), self.message.clone().into());
+        Value::Object(members)
     }
 }
 
@@ -126,6 +134,8 @@ impl From<ApplyError> for Failure {
             ApplyError::UnknownTable(unknown) => unknown.into(),
             ApplyError::ReadOnly => Failure::of(Code::FailedPrecondition, "READ_ONLY", &error),
             ApplyError::Write(_) => Failure::of(Code::Internal, "CATALOG_WRITE", &error),
+            ApplyError::NotInUse(_) => Failure::of(Code::Unavailable, "NOT_IN_USE", &error),
+            ApplyError::Uncertain(_) => Failure::of(Code::FailedPrecondition, "READ_ONLY", &error),
         }
     }
 }
@@ -142,6 +152,9 @@ impl From<CommitError> for Failure {
             } => Failure::of(Code::InvalidArgument, "ROW", &error)
                 .with("table", table.clone())
                 .with("row", *row as u64),
+            CommitError::EmptyPutId { ref table } => {
+                Failure::of(Code::InvalidArgument, "PUT_ID", &error).with("table", table.clone())
+            }
             CommitError::TooLarge {
                 ref bytes,
                 ref limit_bytes,
@@ -183,6 +196,10 @@ impl From<ReadError> for Failure {
                 Failure::of(Code::InvalidArgument, "KEYS", &error).with("table", table.clone())
             }
             ReadError::Filter(_) => Failure::of(Code::InvalidArgument, "FILTER", &error),
+            ReadError::Part { table } => {
+                Failure::of(Code::FailedPrecondition, "TICKET_STALE", &error)
+                    .with("table", table.clone())
+            }
             ReadError::Segment { table, .. } => {
                 Failure::of(Code::DataLoss, "SEGMENT_DAMAGED", &error).with("table", table.clone())
             }
@@ -209,6 +226,21 @@ impl From<SnapshotError> for Failure {
                 Failure::of(Code::FailedPrecondition, "SNAPSHOT_LOST", &error)
                     .with("table", table.clone())
                     .with("snapshot", id.to_string())
+            }
+        }
+    }
+}
+
+impl From<LendError> for Failure {
+    fn from(error: LendError) -> Failure {
+        match error {
+            LendError::Read(read) => read.into(),
+            LendError::Gone { ref table, .. } => {
+                Failure::of(Code::FailedPrecondition, "SNAPSHOT_EXPIRED", &error)
+                    .with("table", table.clone())
+            }
+            LendError::Open { ref table, .. } => {
+                Failure::of(Code::Unavailable, "LEND", &error).with("table", table.clone())
             }
         }
     }

@@ -3,7 +3,7 @@
 use arrow_flight::{FlightDescriptor, FlightEndpoint, FlightInfo, Ticket as WireTicket};
 use arrow_schema::Schema;
 use pinion_feature_store::segment::ipc::Storage;
-use pinion_feature_store::{ScanBatch, Snapshot, Table};
+use pinion_feature_store::{ScanBatch, ScanPart, Snapshot, Table};
 use tonic::Code;
 
 use crate::barrier::await_barrier;
@@ -97,12 +97,19 @@ fn scan_info(
     } else {
         (UNKNOWN, UNKNOWN)
     };
+    let parts = snapshot.scan_parts(&plan.request, command.part_size()?)?;
+    let parts: Vec<Option<ScanPart>> = match parts.as_slice() {
+        // The whole: a ticket for it does not depend on how the table is stored.
+        [_] => vec![None],
+        parts => parts.iter().copied().map(Some).collect(),
+    };
     table.retain(&snapshot);
     // The snapshot is settled: DoGet need not wait again.
     let command = ScanCommand {
         at_least: None,
         token: None,
         timeout_ms: None,
+        endpoints: None,
         ..command
     };
     info(
@@ -110,9 +117,8 @@ fn scan_info(
         descriptor,
         &schema,
         &[&snapshot],
-        Command::Scan(command),
-        rows,
-        bytes,
+        (Command::Scan(command), &parts),
+        (rows, bytes),
     )
 }
 
@@ -149,9 +155,8 @@ async fn describe_lookup(
         descriptor,
         bound.schema(),
         &snapshots,
-        Command::Lookup(command),
-        rows,
-        UNKNOWN,
+        (Command::Lookup(command), &[None]),
+        (rows, UNKNOWN),
     )
 }
 
@@ -160,11 +165,10 @@ fn info(
     descriptor: FlightDescriptor,
     schema: &Schema,
     snapshots: &[&Snapshot],
-    command: Command,
-    rows: i64,
-    bytes: i64,
+    (command, parts): (Command, &[Option<ScanPart>]),
+    (rows, bytes): (i64, i64),
 ) -> Result<FlightInfo, Failure> {
-    let tables = snapshots
+    let tables: Vec<TicketTable> = snapshots
         .iter()
         .map(|snapshot| TicketTable {
             id: snapshot.table_id(),
@@ -172,23 +176,28 @@ fn info(
             snapshot: snapshot.id(),
         })
         .collect();
-    let ticket = Ticket { tables, command }.seal(&context.store.ticket_key())?;
-    let endpoint = FlightEndpoint {
-        ticket: Some(WireTicket { ticket }),
-        // No location: read it where the ticket came from.
-        ..FlightEndpoint::default()
-    };
-    FlightInfo::new()
+    let mut info = FlightInfo::new()
         .try_with_schema(schema)
-        .map(|info| {
-            info.with_descriptor(descriptor)
-                .with_endpoint(endpoint)
-                .with_total_records(rows)
-                .with_total_bytes(bytes)
-                .with_ordered(true)
-                .with_app_metadata(metadata(snapshots_json(snapshots)))
-        })
-        .map_err(|error| Failure::new(Code::Internal, "ENCODE", error.to_string()))
+        .map_err(|error| Failure::new(Code::Internal, "ENCODE", error.to_string()))?
+        .with_descriptor(descriptor)
+        .with_total_records(rows)
+        .with_total_bytes(bytes)
+        .with_ordered(true)
+        .with_app_metadata(metadata(snapshots_json(snapshots)));
+    for part in parts {
+        let ticket = Ticket {
+            tables: tables.clone(),
+            command: command.clone(),
+            part: *part,
+        };
+        let ticket = ticket.seal(&context.store.ticket_key())?;
+        info = info.with_endpoint(FlightEndpoint {
+            ticket: Some(WireTicket { ticket }),
+            // No location: read it where the ticket came from.
+            ..FlightEndpoint::default()
+        });
+    }
+    Ok(info)
 }
 
 /// The reply that a ticket stands for.
@@ -209,11 +218,13 @@ pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Reply, Fail
         }
         .into()),
         TicketRequest::Issued(ticket) => {
-            let pinned = resolve(context, &ticket.tables)?;
+            let pinned = resolve(context, &ticket.tables, ticket.part.as_ref())?;
             match &ticket.command {
                 Command::Scan(command) => match pinned.into_iter().next() {
                     Some((table, snapshot)) => {
-                        Ok(scan::plan_at(context, command, table, snapshot)?.reply())
+                        let mut plan = scan::plan_at(context, command, table, snapshot)?;
+                        plan.request.part = ticket.part;
+                        Ok(plan.reply())
                     }
                     None => Err(unusable()),
                 },
@@ -237,7 +248,11 @@ pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Reply, Fail
 }
 
 /// The tables and snapshots of a ticket, if they can still be had.
-fn resolve(context: &Context, tables: &[TicketTable]) -> Result<Vec<(Table, Snapshot)>, Failure> {
+fn resolve(
+    context: &Context,
+    tables: &[TicketTable],
+    part: Option<&ScanPart>,
+) -> Result<Vec<(Table, Snapshot)>, Failure> {
     tables
         .iter()
         .map(|entry| {
@@ -251,7 +266,10 @@ fn resolve(context: &Context, tables: &[TicketTable]) -> Result<Vec<(Table, Snap
                     ),
                 )
             })?;
-            let snapshot = table.snapshot_by_id(entry.snapshot)?;
+            let snapshot = match part {
+                Some(part) => table.snapshot_of_part(entry.snapshot, part)?,
+                None => table.snapshot_by_id(entry.snapshot)?,
+            };
             if snapshot.definition_version() != entry.definition_version {
                 return Err(unusable());
             }

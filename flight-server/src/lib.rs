@@ -12,7 +12,8 @@
 //! Inside: `command` (JSON), `ticket` (what GetFlightInfo hands out), `barrier` (waiting for
 //! rows), `scan`, `lookup`, `exchange`, `put`, `action`,
 //! `info` (one file per kind of request), `keys` (JSON keys), `wire` (DoGet's replies, below
-//! tonic), `intake` (messages of a put), `encode` (batches to messages of tonic's), `error` (the only place that chooses codes), `service` (the Flight
+//! tonic), `lane` (the local lane, beside Flight), `intake` (messages of a put), `encode` (batches
+//! to messages of tonic's), `error` (the only place that chooses codes), `service` (the Flight
 //! trait), `serve`, `connection`, `authority` and `sendfile` (sockets), `admin` (HTTP), `metrics`.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
@@ -31,6 +32,7 @@ mod hooks;
 mod info;
 mod intake;
 mod keys;
+mod lane;
 mod lookup;
 mod measure;
 mod put;
@@ -46,7 +48,7 @@ pub use admin::install_metrics;
 pub use command::{
     Command, LookupCommand, PutCommand, PutMode, ScanCommand, Token, ViewName, parse_time_nanos,
 };
-pub use config::{ConfigError, Sendfile, ServerConfig};
+pub use config::{ConfigError, LaneConfig, Sendfile, ServerConfig};
 pub use error::ERROR_DETAILS_KEY;
 pub use hooks::{Hooks, SourceControl};
 pub use serve::{BoundAddresses, ServeError, serve};

@@ -9,6 +9,7 @@ use pinion_feature_store::{Filter, ScanRequest, Snapshot, SnapshotId, Table};
 use crate::barrier::await_barrier;
 use crate::command::{CommandError, ScanCommand, checked_table_name};
 use crate::error::Failure;
+use crate::measure::CountedScan;
 use crate::reply::snapshots_json;
 use crate::service::Context;
 use crate::wire::{Batches, Reply};
@@ -17,7 +18,7 @@ use crate::wire::{Batches, Reply};
 pub(crate) struct ScanPlan {
     pub(crate) table: Table,
     pub(crate) snapshot: Snapshot,
-    request: ScanRequest,
+    pub(crate) request: ScanRequest,
     max_message_bytes: usize,
 }
 
@@ -62,6 +63,7 @@ pub(crate) fn plan_at(
         filter,
         view: command.engine_view(),
         limit: command.limit,
+        part: None,
     };
     let max_message_bytes = context.message_limit(command.max_message_bytes)?;
     Ok(ScanPlan {
@@ -95,7 +97,7 @@ impl ScanPlan {
         let open = move || {
             let scan = snapshot.scan(&request)?;
             let schema = scan.schema();
-            let batches = scan.map(|found| found.map_err(Failure::from));
+            let batches = CountedScan(scan).map(|found| found.map_err(Failure::from));
             Ok((schema, Box::new(batches) as Batches))
         };
         Reply::new(Box::new(open), table, self.max_message_bytes, members)

@@ -19,6 +19,7 @@ use crate::config::ServerConfig;
 use crate::error::Failure;
 use crate::hooks::Hooks;
 use crate::intake::Received;
+use crate::lane::Leases;
 use crate::{action, exchange, info, measure, put};
 
 /// Smallest message size a request may ask for.
@@ -35,6 +36,8 @@ pub(crate) struct Context {
     pub(crate) turns: Arc<Semaphore>,
     /// One permit per request that waits for a barrier.
     pub(crate) waiters: Semaphore,
+    /// Who holds which mapped files.
+    pub(crate) leases: Arc<Leases>,
 }
 
 pub(crate) type SharedContext = Arc<Context>;
@@ -44,6 +47,7 @@ impl Context {
         let scans = Arc::new(Semaphore::new(config.max_scans));
         let turns = Arc::new(Semaphore::new(config.scan_threads));
         let waiters = Semaphore::new(config.max_waiters);
+        let leases = Leases::new(config.lane.leased_max_bytes, config.lane.lease_term);
         Arc::new(Context {
             store,
             hooks,
@@ -51,6 +55,7 @@ impl Context {
             scans,
             turns,
             waiters,
+            leases,
         })
     }
 

@@ -1,6 +1,6 @@
 //! Segments: immutable, sorted sets of rows in Arrow IPC files, read through a memory map.
 //!
-//! A segment is up to five files in a table's `segments/` folder, named by its
+//! A segment is up to six files in a table's `segments/` folder, named by its
 //! [`SegmentId`] as 16 hex digits:
 //!
 //! | file | holds |
@@ -8,6 +8,7 @@
 //! | `<id>.arrow` | the rows, sorted by (encoded key, event time, created time, sequence): user columns only, an ordinary Arrow IPC file that any reader opens |
 //! | `<id>.sys` | the sequence of each row |
 //! | `<id>.idx` | key index over the rows |
+//! | `<id>.stat` | null counts, least and greatest values of each record batch; segments of earlier releases lack it |
 //! | `<id>.del` | deletes, only if there are any: key columns, `event_time`, `created_time`, `sequence` |
 //! | `<id>.dix` | key index over the deletes |
 //!
@@ -35,7 +36,8 @@
 //! in physical order, of `{"width_bytes", "pitch_bytes", "columns"}`, the pitch being that of
 //! a full batch; a struct's child is named `parent.child`).
 //!
-//! The layouts of the index and of `.sys` stand in `index.rs` and `sequences.rs`.
+//! The layouts of the index, of `.sys` and of `.stat` stand in `index.rs`, `sequences.rs` and
+//! `statistics.rs`.
 //!
 //! Elsewhere: which segments a reader sees (`snapshot`, `manifest`), which to combine
 //! (`merge`), what an encoded key is (`pinion_schemas::KeyEncoder`).
@@ -52,6 +54,7 @@ mod files;
 mod index;
 mod index_writer;
 pub mod ipc;
+mod lend;
 #[allow(unsafe_code)]
 mod map;
 mod message;
@@ -59,6 +62,7 @@ mod meta;
 mod reader;
 mod sequences;
 mod sorted;
+mod statistics;
 mod verify;
 mod writer;
 
@@ -72,6 +76,7 @@ pub use map::{MappedFile, file_behind};
 pub use meta::{ArrowFileMeta, BatchMeta, FileMeta, SegmentId, SegmentMeta};
 pub use reader::{DeleteRow, Segment};
 pub use sorted::Run;
+pub use statistics::{ColumnStatistics, STATISTICS_FORMAT_VERSION, Statistics};
 pub use verify::VerifyReport;
 pub use writer::{SegmentWriter, SegmentWriterOptions};
 
@@ -82,7 +87,8 @@ pub const PAGE_BYTES: usize = 4096;
 /// Buffers smaller than [`PAGE_BYTES`] start at a multiple of this.
 pub const SMALL_ALIGNMENT_BYTES: usize = 64;
 
-/// The version of every file of a segment that this program writes, and the newest it reads.
+/// The version of every file of a segment but `.stat`, which has its own, that this program
+/// writes, and the newest it reads.
 pub const SEGMENT_FORMAT_VERSION: u32 = 1;
 
 /// A segment holds at most this many rows, and at most this many deletes: row numbers are

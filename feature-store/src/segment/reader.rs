@@ -15,11 +15,15 @@ use pinion_schemas::{KeyEncoder, key_hash};
 
 use super::arrow_reader::{ArrowFile, Block};
 use super::index::{HeaderProblem, KeyIndex};
+use super::lend::LendableFile;
 use super::map::MappedFile;
-use super::meta::{ARROW, ArrowFileMeta, DEL, DIX, IDX, SYS, SegmentMeta, file_name, from_hex};
+use super::meta::{
+    ARROW, ArrowFileMeta, DEL, DIX, IDX, STAT, SYS, SegmentMeta, file_name, from_hex,
+};
 use super::sorted::{Run, SortedFile};
+use super::statistics::{Statistics, StatisticsFile};
 use super::writer::delete_schema;
-use super::{OpenSegmentError, SEGMENT_FORMAT_VERSION, SegmentDamage, SegmentId, sequences};
+use super::{OpenSegmentError, SegmentDamage, SegmentId, sequences};
 
 /// When a delete says that its key ceased to be, in raw ticks of the table's times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,8 +50,10 @@ pub struct Segment {
     sequences: ScalarBuffer<u64>,
     pub(super) deletes: Option<SortedFile>,
     key_range: Option<(Vec<u8>, Vec<u8>)>,
+    statistics: Option<StatisticsFile>,
     /// Whole companions, for their checksums: suffix and map.
     pub(super) companions: Vec<(&'static str, Bytes)>,
+    file: LendableFile,
 }
 
 impl Segment {
@@ -88,6 +94,7 @@ impl Segment {
         let sys = map_file(dir, meta, SYS)?.bytes().clone();
         let sequences = sequences::open(&sys).map_err(|problem| header_error(id, SYS, problem))?;
         companions.push((SYS, sys));
+        let statistics = open_statistics(dir, meta, &mut companions)?;
         let deletes = match &meta.del {
             Some(del) => {
                 let schema = delete_schema(&schema, key_columns);
@@ -103,6 +110,8 @@ impl Segment {
             None => None,
         };
 
+        let path = dir.join(file_name(id, ARROW));
+        let file = LendableFile::new(path, rows.file.map().bytes().len() as u64);
         let row_count = u64::from(rows.file.rows());
         let delete_count = deletes
             .as_ref()
@@ -129,7 +138,9 @@ impl Segment {
             sequences,
             deletes,
             key_range,
+            statistics,
             companions,
+            file,
         })
     }
 
@@ -202,6 +213,48 @@ impl Segment {
     /// As [`batch`](Self::batch).
     pub fn batch_ref(&self, batch: usize) -> Result<&RecordBatch, SegmentDamage> {
         self.rows.file.batch(batch)
+    }
+
+    /// Some columns of a batch, by ascending number, as [`batch`](Self::batch) has them. If the
+    /// batch was not decoded yet, only these are, and their bytes alone are read.
+    ///
+    /// # Errors
+    ///
+    /// As [`batch`](Self::batch); also for a column that is not there.
+    pub fn batch_columns(
+        &self,
+        batch: usize,
+        columns: &[usize],
+    ) -> Result<RecordBatch, SegmentDamage> {
+        self.rows.file.batch_columns(batch, columns)
+    }
+
+    /// What is known of each batch without reading it; `None` for segments that were written
+    /// without. Decoded, and compared with its checksum, once.
+    ///
+    /// # Errors
+    ///
+    /// If the file is damaged. The rows can still be read; a merge writes it anew.
+    pub fn statistics(&self) -> Result<Option<&Statistics>, SegmentDamage> {
+        let Some(file) = &self.statistics else {
+            return Ok(None);
+        };
+        match file.get(&self.schema, self.batches()) {
+            Ok(statistics) => Ok(Some(statistics)),
+            Err(what) => Err(SegmentDamage {
+                segment: self.meta.id,
+                file: file_name(self.meta.id, STAT),
+                what,
+                batch: None,
+            }),
+        }
+    }
+
+    /// The least and the greatest encoded key over rows and deletes.
+    pub fn key_range(&self) -> Option<(&[u8], &[u8])> {
+        self.key_range
+            .as_ref()
+            .map(|(least, greatest)| (least.as_slice(), greatest.as_slice()))
     }
 
     /// The batch that holds a row, and the row's place in it.
@@ -332,6 +385,21 @@ impl Segment {
         self.rows.file.map()
     }
 
+    /// A read-only descriptor of `.arrow`, for another process to map.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if it was unlinked without [`keep_file`](Self::keep_file).
+    pub fn open_file(&self) -> io::Result<File> {
+        self.file.open()
+    }
+
+    /// Keeps `.arrow` open from now on. Call it before unlinking the file: a snapshot that
+    /// still reads this segment may still be lent.
+    pub fn keep_file(&self) {
+        self.file.keep();
+    }
+
     /// Where a batch's message lies in `.arrow`; `None` if there is no such batch.
     pub fn block(&self, batch: usize) -> Option<Block> {
         self.rows.file.block(batch)
@@ -387,6 +455,22 @@ fn open_sorted(
     })
 }
 
+/// Segments of earlier releases have no statistics.
+fn open_statistics(
+    dir: &Path,
+    meta: &SegmentMeta,
+    companions: &mut Vec<(&'static str, Bytes)>,
+) -> Result<Option<StatisticsFile>, OpenSegmentError> {
+    let Some(listed) = meta.files.iter().find(|file| file.suffix == STAT) else {
+        return Ok(None);
+    };
+    let map = map_file(dir, meta, STAT)?.bytes().clone();
+    companions.push((STAT, map.clone()));
+    StatisticsFile::open(map, listed.crc32)
+        .map(Some)
+        .map_err(|problem| header_error(meta.id, STAT, problem))
+}
+
 fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<MappedFile, OpenSegmentError> {
     let id = meta.id;
     let file = file_name(id, suffix);
@@ -425,11 +509,11 @@ fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<MappedFile, 
 fn header_error(id: SegmentId, suffix: &str, problem: HeaderProblem) -> OpenSegmentError {
     let file = file_name(id, suffix);
     match problem {
-        HeaderProblem::Newer { found } => OpenSegmentError::NewerVersion {
+        HeaderProblem::Newer { found, supported } => OpenSegmentError::NewerVersion {
             id,
             file,
             found,
-            supported: SEGMENT_FORMAT_VERSION,
+            supported,
         },
         HeaderProblem::Damaged(what) => OpenSegmentError::HeaderDamaged { id, file, what },
     }

@@ -1,6 +1,8 @@
 //! A server in this process, over a store in a temporary directory, and clients for it.
 #![allow(dead_code)]
 
+pub mod lane;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
