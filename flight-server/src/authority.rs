@@ -24,8 +24,10 @@ const FLAG_PADDED: u8 = 0x8;
 const FLAG_PRIORITY: u8 = 0x20;
 /// Larger frames than the server announces are passed on, and refused by HTTP/2.
 const MAX_HEADERS_BYTES: usize = 16 << 10;
-/// `:authority` in HPACK's static table.
+/// `:authority` in HPACK's static table, as bytes, and in the Huffman code.
 const AUTHORITY_INDEX: usize = 1;
+const AUTHORITY_NAME: &[u8] = b":authority";
+const AUTHORITY_HUFFMAN: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
 
 /// The client's side of one connection.
 #[derive(Debug)]
@@ -182,11 +184,20 @@ fn mend_block(block: &mut [u8]) -> Option<()> {
         };
         let index = integer(block, &mut at, prefix_bits)?;
         if literal {
-            if index == 0 {
-                string(block, &mut at)?;
-            }
+            let found = match index {
+                0 => {
+                    let (huffman, range) = string(block, &mut at)?;
+                    let name = if huffman {
+                        AUTHORITY_HUFFMAN
+                    } else {
+                        AUTHORITY_NAME
+                    };
+                    &block[range] == name
+                }
+                index => index == AUTHORITY_INDEX,
+            };
             let (huffman, range) = string(block, &mut at)?;
-            if index == AUTHORITY_INDEX {
+            if found {
                 mend_value(huffman, &mut block[range]);
             }
         }
@@ -330,13 +341,18 @@ mod tests {
         frame
     }
 
-    /// `:method POST`, `:authority` as given, a literal header with a literal name.
+    /// `:method POST`, `:authority` as given, its name by index and as a string, and another
+    /// header with percent signs.
     fn block(authority: &[u8], huffman: bool) -> Vec<u8> {
-        let mut block = vec![
-            0x83,
-            0x41,
-            authority.len() as u8 | if huffman { 0x80 } else { 0 },
-        ];
+        let (name, bit) = match huffman {
+            true => (AUTHORITY_HUFFMAN, 0x80),
+            false => (AUTHORITY_NAME, 0),
+        };
+        let mut block = vec![0x83, 0x41, authority.len() as u8 | bit];
+        block.extend_from_slice(authority);
+        block.extend_from_slice(&[0x40, name.len() as u8 | bit]);
+        block.extend_from_slice(name);
+        block.push(authority.len() as u8 | bit);
         block.extend_from_slice(authority);
         block.extend_from_slice(b"\x40\x03x%y\x02%1");
         block
@@ -390,6 +406,19 @@ mod tests {
             .map(|(bits, &codes)| u64::from(codes) << (30 - bits))
             .sum();
         assert_eq!(filled, 1 << 30);
+        let name = [
+            (0x5c, 7),
+            (0x3, 5),
+            (0x2d, 6),
+            (0x9, 5),
+            (0x27, 6),
+            (0x7, 5),
+            (0x2c, 6),
+            (0x6, 5),
+            (0x9, 5),
+            (0x7a, 7),
+        ];
+        assert_eq!(huffman(&name), AUTHORITY_HUFFMAN);
         // "www.example.com", from the RFC.
         let example = [
             0xf1, 0xe3, 0xc2, 0xe5, 0xf2, 0x3a, 0x6b, 0xa0, 0xab, 0x90, 0xf4, 0xff,

@@ -263,8 +263,8 @@ mod tests {
         for (start, length) in [(0, 1000), (64, 128), (3, 1), (777, 223), (64, 0)] {
             let slice = all.slice(start, length);
             let projected = slice.project(&[5, 1, 3]).unwrap();
-            assert_eq!(read(stream(&[slice.clone()])), [slice]);
-            assert_eq!(read(stream(&[projected.clone()])), [projected]);
+            assert_eq!(read(stream(std::slice::from_ref(&slice))), [slice]);
+            assert_eq!(read(stream(std::slice::from_ref(&projected))), [projected]);
         }
     }
 

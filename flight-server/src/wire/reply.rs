@@ -133,7 +133,7 @@ impl Reply {
         let end = loop {
             match self.next_message(&mut messages) {
                 Ok(true) => {
-                    bytes += messages.last().map_or(0, chunks_bytes);
+                    bytes += messages.last().map_or(0, |chunks| chunks_bytes(chunks));
                     if bytes >= STEP_BYTES {
                         break None;
                     }
@@ -336,7 +336,7 @@ fn push(
     Ok(())
 }
 
-fn chunks_bytes(chunks: &Vec<Bytes>) -> u64 {
+fn chunks_bytes(chunks: &[Bytes]) -> u64 {
     chunks.iter().map(|chunk| chunk.len() as u64).sum()
 }
 
