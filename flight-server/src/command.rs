@@ -329,6 +329,8 @@ impl Command {
 }
 
 /// What a descriptor asks for: a path is the table of that name.
+// One lives for a moment of each request: a box would cost more than the room.
+#[allow(clippy::large_enum_variant)]
 pub(crate) enum Target {
     Table(String),
     Command(Command),

@@ -395,12 +395,21 @@ impl BoundLookup {
         snapshots: &[Snapshot],
         arrived: Instant,
     ) -> Result<Reply, Failure> {
-        if self.is_plain
+        let keys = request.num_rows();
+        self.check_rows(keys)?;
+        let plan = self.reply_plan.as_ref().filter(|_| self.is_plain);
+        if let Some(plan) = plan {
+            // Before it is made.
+            scratch
+                .encoder
+                .check_reply(keys, plan.least_body_bytes(keys))?;
+        }
+        if plan.is_some()
             && let Some(reply) =
                 self.plain_reply(&mut scratch.reply, request, snapshots, arrived)?
         {
             let bytes = reply.header.len() + reply.body.len();
-            scratch.encoder.check_reply(request.num_rows(), bytes)?;
+            scratch.encoder.check_reply(keys, bytes)?;
             return Ok(Reply {
                 dictionaries: Vec::new(),
                 rows: IpcMessage {

@@ -378,6 +378,15 @@ impl ReplyPlan {
         }))
     }
 
+    /// What the body of a reply to so many keys takes at least, before texts and validity: so
+    /// that a reply over a limit can be refused before it is made.
+    pub fn least_body_bytes(&self, rows: usize) -> usize {
+        self.columns
+            .iter()
+            .map(|column| column.shape.fixed_bytes(rows))
+            .fold(0, usize::saturating_add)
+    }
+
     /// Whether the request's columns are those the plan was made for.
     fn fits(&self, request: &RecordBatch) -> bool {
         let due = self.shape.request.fields();

@@ -61,10 +61,10 @@ impl Shape {
     /// Bytes of the buffer whose length follows from the number of rows.
     pub(super) fn fixed_bytes(self, rows: usize) -> usize {
         match self {
-            Shape::Fixed { width } => rows * width,
+            Shape::Fixed { width } => rows.saturating_mul(width),
             Shape::Bits => rows.div_ceil(8),
-            Shape::Text { offset_bytes } => (rows + 1) * offset_bytes,
-            Shape::List { items, width } => rows * items * width,
+            Shape::Text { offset_bytes } => (rows + 1).saturating_mul(offset_bytes),
+            Shape::List { items, width } => rows.saturating_mul(items).saturating_mul(width),
         }
     }
 }
