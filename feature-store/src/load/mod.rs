@@ -50,7 +50,7 @@ use kway::{KWayMerge, Merged, SortedInput};
 use runs::Run;
 use sort::{SortedRun, Unsorted};
 
-use crate::segment::{SegmentMeta, SegmentWriter, SegmentWriterOptions};
+use crate::segment::{SegmentMeta, SegmentWriter};
 use crate::table::{LoadTarget, Table};
 
 /// The least memory a load works with.
@@ -384,7 +384,7 @@ fn write_segment(
                 Arc::clone(&target.storage_schema),
                 target.key_columns,
                 target.key_encoder.clone(),
-                SegmentWriterOptions::default(),
+                target.version.segment_options(),
             )?),
         };
         let times = target.version.times_of(&batch)?;

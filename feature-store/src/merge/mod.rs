@@ -19,7 +19,7 @@ use crate::compat::Version;
 use crate::error::{ReadError, WorkError};
 use crate::level::Level;
 use crate::order::RowOrder;
-use crate::segment::{SegmentId, SegmentMeta, SegmentWriter, SegmentWriterOptions};
+use crate::segment::{SegmentId, SegmentMeta, SegmentWriter};
 use crate::snapshot::SnapshotInner;
 
 /// Rows per output step.
@@ -305,7 +305,7 @@ pub(crate) fn write_segment(
                 Arc::clone(&version.storage_schema),
                 version.key_columns,
                 version.key_encoder.clone(),
-                SegmentWriterOptions::default(),
+                version.segment_options(),
             )?),
         };
         if step.batch.num_rows() > 0 {

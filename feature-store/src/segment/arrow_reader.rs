@@ -12,6 +12,7 @@ use bytes::Bytes;
 
 use super::arrow_writer::FORMAT_KEY;
 use super::meta::{ArrowFileMeta, file_name};
+use super::raw::RawColumn;
 use super::{OpenSegmentError, SEGMENT_FORMAT_VERSION, SegmentDamage, SegmentId};
 
 /// End marker of the stream and, after the footer, its length and the closing magic.
@@ -50,6 +51,8 @@ pub(super) struct ArrowFile {
     /// First row of each batch, then the number of rows.
     starts: Vec<u32>,
     decoded: Vec<OnceLock<RecordBatch>>,
+    /// The buffers of a decoded batch, once a cell of it was asked for.
+    raw: Vec<OnceLock<Box<[RawColumn]>>>,
 }
 
 impl ArrowFile {
@@ -121,6 +124,7 @@ impl ArrowFile {
             meta: meta.clone(),
             decoder,
             decoded: blocks.iter().map(|_| OnceLock::new()).collect(),
+            raw: blocks.iter().map(|_| OnceLock::new()).collect(),
             blocks,
             starts,
         })
@@ -183,6 +187,19 @@ impl ArrowFile {
                     Ok(cell.get_or_init(|| decoded))
                 }
             },
+            None => Err(self.damage(Some(batch), "there is no such batch".to_owned())),
+        }
+    }
+
+    /// The buffers of a batch.
+    #[inline]
+    pub(super) fn raw(&self, batch: usize) -> Result<&[RawColumn], SegmentDamage> {
+        if let Some(raw) = self.raw.get(batch).and_then(OnceLock::get) {
+            return Ok(raw);
+        }
+        let columns = RawColumn::of(self.batch(batch)?);
+        match self.raw.get(batch) {
+            Some(cell) => Ok(cell.get_or_init(|| columns)),
             None => Err(self.damage(Some(batch), "there is no such batch".to_owned())),
         }
     }

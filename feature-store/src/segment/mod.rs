@@ -1,6 +1,6 @@
 //! Segments: immutable, sorted sets of rows in Arrow IPC files, read through a memory map.
 //!
-//! A segment is up to five files in a table's `segments/` folder, named by its
+//! A segment is up to six files in a table's `segments/` folder, named by its
 //! [`SegmentId`] as 16 hex digits:
 //!
 //! | file | holds |
@@ -10,6 +10,7 @@
 //! | `<id>.idx` | key index over the rows |
 //! | `<id>.del` | deletes, only if there are any: key columns, `event_time`, `created_time`, `sequence` |
 //! | `<id>.dix` | key index over the deletes |
+//! | `<id>.rows` | the rows again, each in one slot, only if the table asks for it (`lookup = "rows"`) |
 //!
 //! Each file is written as `<name>.partial`, made read-only and synced, then renamed; the
 //! folder is synced last. From then on its bytes never change, so readers share one mapping
@@ -35,7 +36,8 @@
 //! in physical order, of `{"width_bytes", "pitch_bytes", "columns"}`, the pitch being that of
 //! a full batch; a struct's child is named `parent.child`).
 //!
-//! The layouts of the index and of `.sys` stand in `index.rs` and `sequences.rs`.
+//! The layouts of the index, of `.sys` and of `.rows` stand in `index.rs`, `sequences.rs` and
+//! `packed.rs`.
 //!
 //! Elsewhere: which segments a reader sees (`snapshot`, `manifest`), which to combine
 //! (`merge`), what an encoded key is (`pinion_schemas::KeyEncoder`).
@@ -55,6 +57,9 @@ mod index_writer;
 mod map;
 mod message;
 mod meta;
+mod packed;
+mod packed_writer;
+mod raw;
 mod reader;
 mod sequences;
 mod sorted;
@@ -66,8 +71,12 @@ mod tests;
 
 pub use arrow_reader::Block;
 pub use error::{OpenSegmentError, SegmentDamage, SegmentError};
-pub(crate) use map::map_file;
+pub(crate) use index::Probe;
+pub(crate) use map::{map_file, prefetch};
+pub(crate) use message::batch_message;
 pub use meta::{ArrowFileMeta, BatchMeta, FileMeta, SegmentId, SegmentMeta};
+pub(crate) use packed::{Packed, PackedRows};
+pub(crate) use raw::RawColumn;
 pub use reader::{DeleteRow, Segment};
 pub use sorted::Run;
 pub use verify::VerifyReport;
