@@ -31,6 +31,7 @@ mod order;
 mod positions;
 mod scan;
 pub mod segment;
+mod services;
 mod snapshot;
 mod stats;
 mod store;
@@ -43,13 +44,17 @@ pub use catalog::{TableId, TablePlan};
 pub use check::{CheckProblem, CheckReport};
 pub use commit::{Change, Commit, DeadLetter, Receipt, WriteToken};
 pub use error::{
-    ApplyError, CommitError, OpenError, ReadError, RowProblem, SnapshotError, UnknownTable,
-    WorkError,
+    ApplyError, CommitError, OpenError, ReadError, RowProblem, SnapshotError, UnknownService,
+    UnknownTable, WorkError,
 };
-pub use lookup::{LookupRequest, LookupResult, ValueStatus};
+pub use lookup::{
+    LookupRequest, LookupResult, ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch,
+    ReplyShape, ValueStatus,
+};
 pub use positions::{Position, Positions};
 pub use scan::{Filter, FilterError, Scan, ScanBatch, ScanRequest, View};
+pub use services::{Service, ServicePlan, ServiceVersion};
 pub use snapshot::{Snapshot, SnapshotId};
 pub use stats::{SegmentStats, TableStats};
-pub use store::{Store, StoreOptions};
+pub use store::{Plans, Store, StoreOptions};
 pub use table::Table;
