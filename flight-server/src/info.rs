@@ -1,5 +1,7 @@
 //! ListFlights, GetFlightInfo and GetSchema: what can be read, and the ticket to read it.
 
+use std::time::Instant;
+
 use arrow_flight::{FlightDescriptor, FlightEndpoint, FlightInfo, Ticket as WireTicket};
 use arrow_schema::Schema;
 use pinion_feature_store::{Snapshot, Table};
@@ -135,7 +137,15 @@ async fn describe_lookup(
     }
     let rows = known(keys.num_rows() as u64);
     let bound = plan.bind(keys.schema_ref(), &snapshots)?;
+    // The ticket reads the version of the service that its schema is of.
+    let service = command
+        .service
+        .as_deref()
+        .map(|reference| context.store.service(reference))
+        .transpose()?
+        .map(|version| format!("{}@v{}", version.definition.name, version.version));
     let command = LookupCommand {
+        service,
         at_least: None,
         token: None,
         timeout_ms: None,
@@ -274,11 +284,16 @@ fn lookup_stream(
     let keys = plan.keys_from_json(keys)?;
     let bound = plan.bind(keys.schema_ref(), &snapshots)?;
     let max_message_bytes = context.message_limit(command.max_message_bytes)?;
+    let arrived = Instant::now();
     scan::stream(context, move |outlet| {
-        let reply = bound.answer(&keys, &snapshots)?;
+        let (reply, partial) = bound.answer(&keys, &snapshots, arrived)?;
         let mut encoder = crate::encode::Encoder::new(max_message_bytes);
         let snapshots: Vec<&Snapshot> = snapshots.iter().collect();
-        outlet.start(encoder.schema(bound.schema()), snapshots_json(&snapshots))?;
+        let mut members = snapshots_json(&snapshots);
+        if partial {
+            members.insert("partial".to_owned(), true.into());
+        }
+        outlet.start(encoder.schema(bound.schema()), members)?;
         outlet.batch(&mut encoder, &reply, false)?;
         outlet.finish()
     })
