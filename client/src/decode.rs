@@ -4,6 +4,9 @@
 //! validated, once: what comes out can be used like any other Arrow data, whatever the server
 //! sent.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -20,6 +23,8 @@ use crate::error::{ClientError, Result};
 use crate::flat;
 use crate::layout::Layout;
 
+/// Begins the problem of a message that Arrow's decoder panicked on.
+const PANICKED: &str = "the decoder gave up";
 /// Marks the start of an encapsulated message.
 const CONTINUATION: [u8; 4] = [0xFF; 4];
 
@@ -263,8 +268,8 @@ fn guarded<T>(decode: impl FnOnce() -> std::result::Result<T, ArrowError>) -> Re
                 .downcast_ref::<String>()
                 .map(String::as_str)
                 .or_else(|| panic.downcast_ref::<&str>().copied())
-                .unwrap_or("the decoder gave up");
-            Err(ClientError::reply(words))
+                .unwrap_or_default();
+            Err(ClientError::reply(format!("{PANICKED}: {words}")))
         }
     }
 }

@@ -35,6 +35,9 @@
 //! # }
 //! ```
 //!
+//! [`LaneClient`] speaks the local lane of a server on the same machine: blocking, and several
+//! times faster for lookups.
+//!
 //! The values of a batch are validated in every build: offsets, UTF-8, null counts. There is
 //! no switch to trust a server; the cost is a few hundredths of a second per gigabyte.
 #![forbid(unsafe_code)]
@@ -47,6 +50,7 @@ mod decode;
 mod encode;
 mod error;
 mod flat;
+mod lane;
 mod layout;
 mod message;
 mod options;
@@ -58,6 +62,7 @@ pub use address::Address;
 pub use client::{Client, LookupStream};
 pub use command::{Lookup, Put, Scan, status};
 pub use error::{ClientError, Code, Result, ServerError};
+pub use lane::{LaneClient, LaneOptions, LaneRows, Prepared};
 pub use options::ClientOptions;
 pub use proto::{FlightDescriptor, FlightEndpoint, FlightInfo, Location, Ticket};
 pub use stream::{RecordStream, ScanStream};
