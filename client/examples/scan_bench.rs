@@ -139,7 +139,7 @@ async fn channel(url: &str, window: u32) -> Channel {
             .initial_stream_window_size(window)
             .initial_connection_window_size(window.saturating_mul(2))
     };
-    let connected = match url.parse().expect("no URL of a server") {
+    let connected = match url.parse::<Address>().expect("no URL of a server") {
         Address::Tcp(host) => {
             let endpoint = Endpoint::from_shared(format!("http://{host}")).expect("no URL");
             windows(endpoint).tcp_nodelay(true).connect().await

@@ -58,13 +58,13 @@ fn load(path: &str, batch_rows: usize) -> Served {
         let length = block.bodyLength() as usize + block.metaDataLength() as usize;
         file.slice_with_length(block.offset() as usize, length)
     };
-    for dictionary in footer.dictionaries().iter().flatten() {
+    for dictionary in footer.dictionaries().into_iter().flatten() {
         decoder
             .read_dictionary(dictionary, &block(dictionary))
             .expect("cannot read a dictionary");
     }
     let mut batches = Vec::new();
-    for rows in footer.recordBatches().iter().flatten() {
+    for rows in footer.recordBatches().into_iter().flatten() {
         let batch = decoder
             .read_record_batch(rows, &block(rows))
             .expect("cannot read a batch")

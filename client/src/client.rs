@@ -105,9 +105,7 @@ impl Client {
         let ticket = Ticket {
             ticket: ticket.into(),
         };
-        let (mut outgoing, incoming) = self.channel.call("DoGet").await?;
-        outgoing.send(frame_plain(&ticket)?).await?;
-        outgoing.finish()?;
+        let incoming = self.ask("DoGet", &ticket).await?;
         self.begin(incoming).await
     }
 
@@ -248,7 +246,10 @@ impl Client {
         let (mut outgoing, incoming) = self.channel.call("DoExchange").await?;
         let (encoder, first) = StreamEncoder::begin(keys, &descriptor)?;
         for bytes in first {
-            outgoing.send(bytes).await?;
+            // A server that takes no more of it says why in its reply.
+            if outgoing.send(bytes).await.is_err() {
+                break;
+            }
         }
         Ok(LookupStream {
             outgoing,
@@ -333,15 +334,25 @@ impl Client {
             .ok_or_else(|| ClientError::reply(format!("no answer to {method}")))
     }
 
+    /// Starts a call with one request message.
+    async fn ask(&self, method: &str, request: &impl Message) -> Result<Incoming> {
+        let message = frame_plain(request)?;
+        let (mut outgoing, incoming) = self.channel.call(method).await?;
+        if outgoing.send(message).await.is_ok() {
+            outgoing.finish().ok();
+        }
+        // A server may answer before it has taken the whole request; when it could not take it
+        // at all, the reply says why.
+        Ok(incoming)
+    }
+
     /// A call with one request message; all its replies.
     async fn call<R: Message + Default>(
         &self,
         method: &str,
         request: &impl Message,
     ) -> Result<Vec<R>> {
-        let (mut outgoing, incoming) = self.channel.call(method).await?;
-        outgoing.send(frame_plain(request)?).await?;
-        outgoing.finish()?;
+        let incoming = self.ask(method, request).await?;
         let mut replies = Replies::new(incoming, self.channel.options());
         let mut all = Vec::new();
         while let Some(reply) = replies.next().await {

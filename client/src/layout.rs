@@ -16,6 +16,8 @@ use crate::error::{ClientError, Result};
 const MAX_DEPTH: usize = 64;
 /// Rows or items of one node: Arrow counts them in 32 bits in most places.
 const MAX_NODE_LENGTH: i64 = 1 << 31;
+/// Bytes of a view of a string.
+const VIEW_BYTES: u64 = 16;
 /// Bytes that precede a compressed buffer: its inflated length.
 const INFLATED_LENGTH_BYTES: usize = 8;
 
@@ -256,16 +258,22 @@ impl Cursor<'_, '_> {
             Shape::Null | Shape::Runs => Ok(()),
             Shape::Fixed { bits } => {
                 self.buffer(validity)?;
-                self.buffer(length.saturating_mul(bits).div_ceil(8))
+                // Padding goes to multiples of 8.
+                let width = if matches!(bits, 16 | 32 | 64) {
+                    bits / 8
+                } else {
+                    1
+                };
+                self.sized(length.saturating_mul(bits).div_ceil(8), width)
             }
             Shape::Bytes { offset_bytes } => {
                 self.buffer(validity)?;
-                self.buffer(offsets(offset_bytes))?;
+                self.sized(offsets(offset_bytes), offset_bytes)?;
                 self.buffer(0)
             }
             Shape::Views => {
                 self.buffer(validity)?;
-                self.buffer(length * 16)?;
+                self.sized(length * VIEW_BYTES, VIEW_BYTES)?;
                 let count = counts.next().unwrap_or(-1);
                 if !(0..=self.buffers.len() as i64).contains(&count) {
                     return Err(ClientError::reply(format!(
@@ -276,12 +284,12 @@ impl Cursor<'_, '_> {
             }
             Shape::List { offset_bytes } => {
                 self.buffer(validity)?;
-                self.buffer(offsets(offset_bytes))
+                self.sized(offsets(offset_bytes), offset_bytes)
             }
             Shape::ListViews { offset_bytes } => {
                 self.buffer(validity)?;
-                self.buffer(length * offset_bytes)?;
-                self.buffer(length * offset_bytes)
+                self.sized(length * offset_bytes, offset_bytes)?;
+                self.sized(length * offset_bytes, offset_bytes)
             }
             Shape::Parent => self.buffer(validity),
             Shape::Union { dense } => {
@@ -290,7 +298,15 @@ impl Cursor<'_, '_> {
                 }
                 self.buffer(length)?;
                 if dense {
-                    self.buffer(length * 4)?;
+                    // Arrow's decoder does not copy these to an aligned place.
+                    let offset = self
+                        .buffers
+                        .get(self.next.min(self.buffers.len() - 1))
+                        .offset();
+                    if offset % 4 != 0 {
+                        return Err(ClientError::reply("union offsets that are not aligned"));
+                    }
+                    self.sized(length * 4, 4)?;
                 }
                 Ok(())
             }
@@ -299,6 +315,11 @@ impl Cursor<'_, '_> {
 
     /// The next buffer must lie in the body and hold at least so many bytes.
     fn buffer(&mut self, least_bytes: u64) -> Result<()> {
+        self.sized(least_bytes, 1)
+    }
+
+    /// The same of a buffer of values that are `width` bytes each; padding is no part of a value.
+    fn sized(&mut self, least_bytes: u64, width: u64) -> Result<()> {
         let index = self.next;
         if index >= self.buffers.len() {
             return Err(ClientError::reply(format!(
@@ -324,6 +345,11 @@ impl Cursor<'_, '_> {
         } else {
             bytes.len() as u64
         };
+        if !actual.is_multiple_of(width) {
+            return Err(ClientError::reply(format!(
+                "buffer {index} has {actual} bytes, for values of {width} bytes each"
+            )));
+        }
         if actual < least_bytes {
             return Err(ClientError::reply(format!(
                 "buffer {index} has {actual} bytes, its rows need {least_bytes}"

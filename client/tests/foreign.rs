@@ -8,7 +8,9 @@ use std::time::Duration;
 use arrow_array::builder::{
     Int32Builder, ListBuilder, MapBuilder, StringBuilder, StringDictionaryBuilder,
 };
-use arrow_array::types::{Int8Type, Int32Type};
+use arrow_array::types::{
+    ArrowPrimitiveType, Float16Type, Int8Type, Int32Type, IntervalMonthDayNanoType,
+};
 use arrow_array::{
     ArrayRef, BinaryViewArray, BooleanArray, Date32Array, Decimal128Array, Decimal256Array,
     FixedSizeBinaryArray, FixedSizeListArray, Float16Array, Float32Array, Int64Array,
@@ -216,7 +218,7 @@ fn everything() -> RecordBatch {
         (
             "float16",
             Arc::new(Float16Array::from_iter(
-                (0..rows).map(|i| some(i).map(|_| Default::default())),
+                (0..rows).map(|i| some(i).map(|_| Float16Type::default_value())),
             )),
         ),
         (
@@ -240,9 +242,9 @@ fn everything() -> RecordBatch {
         ),
         (
             "interval",
-            Arc::new(IntervalMonthDayNanoArray::from_iter(
-                (0..rows).map(|i| some(i).map(|_| Default::default())),
-            )),
+            Arc::new(IntervalMonthDayNanoArray::from_iter((0..rows).map(|i| {
+                some(i).map(|_| IntervalMonthDayNanoType::default_value())
+            }))),
         ),
         (
             "decimal",
@@ -323,7 +325,11 @@ async fn every_type_reads_equal_however_the_message_is_laid_out() {
             "aligned to 8",
         ),
     ] {
-        for batch in [everything(), flat()] {
+        // Each column for itself too, so that a failure names it.
+        let all = everything();
+        let columns = (0..all.num_columns()).map(|column| all.project(&[column]).unwrap());
+        for batch in columns.chain([flat(), all.clone()]) {
+            let what = format!("{what}: {}", batch.schema().field(0).name());
             let batches = [
                 batch.clone(),
                 batch.slice(0, 0),
@@ -355,7 +361,10 @@ async fn every_type_reads_equal_however_the_message_is_laid_out() {
                 for size in [13, 1_000, usize::MAX >> 1] {
                     let chunks = bytes.chunks(size).map(<[u8]>::to_vec).collect();
                     let server = Reply::ok(chunks).serve().await;
-                    let (stream, got) = read(&server.url).await.unwrap();
+                    let (stream, got) = match read(&server.url).await {
+                        Ok(read) => read,
+                        Err(error) => panic!("{what}: {error}"),
+                    };
                     assert_eq!(stream.schema(), &batch.schema(), "{what}");
                     assert_eq!(got, batches, "{what}");
                 }

@@ -129,11 +129,11 @@ fn features(keys: &RecordBatch) -> RecordBatch {
             .map(|k| known(k).map(|k| format!("name {k}"))),
     );
     let even = BooleanArray::from_iter(numbers.values().iter().map(|k| Some(k % 2 == 0)));
-    RecordBatch::try_from_iter([
-        ("id", Arc::clone(keys.column(0))),
-        ("half", Arc::new(half) as ArrayRef),
-        ("name", Arc::new(name) as ArrayRef),
-        ("even", Arc::new(even) as ArrayRef),
+    RecordBatch::try_from_iter_with_nullable([
+        ("id", Arc::clone(keys.column(0)), false),
+        ("half", Arc::new(half) as ArrayRef, true),
+        ("name", Arc::new(name) as ArrayRef, true),
+        ("even", Arc::new(even) as ArrayRef, false),
     ])
     .unwrap()
 }
@@ -449,7 +449,7 @@ fn a_server_that_does_not_answer_costs_the_time_that_was_set() {
         ..Behaviour::default()
     });
     let mut options = LaneOptions::default();
-    options.timeout = Some(Duration::from_millis(100));
+    options.timeout = Some(Duration::from_millis(400));
     let mut lane = LaneClient::connect_with(&server.url, options).unwrap();
     let prepared = lane.prepare(&lookup(), &key_schema()).unwrap();
     let error = lane.lookup(&prepared, &keys(0..1)).unwrap_err();
@@ -457,7 +457,7 @@ fn a_server_that_does_not_answer_costs_the_time_that_was_set() {
         matches!(
             error,
             ClientError::Timeout {
-                timeout_millis: 100
+                timeout_millis: 400
             }
         ),
         "{error}"
