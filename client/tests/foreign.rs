@@ -19,12 +19,10 @@ use arrow_array::{
     UnionArray,
 };
 use arrow_flight::FlightData;
-use arrow_flight::encode::{DictionaryHandling, FlightDataEncoderBuilder};
 use arrow_ipc::CompressionType;
-use arrow_ipc::writer::IpcWriteOptions;
+use arrow_ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteContext, IpcWriteOptions};
 use arrow_schema::{DataType, Field, UnionFields};
 use bytes::Bytes;
-use futures::TryStreamExt;
 use http::{HeaderMap, Response};
 use pinion_client::{Client, ClientError, ClientOptions, RecordStream};
 use prost::Message;
@@ -134,16 +132,31 @@ fn framed(protobuf: &[u8]) -> Vec<u8> {
     bytes
 }
 
-async fn messages(batches: &[RecordBatch], options: IpcWriteOptions) -> Vec<FlightData> {
-    FlightDataEncoderBuilder::new()
-        .with_schema(batches[0].schema())
-        .with_options(options)
-        .with_dictionary_handling(DictionaryHandling::Resend)
-        .with_max_flight_data_size(usize::MAX)
-        .build(futures::stream::iter(batches.to_vec().into_iter().map(Ok)))
-        .try_collect()
-        .await
-        .unwrap()
+fn messages(batches: &[RecordBatch], options: IpcWriteOptions) -> Vec<FlightData> {
+    let generator = IpcDataGenerator::default();
+    let mut dictionaries = DictionaryTracker::new(false);
+    let mut context = IpcWriteContext::default();
+    let schema = generator.schema_to_bytes_with_dictionary_tracker(
+        &batches[0].schema(),
+        &mut dictionaries,
+        &options,
+    );
+    let mut messages = vec![schema];
+    for batch in batches {
+        let (new, rows) = generator
+            .encode(batch, &mut dictionaries, &options, &mut context)
+            .unwrap();
+        messages.extend(new);
+        messages.push(rows);
+    }
+    messages
+        .into_iter()
+        .map(|message| FlightData {
+            data_header: message.ipc_message.into(),
+            data_body: message.arrow_data.into(),
+            ..FlightData::default()
+        })
+        .collect()
 }
 
 async fn read(url: &str) -> Result<(RecordStream, Vec<RecordBatch>), ClientError> {
@@ -332,7 +345,7 @@ async fn every_type_reads_equal_however_the_message_is_laid_out() {
         for batch in columns.chain([flat(), all.clone()]) {
             let what = format!("{what}: {}", batch.schema().field(0).name());
             let batches = [batch.clone(), batch.slice(5, 17), batch.slice(36, 1)];
-            let data = messages(&batches, options.clone()).await;
+            let data = messages(&batches, options.clone());
             let canonical: Vec<u8> = data
                 .iter()
                 .flat_map(|message| framed(&message.encode_to_vec()))
@@ -376,7 +389,7 @@ async fn every_type_reads_equal_however_the_message_is_laid_out() {
 #[tokio::test(flavor = "multi_thread")]
 async fn replies_that_are_cut_or_contradict_themselves_are_errors() {
     let batch = flat();
-    let data = messages(&[batch.clone(), batch], IpcWriteOptions::default()).await;
+    let data = messages(&[batch.clone(), batch], IpcWriteOptions::default());
     let whole: Vec<u8> = data
         .iter()
         .flat_map(|message| framed(&message.encode_to_vec()))
@@ -461,7 +474,6 @@ async fn a_stream_that_nobody_reads_holds_no_more_than_its_window() {
     );
     let batch = flat();
     let mut chunks: Vec<Vec<u8>> = messages(&[batch], IpcWriteOptions::default())
-        .await
         .iter()
         .map(|message| framed(&message.encode_to_vec()))
         .collect();
@@ -483,7 +495,6 @@ async fn a_stream_that_nobody_reads_holds_no_more_than_its_window() {
 async fn a_connection_that_ended_is_made_anew_at_the_next_call() {
     let batch = flat();
     let chunks = messages(std::slice::from_ref(&batch), IpcWriteOptions::default())
-        .await
         .iter()
         .map(|message| framed(&message.encode_to_vec()))
         .collect();
