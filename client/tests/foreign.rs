@@ -396,7 +396,8 @@ async fn replies_that_are_cut_or_contradict_themselves_are_errors() {
         .collect();
     let last = framed(&data[2].encode_to_vec()).len();
     let ok = || Some(vec![("grpc-status", "0".to_owned())]);
-    let broken: Vec<(&str, Vec<u8>, Option<Vec<(&'static str, String)>>)> = vec![
+    type Trailers = Option<Vec<(&'static str, String)>>;
+    let broken: Vec<(&str, Vec<u8>, Trailers)> = vec![
         ("nothing at all", vec![], ok()),
         ("cut in the prefix", whole[..3].to_vec(), ok()),
         (

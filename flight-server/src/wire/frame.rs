@@ -368,7 +368,7 @@ mod tests {
             assert_eq!(data.app_metadata, metadata);
             assert_eq!(data.data_body, bytes[5 + length - body_bytes..]);
             let read = flight_data_to_batches(&[schema.clone(), data]).unwrap();
-            assert_eq!(read, [rows.clone()]);
+            assert_eq!(read, std::slice::from_ref(&rows));
         }
     }
 

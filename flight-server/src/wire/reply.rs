@@ -473,7 +473,13 @@ mod tests {
     fn no_rows_are_one_empty_batch() {
         let mut empty = reply(vec![mixed(1)], 1 << 20);
         let schema = mixed(1).schema();
-        empty.open = Some(Box::new(|| Ok((schema, Box::new(std::iter::empty())))));
+        empty.open = Some(Box::new(|| {
+            Ok(Opened {
+                schema,
+                batches: Box::new(std::iter::empty()),
+                partial: false,
+            })
+        }));
         let (messages, end) = run(empty);
         end.unwrap();
         let back = flight_data_to_batches(&messages).unwrap();
