@@ -98,7 +98,6 @@ public final class Client {
             .channelType(EpollDomainSocketChannel.class)
             .eventLoopGroup(new MultiThreadIoEventLoopGroup(1, daemons, EpollIoHandler.newFactory()))
             // gRPC would send the socket's path, which HTTP/2 refuses: docs/protocol.md.
-            .overrideAuthority("localhost")
             .usePlaintext()
             .build());
   }
