@@ -174,7 +174,7 @@ fn scalars<T: arrow_buffer::ArrowNativeType>(
     buffer: Buffer,
     length: usize,
 ) -> Option<ScalarBuffer<T>> {
-    if buffer.as_ptr() as usize % align_of::<T>() != 0 {
+    if !(buffer.as_ptr() as usize).is_multiple_of(align_of::<T>()) {
         return None;
     }
     Some(ScalarBuffer::new(buffer, 0, length))
