@@ -268,10 +268,11 @@ fn lookups_of_any_size_answer_alike_as_a_batch_and_in_place() {
             );
             let half = expected.column(1).as_primitive::<Float32Type>();
             let values = rows.values::<Float32Type>(1).unwrap();
-            for (row, &value) in values.iter().enumerate() {
+            assert_eq!(values.len(), rows.len());
+            for (row, value) in values.iter().enumerate() {
                 assert_eq!(rows.is_null(1, row).unwrap(), half.is_null(row));
                 if half.is_valid(row) {
-                    assert_eq!(value, half.value(row));
+                    assert_eq!(*value, half.value(row));
                 }
                 let name = expected.column(2).as_string::<i32>();
                 let name = name.is_valid(row).then(|| name.value(row));
@@ -490,8 +491,8 @@ fn replies_that_make_no_sense_are_errors_and_end_the_connection() {
     fn rows(numbers: std::ops::Range<i64>) -> Vec<u8> {
         batch_message(&features(&keys(numbers)))
     }
-    type Reply = fn(u32) -> Vec<u8>;
-    let nonsense: [(&str, Reply); 9] = [
+    type Says = fn(u32) -> Vec<u8>;
+    let nonsense: [(&str, Says); 9] = [
         ("of another request", |id| frame(131, id + 1, 0, &[])),
         ("of another kind", |id| frame(135, id, 0, b"{}")),
         ("of no kind", |id| frame(77, id, 0, &[])),
