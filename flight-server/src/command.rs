@@ -323,7 +323,6 @@ impl Command {
 }
 
 /// What a descriptor asks for: a path is the table of that name.
-#[allow(clippy::large_enum_variant)] // One lives per request, and not for long.
 pub(crate) enum Target {
     Table(String),
     Command(Command),
