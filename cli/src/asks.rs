@@ -2,7 +2,7 @@
 
 use arrow_array::{ArrayRef, UInt8Array};
 use arrow_schema::FieldRef;
-use pinion_feature_store::TablePlan;
+use pinion_feature_store::{ServicePlan, TablePlan};
 use pinion_flight_server::ViewName;
 use serde::{Deserialize, Serialize};
 
@@ -56,16 +56,34 @@ pub struct PutAck {
     pub snapshot: Option<String>,
 }
 
-/// What an apply does, or would do, to one table.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// What an apply does, or would do, to one table or service.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlanStep {
-    /// Table name.
+    /// Table name; empty for a service.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub table: String,
+    /// Service name; `None` for a table.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
+    /// The service's newest version from then on, where it changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<u32>,
     /// `create`, `change` or `unchanged`.
     pub plan: String,
     /// What changes, one line each.
     #[serde(default)]
     pub changes: Vec<String>,
+}
+
+impl PlanStep {
+    /// What the step is about: `weather`, `service ranking@v2`.
+    pub fn what(&self) -> String {
+        match (&self.service, self.version) {
+            (None, _) => self.table.clone(),
+            (Some(service), None) => format!("service {service}"),
+            (Some(service), Some(version)) => format!("service {service}@v{version}"),
+        }
+    }
 }
 
 impl From<TablePlan> for PlanStep {
@@ -83,6 +101,28 @@ impl From<TablePlan> for PlanStep {
             table,
             plan: word.to_owned(),
             changes,
+            ..PlanStep::default()
+        }
+    }
+}
+
+impl From<ServicePlan> for PlanStep {
+    fn from(plan: ServicePlan) -> PlanStep {
+        let (service, version, word, changes) = match plan {
+            ServicePlan::Create { service } => (service, Some(1), "create", Vec::new()),
+            ServicePlan::Change {
+                service,
+                version,
+                changes,
+            } => (service, Some(version), "change", changes),
+            ServicePlan::Unchanged { service } => (service, None, "unchanged", Vec::new()),
+        };
+        PlanStep {
+            service: Some(service),
+            version,
+            plan: word.to_owned(),
+            changes,
+            ..PlanStep::default()
         }
     }
 }

@@ -1,9 +1,10 @@
 //! One table in full: definition, figures, positions.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use pinion_feature_store::{Table, TableStats};
-use pinion_schemas::{History, TableDefinition};
+use pinion_feature_store::{Service, ServiceVersion, Table, TableStats};
+use pinion_schemas::{DefinitionError, History, ServiceDefinition, TableDefinition};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{CliError, CliResult};
@@ -27,6 +28,43 @@ pub struct RemoteTable {
     definition: String,
     stats: TableStats,
     positions: BTreeMap<String, BTreeMap<i32, i64>>,
+}
+
+/// A service as the `describe` action tells it.
+#[derive(Debug, Deserialize)]
+pub struct RemoteService {
+    service: String,
+    versions: Vec<RemoteVersion>,
+}
+
+#[derive(Debug, Deserialize)]
+struct RemoteVersion {
+    version: u32,
+    /// TOML.
+    definition: String,
+}
+
+impl TryFrom<RemoteService> for Service {
+    type Error = CliError;
+
+    fn try_from(service: RemoteService) -> CliResult<Service> {
+        let versions = service.versions.into_iter().map(|version| {
+            let definition = ServiceDefinition::parse_toml(&version.definition)?;
+            Ok(ServiceVersion {
+                version: version.version,
+                definition: Arc::new(definition),
+            })
+        });
+        let versions = versions
+            .collect::<Result<_, DefinitionError>>()
+            .map_err(|e| {
+                CliError::caused("the server's service definition is not understood", e)
+            })?;
+        Ok(Service {
+            name: service.service,
+            versions,
+        })
+    }
 }
 
 impl TryFrom<RemoteTable> for TableReport {

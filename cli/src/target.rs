@@ -9,10 +9,11 @@ use std::sync::Arc;
 use arrow_array::{ArrayRef, RecordBatch, UInt8Array};
 use arrow_schema::{Field, FieldRef, Schema, SchemaRef};
 use pinion_feature_store::{
-    Change, Commit, Filter, LookupRequest, ScanRequest, Snapshot, Store, StoreOptions, Table, View,
+    Change, Commit, Filter, LookupRequest, ScanRequest, Service, Snapshot, Store, StoreOptions,
+    Table, View,
 };
 use pinion_flight_server::{LookupCommand, PutCommand, PutMode, ScanCommand, ViewName};
-use pinion_schemas::TableDefinition;
+use pinion_schemas::{Definition, TableDefinition};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -20,7 +21,7 @@ use crate::asks::{LookupRows, LookupSpec, PlanStep, PutAck, ScanSpec};
 use crate::config::Config;
 use crate::error::{CliError, CliResult};
 use crate::remote::{Remote, RemoteScan};
-use crate::table_report::{RemoteTable, TableReport};
+use crate::table_report::{RemoteService, RemoteTable, TableReport};
 
 /// The data directory used when nobody names one.
 pub const DEFAULT_DATA_DIR: &str = "pinion-data";
@@ -139,26 +140,49 @@ impl Target {
         }
     }
 
+    /// Every feature service.
+    pub fn services(&self) -> CliResult<Vec<Service>> {
+        match self {
+            Target::Direct(store, _) => Ok(store.services()),
+            Target::Remote(remote) => {
+                #[derive(Deserialize)]
+                struct Reply {
+                    // A server from before there were services tells none.
+                    #[serde(default)]
+                    services: Vec<RemoteService>,
+                }
+                let reply: Reply = decode("describe", remote.action("describe", &json!({}))?)?;
+                reply.services.into_iter().map(Service::try_from).collect()
+            }
+        }
+    }
+
     /// What applying definitions would do; with `apply`, does it. All of them or none.
     ///
     /// `definitions` pairs each definition with the TOML text it came from.
     pub fn apply(
         &self,
-        definitions: Vec<(TableDefinition, String)>,
+        definitions: Vec<(Definition, String)>,
         apply: bool,
     ) -> CliResult<Vec<PlanStep>> {
         match self {
             Target::Direct(store, _) => {
-                let definitions: Vec<TableDefinition> = definitions
-                    .into_iter()
-                    .map(|(definition, _)| definition)
-                    .collect();
+                let (mut tables, mut services) = (Vec::new(), Vec::new());
+                for (definition, _) in definitions {
+                    match definition {
+                        Definition::Table(table) => tables.push(*table),
+                        Definition::Service(service) => services.push(service),
+                    }
+                }
                 let plans = if apply {
-                    store.apply(definitions)?
+                    store.apply_all(tables, services)?
                 } else {
-                    store.plan(&definitions)?
+                    store.plan_all(&tables, &services)?
                 };
-                Ok(plans.into_iter().map(PlanStep::from).collect())
+                let tables = plans.tables.into_iter().map(PlanStep::from);
+                Ok(tables
+                    .chain(plans.services.into_iter().map(PlanStep::from))
+                    .collect())
             }
             Target::Remote(remote) => {
                 #[derive(Deserialize)]
@@ -356,6 +380,7 @@ fn direct_lookup(
         as_of_nanos: spec.as_of.map(|(_, nanos)| nanos),
         now_nanos: None,
         keep_expired: spec.keep_expired,
+        ..LookupRequest::default()
     })?;
     let event_time = definition
         .event_time

@@ -25,6 +25,41 @@ fn applied_tables_are_listed_and_described() {
 }
 
 #[test]
+fn a_feature_service_is_applied_beside_tables_listed_and_described() {
+    let store = Store::with_tables();
+    let text = "[service]\nname = \"storm\"\nowner = \"forecast\"\nfeatures = [\"weather:temp\"]\n";
+    let file = store.write("storm.toml", text);
+    let file = file.to_str().unwrap();
+    assert_eq!(store.run(&["apply", file]), "+ create service storm@v1\n");
+    assert_eq!(store.run(&["plan", file]), "= unchanged service storm\n");
+    store.write(
+        "storm.toml",
+        &text.replace("[\"weather:temp\"]", "[\"weather:hour\", \"weather:temp\"]"),
+    );
+    let plan = store.run(&["apply", file]);
+    assert_eq!(plan, "~ change service storm@v2\n    add weather:hour\n");
+    let listed = store.run(&["ls"]);
+    assert!(
+        listed.contains("storm@v2") && listed.contains("forecast"),
+        "{listed}"
+    );
+    let described = store.run(&["describe", "--service", "storm"]);
+    assert!(described.contains("storm@v1"), "{described}");
+    assert!(described.contains("weather:hour"), "{described}");
+    let first = store.run(&["describe", "--service", "storm@v1", "--toml"]);
+    assert!(
+        first.contains("weather:temp") && !first.contains("hour"),
+        "{first}"
+    );
+    store.write("storm.toml", &text.replace("weather:temp", "weather:tmp"));
+    let error = store.fails(&["apply", file], 1);
+    assert!(
+        error.contains("weather:tmp") && error.contains("temp"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_plan_shows_changes_and_makes_none() {
     let store = Store::with_tables();
     let changed = WEATHER.replace("ttl = \"3h\"", "ttl = \"6h\"")

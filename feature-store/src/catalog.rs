@@ -1,4 +1,4 @@
-//! The catalog: which tables a store has, and every version of their definitions.
+//! The catalog: which tables and services a store has, and every version of their definitions.
 //!
 //! Numbered files like manifests: one apply of several definitions is one new file, so
 //! either all of it holds or none. Old definition versions stay, because segments name the
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::OpenError;
 use crate::numbered::{self, CreateNumberedError, ReadNumberedError};
+use crate::services::Service;
 
 pub(crate) const FORMAT_VERSION: u32 = 1;
 const KIND: &str = "catalog";
@@ -100,6 +101,9 @@ pub(crate) struct Catalog {
     pub number: u64,
     pub next_table: u64,
     pub tables: Vec<TableEntry>,
+    /// Catalogs from before there were services have none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<Service>,
 }
 
 impl Catalog {

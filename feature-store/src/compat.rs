@@ -11,10 +11,13 @@ use arrow_array::{
 };
 use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
 use arrow_select::take::take;
-use pinion_schemas::{Feature, History, KeyEncoder, TableDefinition, can_widen, format_type};
+use pinion_schemas::{
+    Feature, History, KeyEncoder, LookupLayout, TableDefinition, can_widen, format_type,
+};
 
 use crate::error::RowProblem;
 use crate::order::{self, ticks_of};
+use crate::segment::SegmentWriterOptions;
 
 /// One version of a table's definition, with what the engine derives from it.
 pub(crate) struct Version {
@@ -104,6 +107,14 @@ impl Version {
     /// True when one row per key is kept.
     pub(crate) fn latest(&self) -> bool {
         self.definition.history == History::Latest
+    }
+
+    /// How its segments are written in a store that writes them as `options` say.
+    pub(crate) fn segment_options(&self, options: &SegmentWriterOptions) -> SegmentWriterOptions {
+        SegmentWriterOptions {
+            packed_rows: self.definition.lookup == LookupLayout::Rows,
+            ..options.clone()
+        }
     }
 
     /// Type of the event time column.

@@ -19,6 +19,16 @@ pub struct UnknownTable {
     pub hint: Option<String>,
 }
 
+/// No service, or no version of it, of that name.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("no feature service {reference:?}: {problem}")]
+pub struct UnknownService {
+    /// What was asked for.
+    pub reference: String,
+    /// What there is instead.
+    pub problem: String,
+}
+
 /// Why a store could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -98,9 +108,36 @@ pub enum ApplyError {
         /// Table name.
         table: String,
     },
+    /// The same service twice in one apply.
+    #[error("service {service} is defined twice in one apply")]
+    DuplicateService {
+        /// Service name.
+        service: String,
+    },
+    /// A service names what is not there.
+    #[error("service {service}, {reference:?}: {problem}")]
+    UnknownReference {
+        /// Service name.
+        service: String,
+        /// As the service writes it.
+        reference: String,
+        /// What is not there, and the nearest that is.
+        problem: String,
+    },
+    /// A table that services name cannot be dropped.
+    #[error("table {table} is used by {}; drop the service first", services.join(", "))]
+    TableInUse {
+        /// Table name.
+        table: String,
+        /// Services with their versions.
+        services: Vec<String>,
+    },
     /// No such table (drop).
     #[error(transparent)]
     UnknownTable(#[from] UnknownTable),
+    /// No such service (drop).
+    #[error(transparent)]
+    UnknownService(#[from] UnknownService),
     /// The store was opened read-only.
     #[error("the store is open read-only")]
     ReadOnly,

@@ -14,7 +14,7 @@ use crate::delta::record::Place;
 use crate::delta::{Found, LogView};
 use crate::error::ReadError;
 use crate::order::RowOrder;
-use crate::segment::{Run, Segment, SegmentDamage};
+use crate::segment::{PackedRows, Run, Segment, SegmentDamage};
 use crate::superseded::Superseded;
 
 /// A mapped segment with what the table knows about it.
@@ -72,6 +72,19 @@ impl SegmentLevel {
                 created: 0,
                 sequence,
             });
+        }
+        if let Some(packed) = self.segment.packed() {
+            let slot = packed.slot(row);
+            let ticks = |column| packed.ticks(slot, column);
+            if let Some(event) = self.version.event_time.and_then(ticks)
+                && let Some(created) = self.version.created_time.map_or(Some(0), ticks)
+            {
+                return Ok(RowOrder {
+                    event,
+                    created,
+                    sequence,
+                });
+            }
         }
         let (index, at) = self.segment.batch_of_row(row);
         let times = self.times(&self.batch(index)?)?;
@@ -136,7 +149,7 @@ impl SegmentLevel {
         until: i64,
         latest: bool,
     ) -> Result<Option<Found>, ReadError> {
-        if !self.segment.may_contain(key) {
+        if !self.segment.may_contain_hashed(key, hash) {
             return Ok(None);
         }
         let until = if latest { i64::MAX } else { until };
@@ -183,6 +196,14 @@ impl Level {
         match self {
             Level::Segment(s) => &s.version,
             Level::Log(l) => &l.log.version,
+        }
+    }
+
+    /// Its rows packed, if it is a segment that has them so.
+    pub(crate) fn packed(&self) -> Option<&PackedRows> {
+        match self {
+            Level::Segment(s) => s.segment.packed(),
+            Level::Log(_) => None,
         }
     }
 

@@ -32,6 +32,7 @@ mod order;
 mod positions;
 mod scan;
 pub mod segment;
+mod services;
 mod snapshot;
 mod stats;
 mod store;
@@ -44,16 +45,20 @@ pub use catalog::{TableId, TablePlan};
 pub use check::{CheckProblem, CheckReport};
 pub use commit::{Change, Commit, DeadLetter, Receipt, WriteToken};
 pub use error::{
-    ApplyError, CommitError, OpenError, ReadError, RowProblem, SnapshotError, UnknownTable,
-    WorkError,
+    ApplyError, CommitError, OpenError, ReadError, RowProblem, SnapshotError, UnknownService,
+    UnknownTable, WorkError,
 };
 pub use lend::{DirtyBatch, LendError, LentPart, LentRows, LentSegment, LentTable};
-pub use lookup::{LookupRequest, LookupResult, ValueStatus};
+pub use lookup::{
+    LookupRequest, LookupResult, ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch,
+    ReplyShape, ValueStatus,
+};
 pub use positions::{Position, Positions};
 pub use scan::{
     Filter, FilterError, PartSize, Scan, ScanBatch, ScanFigures, ScanPart, ScanRequest, View,
 };
+pub use services::{Service, ServicePlan, ServiceVersion};
 pub use snapshot::{Snapshot, SnapshotId};
 pub use stats::{SegmentStats, TableStats};
-pub use store::{Store, StoreOptions};
+pub use store::{Plans, Store, StoreOptions};
 pub use table::Table;

@@ -90,6 +90,29 @@ pub(crate) fn ticks_of(array: &ArrayRef) -> Result<Int64Array, ArrowError> {
     })
 }
 
+/// The ticks of one row of a time column; `None` for other types and rows that are not there.
+/// Nulls are not looked at.
+pub(crate) fn tick_at(array: &dyn Array, row: usize) -> Option<i64> {
+    macro_rules! value {
+        ($type:ty) => {
+            array
+                .as_primitive_opt::<$type>()?
+                .values()
+                .get(row)
+                .copied()
+        };
+    }
+    match array.data_type() {
+        DataType::Timestamp(TimeUnit::Second, _) => value!(types::TimestampSecondType),
+        DataType::Timestamp(TimeUnit::Millisecond, _) => value!(types::TimestampMillisecondType),
+        DataType::Timestamp(TimeUnit::Microsecond, _) => value!(types::TimestampMicrosecondType),
+        DataType::Timestamp(TimeUnit::Nanosecond, _) => value!(types::TimestampNanosecondType),
+        DataType::Date64 => value!(types::Date64Type),
+        DataType::Date32 => value!(types::Date32Type).map(i64::from),
+        _ => None,
+    }
+}
+
 /// A time column from ticks; `None` is null.
 pub(crate) fn time_array(
     data_type: &DataType,

@@ -168,7 +168,7 @@ impl Snapshot {
         self.0
             .oldest_first()
             .map(|level| match level {
-                Level::Segment(s) => s.segment.file_bytes(),
+                Level::Segment(s) => s.segment.arrow_map().len() as u64,
                 Level::Log(l) => l.bytes(),
             })
             .sum()

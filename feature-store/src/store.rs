@@ -9,15 +9,16 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
-use pinion_schemas::{TableDefinition, nearest, plan_evolution};
+use pinion_schemas::{ServiceDefinition, TableDefinition, nearest, plan_evolution};
 
 use crate::catalog::{Catalog, TableEntry, TableId, TablePlan, VersionEntry};
 use crate::check::{self, CheckReport};
 use crate::compat::Version;
-use crate::error::{ApplyError, OpenError, UnknownTable};
+use crate::error::{ApplyError, OpenError, UnknownService, UnknownTable};
 use crate::lock::StoreLock;
 use crate::numbered::CreateNumberedError;
 use crate::segment::SegmentWriterOptions;
+use crate::services::{self, Service, ServicePlan, ServiceVersion};
 use crate::table::{Table, TableDirs, open_table};
 use crate::worker::{self, Wake};
 
@@ -140,7 +141,7 @@ impl Store {
             let catalog = Catalog {
                 number: 1,
                 next_table: 1,
-                tables: Vec::new(),
+                ..Catalog::default()
             };
             catalog.create(&catalog_dir).map_err(|error| match error {
                 CreateNumberedError::NotCreated(e) | CreateNumberedError::Uncertain(e) => {
@@ -231,24 +232,33 @@ impl Store {
         plan(&self.0.catalog.lock(), definitions)
     }
 
-    /// Creates tables and changes definitions: all of `definitions` or, on error, none.
-    /// No stored file is rewritten.
-    ///
-    /// # Errors
-    ///
-    /// After `NotInUse` the definitions are stored; applying them again, or opening the store
-    /// again, takes them into use. After `Uncertain` the catalog takes no changes until the
-    /// store is opened again.
+    /// What [`Store::apply_all`] would do.
+    pub fn plan_all(
+        &self,
+        tables: &[TableDefinition],
+        services: &[ServiceDefinition],
+    ) -> Result<Plans, ApplyError> {
+        plan_all(&self.0.catalog.lock(), tables, services)
+    }
+
+    /// As [`Store::apply_all`], for tables only.
     pub fn apply(&self, definitions: Vec<TableDefinition>) -> Result<Vec<TablePlan>, ApplyError> {
+        Ok(self.apply_all(definitions, Vec::new())?.tables)
+    }
+
+    /// Creates and changes tables and services: all of them or, on error, none. A service may
+    /// name tables and features of the same apply. No stored file is rewritten.
+    pub fn apply_all(
+        &self,
+        definitions: Vec<TableDefinition>,
+        services: Vec<ServiceDefinition>,
+    ) -> Result<Plans, ApplyError> {
         if !self.0.writable {
             return Err(ApplyError::ReadOnly);
         }
         let mut catalog = self.0.catalog.lock();
-        let plans = plan(&catalog, &definitions)?;
-        if plans
-            .iter()
-            .all(|p| matches!(p, TablePlan::Unchanged { .. }))
-        {
+        let plans = plan_all(&catalog, &definitions, &services)?;
+        if plans.change_nothing() {
             // An earlier apply may have stored them without taking them into use.
             self.take_into_use(&catalog)?;
             return Ok(plans);
@@ -256,7 +266,8 @@ impl Store {
         let write = |e: OpenError| ApplyError::Write(Box::new(e));
         let mut next = catalog.clone();
         next.number += 1;
-        for (definition, plan) in definitions.into_iter().zip(&plans) {
+        services::put(&mut next, services);
+        for (definition, plan) in definitions.into_iter().zip(&plans.tables) {
             let definition = Arc::new(definition);
             match plan {
                 TablePlan::Unchanged { .. } => {}
@@ -366,6 +377,13 @@ impl Store {
         }
         let table = self.table(name)?;
         let mut catalog = self.0.catalog.lock();
+        let services = services::users_of(&catalog, name);
+        if !services.is_empty() {
+            return Err(ApplyError::TableInUse {
+                table: name.to_owned(),
+                services,
+            });
+        }
         let mut next = catalog.clone();
         next.number += 1;
         next.tables.retain(|t| t.id != table.id());
@@ -378,6 +396,38 @@ impl Store {
         // and the next open what is left.
         table.0.remove_if_dropped();
         Ok(())
+    }
+
+    /// Removes a service, all its versions.
+    pub fn drop_service(&self, name: &str) -> Result<(), ApplyError> {
+        if !self.0.writable {
+            return Err(ApplyError::ReadOnly);
+        }
+        let mut catalog = self.0.catalog.lock();
+        if services::resolve(&catalog.services, name).is_ok() && name.contains('@') {
+            return Err(ApplyError::UnknownService(UnknownService {
+                reference: name.to_owned(),
+                problem: "a service is dropped with all its versions; give the name alone"
+                    .to_owned(),
+            }));
+        }
+        services::resolve(&catalog.services, name)?;
+        let mut next = catalog.clone();
+        next.number += 1;
+        next.services.retain(|service| service.name != name);
+        self.publish_catalog(&mut catalog, next)
+    }
+
+    /// Every service, by name.
+    pub fn services(&self) -> Vec<Service> {
+        let mut services = self.0.catalog.lock().services.clone();
+        services.sort_by(|a, b| a.name.cmp(&b.name));
+        services
+    }
+
+    /// One version of a service: `ranking@v2`, or the newest for `ranking`.
+    pub fn service(&self, reference: &str) -> Result<ServiceVersion, UnknownService> {
+        services::resolve(&self.0.catalog.lock().services, reference)
     }
 
     /// Every table, by name.
@@ -435,6 +485,40 @@ fn remove_dropped_tables(dir: &Path, catalog: &Catalog) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
+}
+
+/// What an apply does, or would do: a plan for each definition, in the order given.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plans {
+    /// For tables.
+    pub tables: Vec<TablePlan>,
+    /// For services.
+    pub services: Vec<ServicePlan>,
+}
+
+impl Plans {
+    fn change_nothing(&self) -> bool {
+        let tables = self
+            .tables
+            .iter()
+            .all(|p| matches!(p, TablePlan::Unchanged { .. }));
+        tables
+            && self
+                .services
+                .iter()
+                .all(|p| matches!(p, ServicePlan::Unchanged { .. }))
+    }
+}
+
+fn plan_all(
+    catalog: &Catalog,
+    tables: &[TableDefinition],
+    services: &[ServiceDefinition],
+) -> Result<Plans, ApplyError> {
+    Ok(Plans {
+        tables: plan(catalog, tables)?,
+        services: services::plan(catalog, tables, services)?,
+    })
 }
 
 fn plan(catalog: &Catalog, definitions: &[TableDefinition]) -> Result<Vec<TablePlan>, ApplyError> {

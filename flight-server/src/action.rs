@@ -1,8 +1,8 @@
 //! DoAction: administration by name, JSON in and JSON out.
 
 use arrow_flight::{Action, ActionType};
-use pinion_feature_store::{DeadLetter, Table, TablePlan};
-use pinion_schemas::TableDefinition;
+use pinion_feature_store::{DeadLetter, Service, ServicePlan, Table, TablePlan};
+use pinion_schemas::Definition;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -21,7 +21,7 @@ const DEFAULT_DEAD_LETTERS: usize = 100;
 const ACTIONS: &[(&str, &str)] = &[
     (
         "apply",
-        r#"{"definitions": [TOML, …], "dry_run"?: bool}: creates or changes tables, all or none"#,
+        r#"{"definitions": [TOML, …], "dry_run"?: bool}: creates or changes tables and services, all or none"#,
     ),
     (
         "dead_letters",
@@ -29,9 +29,12 @@ const ACTIONS: &[(&str, &str)] = &[
     ),
     (
         "describe",
-        r#"{"table"?}: definitions and figures of one table or all"#,
+        r#"{"table"?}: definitions and figures of one table, or of all tables and services"#,
     ),
-    ("drop", r#"{"table"}: removes a table and its rows"#),
+    (
+        "drop",
+        r#"{"table"} or {"service"}: removes a table and its rows, or a service"#,
+    ),
     (
         "flush",
         r#"{"table"}: writes the log as a segment and waits for it"#,
@@ -68,6 +71,16 @@ struct Apply {
     definitions: Vec<String>,
     #[serde(default)]
     dry_run: bool,
+}
+
+/// A table or a service.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Drop {
+    #[serde(default)]
+    table: Option<String>,
+    #[serde(default)]
+    service: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -108,11 +121,7 @@ pub(crate) fn act_now(context: &SharedContext, action: &Action) -> Result<Value,
     let body = &action.body;
     match action.r#type.as_str() {
         "apply" => apply(context, parse("apply", body)?),
-        "drop" => {
-            let OneTable { table } = parse("drop", body)?;
-            context.store.drop_table(checked_table_name(&table)?)?;
-            Ok(json!({"table": table, "dropped": true}))
-        }
+        "drop" => drop_named(context, parse("drop", body)?),
         "flush" => {
             let table = one_table(context, parse("flush", body)?)?;
             table.flush()?;
@@ -128,8 +137,15 @@ pub(crate) fn act_now(context: &SharedContext, action: &Action) -> Result<Value,
             Ok(json!({"tables": tables.iter().map(stats).collect::<Vec<_>>()}))
         }
         "describe" => {
-            let tables = any_table(context, parse_or_default("describe", body)?)?;
-            Ok(json!({"tables": tables.iter().map(describe).collect::<Vec<_>>()}))
+            let body: AnyTable = parse_or_default("describe", body)?;
+            // Services are told with all tables: they may be of several.
+            let services = body.table.is_none().then(|| context.store.services());
+            let tables = any_table(context, body)?;
+            let mut reply = json!({"tables": tables.iter().map(describe).collect::<Vec<_>>()});
+            if let Some(services) = services {
+                reply["services"] = services.iter().map(describe_service).collect();
+            }
+            Ok(reply)
         }
         "source" => source(context, parse_or_default("source", body)?),
         "dead_letters" => {
@@ -192,25 +208,68 @@ fn any_table(context: &SharedContext, body: AnyTable) -> Result<Vec<Table>, Fail
 
 fn apply(context: &SharedContext, body: Apply) -> Result<Value, Failure> {
     if body.definitions.is_empty() {
-        return Err(
-            CommandError::member("definitions", "give at least one table definition").into(),
-        );
+        return Err(CommandError::member("definitions", "give at least one definition").into());
     }
-    let definitions = body
-        .definitions
-        .iter()
-        .map(|text| TableDefinition::parse_toml(text))
-        .collect::<Result<Vec<_>, _>>()?;
+    let (mut tables, mut services) = (Vec::new(), Vec::new());
+    for text in &body.definitions {
+        match Definition::parse_toml(text)? {
+            Definition::Table(table) => tables.push(*table),
+            Definition::Service(service) => services.push(service),
+        }
+    }
     let plans = if body.dry_run {
-        context.store.plan(&definitions)?
+        context.store.plan_all(&tables, &services)?
     } else {
-        context.store.apply(definitions)?
+        context.store.apply_all(tables, services)?
     };
+    let tables = plans.tables.iter().map(plan);
     Ok(json!({
         "dry_run": body.dry_run,
         "catalog_version": context.store.catalog_version(),
-        "plans": plans.iter().map(plan).collect::<Vec<_>>(),
+        "plans": tables.chain(plans.services.iter().map(service_plan)).collect::<Vec<_>>(),
     }))
+}
+
+fn drop_named(context: &SharedContext, body: Drop) -> Result<Value, Failure> {
+    match (body.table, body.service) {
+        (Some(table), None) => {
+            context.store.drop_table(checked_table_name(&table)?)?;
+            Ok(json!({"table": table, "dropped": true}))
+        }
+        (None, Some(service)) => {
+            context.store.drop_service(&service)?;
+            Ok(json!({"service": service, "dropped": true}))
+        }
+        _ => Err(Failure::invalid(
+            "ACTION_BODY",
+            "the body of action \"drop\": give either table or service",
+        )
+        .with("action", "drop")),
+    }
+}
+
+/// One service's plan, likewise.
+fn service_plan(plan: &ServicePlan) -> Value {
+    match plan {
+        ServicePlan::Create { service } => {
+            json!({"service": service, "version": 1, "plan": "create", "changes": []})
+        }
+        ServicePlan::Unchanged { service } => {
+            json!({"service": service, "plan": "unchanged", "changes": []})
+        }
+        ServicePlan::Change {
+            service,
+            version,
+            changes,
+        } => json!({"service": service, "version": version, "plan": "change", "changes": changes}),
+    }
+}
+
+fn describe_service(service: &Service) -> Value {
+    let versions = service.versions.iter().map(
+        |version| json!({"version": version.version, "definition": version.definition.to_toml()}),
+    );
+    json!({"service": service.name, "versions": versions.collect::<Vec<_>>()})
 }
 
 /// One table's plan: what happens to it, and each change in words.

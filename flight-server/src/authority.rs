@@ -1,11 +1,11 @@
-//! Makes the `:authority` of gRPC's C++ clients legal.
+//! Makes the `:authority` of gRPC clients over Unix sockets legal.
 //!
-//! Over a Unix socket those clients (pyarrow's among them) send the socket's path, percent
-//! encoded, as the HTTP/2 authority. Percent signs have no place in an authority, and the h2
-//! crate answers such a request with a reset. Nothing here needs the authority, so in what a
-//! client sends over a Unix socket each `%` in it becomes a `-`.
+//! Those clients send the socket's path as the HTTP/2 authority: gRPC's C++ library (so pyarrow)
+//! percent-encoded, its Java library as it is. Percent signs and slashes have no place in an
+//! authority, and the h2 crate answers such a request with a reset. Nothing here needs the
+//! authority, so in what a client sends over a Unix socket each `%` and `/` in it becomes a `-`.
 //!
-//! The two characters have the same length as bytes and in HPACK's Huffman code (6 bits
+//! The three characters have the same length as bytes and in HPACK's Huffman code (6 bits
 //! each). So the header block is changed in place: no length changes, nor the size of an entry
 //! in the table that client and server keep of earlier headers. Only frame boundaries and the
 //! lengths of header fields are read; no table is kept.
@@ -236,7 +236,7 @@ fn string(block: &[u8], at: &mut usize) -> Option<(bool, std::ops::Range<usize>)
 
 fn mend_value(huffman: bool, value: &mut [u8]) {
     if !huffman {
-        for byte in value.iter_mut().filter(|byte| **byte == b'%') {
+        for byte in value.iter_mut().filter(|byte| matches!(byte, b'%' | b'/')) {
             *byte = b'-';
         }
         return;
@@ -244,16 +244,20 @@ fn mend_value(huffman: bool, value: &mut [u8]) {
     let mut at = 0;
     while let Some((code, bits)) = next_code(value, at) {
         at += bits;
-        if (code, bits) == PERCENT {
-            // 010101 becomes 010110.
-            flip_bit(value, at - 1);
-            flip_bit(value, at - 2);
+        if bits == DASH_BITS && matches!(code, PERCENT | SLASH) {
+            let differing = code ^ DASH;
+            for bit in (0..DASH_BITS).filter(|bit| differing >> bit & 1 == 1) {
+                flip_bit(value, at - 1 - bit);
+            }
         }
     }
 }
 
-/// `%` in HPACK's Huffman code; `-` is the next one.
-const PERCENT: (u32, usize) = (0b01_0101, 6);
+/// Characters in HPACK's Huffman code, all of the same length.
+const PERCENT: u32 = 0b01_0101;
+const SLASH: u32 = 0b01_1000;
+const DASH: u32 = 0b01_0110;
+const DASH_BITS: usize = 6;
 
 /// How many codes of each length HPACK has (RFC 7541, appendix B). The code is canonical:
 /// codes of one length follow each other, after those of the lengths before.
@@ -432,10 +436,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn percent_signs_in_the_authority_become_dashes_however_the_bytes_arrive() {
+    async fn percent_signs_and_slashes_in_the_authority_become_dashes_however_the_bytes_arrive() {
         let coded = huffman(PATH);
         let cases = [
             (connection(&coded, true), connection(&mended_path(), true)),
+            (
+                connection(&huffman(&[(0x18, 6), (0x9, 5), (0x18, 6), (0x79, 7)]), true),
+                connection(&huffman(&[(0x16, 6), (0x9, 5), (0x16, 6), (0x79, 7)]), true),
+            ),
+            (
+                connection(b"/tmp/x.sock", false),
+                connection(b"-tmp-x.sock", false),
+            ),
             (
                 connection(b"tmp%2Fx.sock", false),
                 connection(b"tmp-2Fx.sock", false),

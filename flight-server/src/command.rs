@@ -105,6 +105,12 @@ pub struct LookupCommand {
     /// Returns values older than ttl instead of blanking them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_expired: Option<bool>,
+    /// Returns a feature's default, if it has one, where the value would be null.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub defaults: Option<bool>,
+    /// How long a request may take, milliseconds: keys not looked for by then are NOT_READ.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
     /// Largest reply message, bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_message_bytes: Option<u64>,
@@ -323,6 +329,8 @@ impl Command {
 }
 
 /// What a descriptor asks for: a path is the table of that name.
+// One lives for a moment of each request: a box would cost more than the room.
+#[allow(clippy::large_enum_variant)]
 pub(crate) enum Target {
     Table(String),
     Command(Command),

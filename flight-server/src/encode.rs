@@ -76,6 +76,18 @@ impl Encoder {
         Ok(messages)
     }
 
+    /// Checks a reply to `rows` keys that was encoded elsewhere, `bytes` of header and body.
+    ///
+    /// # Errors
+    ///
+    /// `RESOURCE_EXHAUSTED` when it does not fit.
+    pub(crate) fn check_reply(&self, rows: usize, bytes: usize) -> Result<(), Failure> {
+        if bytes + FRAMING_BYTES > self.max_message_bytes {
+            return Err(self.too_large(&format!("the reply to {rows} keys"), bytes));
+        }
+        Ok(())
+    }
+
     fn too_large(&self, what: &str, bytes: usize) -> Failure {
         Failure::new(
             Code::ResourceExhausted,

@@ -10,8 +10,8 @@ use std::error::Error;
 use bytes::Bytes;
 use pinion_feature_store::ipc_gate::GateError;
 use pinion_feature_store::{
-    ApplyError, CommitError, FilterError, LendError, ReadError, SnapshotError, UnknownTable,
-    WorkError,
+    ApplyError, CommitError, FilterError, LendError, ReadError, SnapshotError, UnknownService,
+    UnknownTable, WorkError,
 };
 use pinion_schemas::DefinitionError;
 use serde_json::{Map, Value, json};
@@ -120,6 +120,13 @@ impl From<UnknownTable> for Failure {
     }
 }
 
+impl From<UnknownService> for Failure {
+    fn from(error: UnknownService) -> Failure {
+        Failure::of(Code::InvalidArgument, "UNKNOWN_SERVICE", &error)
+            .with("service", error.reference.clone())
+    }
+}
+
 impl From<ApplyError> for Failure {
     fn from(error: ApplyError) -> Failure {
         match error {
@@ -131,7 +138,25 @@ impl From<ApplyError> for Failure {
                 Failure::of(Code::InvalidArgument, "DUPLICATE_TABLE", &error)
                     .with("table", table.clone())
             }
+            ApplyError::DuplicateService { ref service } => {
+                Failure::of(Code::InvalidArgument, "DUPLICATE_SERVICE", &error)
+                    .with("service", service.clone())
+            }
+            ApplyError::UnknownReference {
+                ref service,
+                ref reference,
+                ..
+            } => Failure::of(Code::InvalidArgument, "UNKNOWN_REFERENCE", &error)
+                .with("service", service.clone())
+                .with("reference", reference.clone()),
+            ApplyError::TableInUse {
+                ref table,
+                ref services,
+            } => Failure::of(Code::FailedPrecondition, "TABLE_IN_USE", &error)
+                .with("table", table.clone())
+                .with("services", services.clone()),
             ApplyError::UnknownTable(unknown) => unknown.into(),
+            ApplyError::UnknownService(unknown) => unknown.into(),
             ApplyError::ReadOnly => Failure::of(Code::FailedPrecondition, "READ_ONLY", &error),
             ApplyError::Write(_) => Failure::of(Code::Internal, "CATALOG_WRITE", &error),
             ApplyError::NotInUse(_) => Failure::of(Code::Unavailable, "NOT_IN_USE", &error),

@@ -6,22 +6,23 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Instant;
 
 use arrow_array::RecordBatch;
 use arrow_flight::FlightData;
+use bytes::Bytes;
 use futures::Stream;
-use pinion_feature_store::Snapshot;
 use pinion_feature_store::ipc_gate::{Admitted, Gate, GateLimits};
+use pinion_feature_store::{Positions, Snapshot, SnapshotId};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 use crate::barrier::await_barrier;
 use crate::command::{Barrier, Command, CommandError, LookupCommand, Target};
-use crate::encode::{Encoder, rows_bytes};
 use crate::error::Failure;
 use crate::info::no_asof;
-use crate::lookup::{BoundLookup, LookupPlan};
+use crate::lookup::{BoundLookup, IpcMessage, LookupPlan, Reply, Scratch};
 use crate::measure;
 use crate::put::{admit, next};
 use crate::reply::{Shares, metadata, snapshots_json};
@@ -57,7 +58,9 @@ pub(crate) async fn exchange(
             context,
             barrier,
             gate: Gate::new(GateLimits::default()),
-            encoder: Encoder::new(max_message_bytes),
+            scratch: Scratch::new(max_message_bytes),
+            max_message_bytes,
+            described: Described::default(),
             state: State::Waiting(Some(plan)),
             replies: sender.clone(),
         };
@@ -101,7 +104,9 @@ struct Session {
     context: SharedContext,
     barrier: Barrier,
     gate: Gate,
-    encoder: Encoder,
+    scratch: Scratch,
+    max_message_bytes: usize,
+    described: Described,
     state: State,
     replies: mpsc::Sender<Result<FlightData, Status>>,
 }
@@ -122,11 +127,12 @@ impl Session {
         let limit = self.context.config.max_request_bytes;
         let mut message = Some(first);
         while let Some(data) = message {
+            let arrived = Instant::now();
             if !data.data_header.is_empty() {
                 match admit(&mut self.gate, &data)? {
                     Admitted::Schema(schema) => self.bind(&schema).await?,
                     Admitted::Dictionary => {}
-                    Admitted::Batch(batch) => self.answer(batch).await?,
+                    Admitted::Batch(batch) => self.answer(batch, arrived).await?,
                 }
             }
             message = next(&mut incoming, limit).await?;
@@ -149,21 +155,23 @@ impl Session {
         };
         let snapshots: Vec<Snapshot> = plan.tables().iter().map(|t| t.snapshot()).collect();
         let bound = plan.bind(schema, &snapshots)?;
-        let mut message = self.encoder.schema(bound.schema());
-        message.app_metadata = reply_metadata(&snapshots);
+        let mut message = self.scratch.encoder().schema(bound.schema());
+        message.app_metadata = self.described.metadata(&snapshots, false);
         self.state = State::Bound(Arc::new(bound));
         self.send(message).await
     }
 
-    async fn answer(&mut self, keys: RecordBatch) -> Result<(), Failure> {
+    async fn answer(&mut self, keys: RecordBatch, arrived: Instant) -> Result<(), Failure> {
         let request = measure::Request::start("Lookup");
-        match self.look_up(keys).await {
-            Ok(messages) => {
+        match self.look_up(keys, arrived).await {
+            Ok((reply, metadata)) => {
                 request.finish(Code::Ok);
-                for message in messages {
-                    self.send(message).await?;
+                for dictionary in reply.dictionaries {
+                    self.send(message(dictionary)).await?;
                 }
-                Ok(())
+                let mut rows = message(reply.rows);
+                rows.app_metadata = metadata;
+                self.send(rows).await
             }
             Err(failure) => {
                 request.finish(failure.code());
@@ -172,7 +180,11 @@ impl Session {
         }
     }
 
-    async fn look_up(&mut self, keys: RecordBatch) -> Result<Vec<FlightData>, Failure> {
+    async fn look_up(
+        &mut self,
+        keys: RecordBatch,
+        arrived: Instant,
+    ) -> Result<(Reply, Bytes), Failure> {
         let State::Bound(bound) = &self.state else {
             return Err(Failure::invalid(
                 "ARROW_MALFORMED",
@@ -183,25 +195,26 @@ impl Session {
         let snapshots = await_barrier(&bound.tables(), &self.barrier, &self.context).await?;
         let rows = keys.num_rows();
         let (reply, snapshots) = if rows <= INLINE_ROWS {
-            (bound.answer(&keys, &snapshots)?, snapshots)
+            let reply = bound.reply(&mut self.scratch, &keys, &snapshots, arrived)?;
+            (reply, snapshots)
         } else {
-            tokio::task::spawn_blocking(move || {
-                bound
-                    .answer(&keys, &snapshots)
-                    .map(|reply| (reply, snapshots))
+            let other = Scratch::new(self.max_message_bytes);
+            let mut scratch = std::mem::replace(&mut self.scratch, other);
+            let (answered, scratch, snapshots) = tokio::task::spawn_blocking(move || {
+                let answered = bound.reply(&mut scratch, &keys, &snapshots, arrived);
+                (answered, scratch, snapshots)
             })
             .await
-            .map_err(|error| Failure::new(Code::Internal, "TASK", error.to_string()))??
+            .map_err(|error| Failure::new(Code::Internal, "TASK", error.to_string()))?;
+            self.scratch = scratch;
+            (answered?, snapshots)
         };
-        let mut messages = self.encoder.whole(&reply)?;
-        if let Some(last) = messages.last_mut() {
-            last.app_metadata = reply_metadata(&snapshots);
-        }
-        let bytes = reply.columns().iter().map(rows_bytes).sum::<usize>() as u64;
+        let metadata = self.described.metadata(&snapshots, reply.partial);
+        let bytes = reply.rows.body.len() as u64;
         for snapshot in &snapshots {
             measure::sent("DoExchange", snapshot.table(), rows as u64, bytes);
         }
-        Ok(messages)
+        Ok((reply, metadata))
     }
 
     async fn send(&self, message: FlightData) -> Result<(), Failure> {
@@ -212,9 +225,46 @@ impl Session {
     }
 }
 
-fn reply_metadata(snapshots: &[Snapshot]) -> bytes::Bytes {
-    let snapshots: Vec<&Snapshot> = snapshots.iter().collect();
-    let mut members = snapshots_json(&snapshots);
-    Shares::default().write(&mut members);
-    metadata(members)
+fn message(message: IpcMessage) -> FlightData {
+    FlightData {
+        data_header: message.header,
+        data_body: message.body,
+        ..FlightData::default()
+    }
+}
+
+/// The metadata of the last reply: it is the same until a table changes.
+#[derive(Default)]
+struct Described {
+    /// Not the snapshots themselves: they would keep files that nobody reads.
+    snapshots: Vec<(SnapshotId, Arc<Positions>)>,
+    metadata: Bytes,
+}
+
+impl Described {
+    fn metadata(&mut self, snapshots: &[Snapshot], partial: bool) -> Bytes {
+        let same = !partial
+            && self.snapshots.len() == snapshots.len()
+            && self
+                .snapshots
+                .iter()
+                .zip(snapshots)
+                .all(|(old, new)| old.0 == new.id() && Arc::ptr_eq(&old.1, new.positions()));
+        if same {
+            return self.metadata.clone();
+        }
+        let listed: Vec<&Snapshot> = snapshots.iter().collect();
+        let mut members = snapshots_json(&listed);
+        Shares::default().write(&mut members);
+        if partial {
+            members.insert("partial".to_owned(), true.into());
+            return metadata(members);
+        }
+        self.snapshots = snapshots
+            .iter()
+            .map(|snapshot| (snapshot.id(), Arc::clone(snapshot.positions())))
+            .collect();
+        self.metadata = metadata(members);
+        self.metadata.clone()
+    }
 }

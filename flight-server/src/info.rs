@@ -1,5 +1,7 @@
 //! ListFlights, GetFlightInfo and GetSchema: what can be read, and the ticket to read it.
 
+use std::time::Instant;
+
 use arrow_flight::{FlightDescriptor, FlightEndpoint, FlightInfo, Ticket as WireTicket};
 use arrow_schema::Schema;
 use pinion_feature_store::segment::ipc::Storage;
@@ -14,7 +16,7 @@ use crate::reply::{metadata, snapshots_json};
 use crate::scan;
 use crate::service::Context;
 use crate::ticket::{Ticket, TicketRequest, TicketTable};
-use crate::wire::{Batches, Reply};
+use crate::wire::{Opened, Reply};
 
 /// Number of rows or bytes when it is not known without reading.
 const UNKNOWN: i64 = -1;
@@ -143,7 +145,15 @@ async fn describe_lookup(
     }
     let rows = known(keys.num_rows() as u64);
     let bound = plan.bind(keys.schema_ref(), &snapshots)?;
+    // The ticket reads the version of the service that its schema is of.
+    let service = command
+        .service
+        .as_deref()
+        .map(|reference| context.store.service(reference))
+        .transpose()?
+        .map(|version| format!("{}@v{}", version.definition.name, version.version));
     let command = LookupCommand {
+        service,
         at_least: None,
         token: None,
         timeout_ms: None,
@@ -298,15 +308,20 @@ fn lookup_reply(
     let members = snapshots_json(&named);
     let tables: Vec<&str> = named.iter().map(|snapshot| snapshot.table()).collect();
     let tables = tables.join(",");
+    let arrived = Instant::now();
     let open = move || {
-        let batch = bound.answer(&keys, &snapshots)?;
+        let (batch, partial) = bound.answer(&keys, &snapshots, arrived)?;
         let answer = ScanBatch {
             batch,
             mapped: false,
             storage: Storage::None,
         };
         let batches = std::iter::once(Ok(answer));
-        Ok((bound.schema().clone(), Box::new(batches) as Batches))
+        Ok(Opened {
+            schema: bound.schema().clone(),
+            batches: Box::new(batches),
+            partial,
+        })
     };
     Ok(Reply::new(
         Box::new(open),

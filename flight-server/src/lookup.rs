@@ -1,21 +1,33 @@
 //! Lookups: key columns in, features out, in the order asked.
 //!
 //! One snapshot per table and request. A request is a batch of key columns: from the ticket
-//! (DoGet), or from the client's stream (DoExchange), where each batch is answered with one.
+//! (DoGet), or from the client's stream (DoExchange, the local lane), where each batch is
+//! answered with one.
+//!
+//! A stream makes a [`LookupPlan`] of its command, binds it to the schema of its requests, and
+//! keeps a [`Scratch`]. [`BoundLookup::reply`] then answers each request with an encoded
+//! message: from the engine's reply plan where all types are flat, else from Arrow columns
+//! and the IPC writer. Both give the same values.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use arrow_array::{Array, ArrayRef, RecordBatch, RecordBatchOptions};
 use arrow_cast::{CastOptions, cast_with_options};
 use arrow_schema::{DataType, Field, FieldRef, Schema, SchemaRef};
+use bytes::Bytes;
 use chrono::Utc;
-use pinion_feature_store::{LookupRequest, LookupResult, Snapshot, Table};
-use pinion_schemas::TableDefinition;
+use pinion_feature_store::{
+    LookupRequest, LookupResult, ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch,
+    ReplyShape, Snapshot, Table, ValueStatus,
+};
+use pinion_schemas::{TableDefinition, storage_type};
 use serde_json::Value;
 use tonic::Code;
 
 use crate::command::{CommandError, LookupCommand, checked_table_name, parse_time_nanos};
+use crate::encode::Encoder;
 use crate::error::Failure;
 use crate::keys::json_column;
 use crate::service::Context;
@@ -28,6 +40,9 @@ pub(crate) struct LookupPlan {
     status: bool,
     event_time: bool,
     keep_expired: bool,
+    defaults: bool,
+    /// From the arrival of a request on.
+    deadline: Option<Duration>,
     max_rows: usize,
 }
 
@@ -51,6 +66,48 @@ pub(crate) struct BoundLookup {
     /// Per part, which request columns are its key columns, in entity order.
     keys: Vec<Vec<usize>>,
     schema: SchemaRef,
+    /// Makes replies of flat types; dictionaries come as their values.
+    reply_plan: Option<ReplyPlan>,
+    /// Whether the schema has no dictionaries.
+    is_plain: bool,
+}
+
+/// What one stream of lookups keeps between its requests.
+pub(crate) struct Scratch {
+    reply: ReplyScratch,
+    encoder: Encoder,
+}
+
+impl Scratch {
+    /// `max_message_bytes` bounds a whole message, framing included.
+    pub(crate) fn new(max_message_bytes: usize) -> Scratch {
+        Scratch {
+            reply: ReplyScratch::default(),
+            encoder: Encoder::new(max_message_bytes),
+        }
+    }
+
+    /// The encoder of the stream's schema message. Its dictionaries are those of the replies.
+    pub(crate) fn encoder(&mut self) -> &mut Encoder {
+        &mut self.encoder
+    }
+}
+
+/// One message of the Arrow IPC format: flatbuffer without framing, and body.
+pub(crate) struct IpcMessage {
+    pub(crate) header: Bytes,
+    pub(crate) body: Bytes,
+}
+
+/// An encoded reply.
+pub(crate) struct Reply {
+    /// Dictionaries that the rows need and the stream has not sent yet; mostly none.
+    pub(crate) dictionaries: Vec<IpcMessage>,
+    /// As many rows as the request has keys. Where the header's length with the 8 bytes of
+    /// framing is a multiple of 64 (it is for flat types), so are the starts of large buffers.
+    pub(crate) rows: IpcMessage,
+    /// True when the deadline passed before all keys were looked for.
+    pub(crate) partial: bool,
 }
 
 impl LookupPlan {
@@ -60,14 +117,21 @@ impl LookupPlan {
     ///
     /// Unknown tables, malformed references, two outputs of one name.
     pub(crate) fn new(context: &Context, command: &LookupCommand) -> Result<LookupPlan, Failure> {
-        if let Some(service) = &command.service {
-            return Err(Failure::invalid(
-                "UNKNOWN_SERVICE",
-                format!("no feature service {service:?}: none is defined in this store; name the features"),
-            )
-            .with("service", service.clone()));
-        }
-        let features = command.features.as_deref().unwrap_or_default();
+        let service_features;
+        let features = match (&command.service, &command.features) {
+            (Some(_), Some(_)) => {
+                return Err(CommandError::member(
+                    "service",
+                    "a service names its features; give it or features, not both",
+                )
+                .into());
+            }
+            (Some(service), None) => {
+                service_features = context.store.service(service)?.definition;
+                service_features.features.as_slice()
+            }
+            (None, features) => features.as_deref().unwrap_or_default(),
+        };
         if features.is_empty() {
             return Err(CommandError::member(
                 "features",
@@ -112,6 +176,8 @@ impl LookupPlan {
             status: command.status.unwrap_or(false),
             event_time: command.event_time.unwrap_or(false),
             keep_expired: command.keep_expired.unwrap_or(false),
+            defaults: command.defaults.unwrap_or(false),
+            deadline: command.deadline_ms.map(Duration::from_millis),
             max_rows: context.config.lookup_max_rows,
         })
     }
@@ -179,7 +245,7 @@ impl LookupPlan {
         let none = RecordBatch::new_empty(Arc::new(request.clone()));
         for (part, snapshot) in self.parts.iter().zip(snapshots) {
             let columns = key_columns(request, snapshot)?;
-            results.push(self.ask(part, snapshot, &none, &columns, 0)?);
+            results.push(self.ask(part, snapshot, &none, &columns, 0, None)?);
             keys.push(columns);
         }
         let mut fields: Vec<FieldRef> = request.fields().iter().map(Arc::clone).collect();
@@ -195,11 +261,40 @@ impl LookupPlan {
             }
         }
         let schema = Arc::new(Schema::new(fields));
+        let plain = plain_schema(&schema);
         Ok(BoundLookup {
+            is_plain: plain == schema,
+            reply_plan: self.reply_plan(request, &keys, &plain, snapshots),
             plan: self,
             keys,
             schema,
         })
+    }
+
+    fn reply_plan(
+        &self,
+        request: &Schema,
+        keys: &[Vec<usize>],
+        reply: &SchemaRef,
+        snapshots: &[Snapshot],
+    ) -> Option<ReplyPlan> {
+        let parts = self.parts.iter().zip(keys).map(|(part, keys)| ReplyPart {
+            keys: keys.clone(),
+            features: part.features.clone(),
+        });
+        let outputs = self.outputs.iter().map(|o| (o.part, o.feature));
+        let shape = ReplyShape {
+            parts: parts.collect(),
+            outputs: outputs.collect(),
+            request: Arc::new(request.clone()),
+            reply: Arc::clone(reply),
+            status: self.status,
+            event_time: self.event_time,
+            as_of_nanos: self.as_of_nanos,
+            keep_expired: self.keep_expired,
+            defaults: self.defaults,
+        };
+        ReplyPlan::new(shape, snapshots)
     }
 
     fn ask(
@@ -209,6 +304,7 @@ impl LookupPlan {
         request: &RecordBatch,
         columns: &[usize],
         now_nanos: i64,
+        deadline: Option<Instant>,
     ) -> Result<LookupResult, Failure> {
         let keys = columns
             .iter()
@@ -220,6 +316,8 @@ impl LookupPlan {
             as_of_nanos: self.as_of_nanos,
             now_nanos: Some(now_nanos),
             keep_expired: self.keep_expired,
+            defaults: self.defaults,
+            deadline,
         };
         Ok(snapshot.lookup(&lookup)?)
     }
@@ -283,31 +381,112 @@ impl BoundLookup {
         self.plan.tables()
     }
 
-    /// Answers one batch of keys: as many rows, in the same order.
+    /// Answers one batch of keys, encoded: as many rows, in the same order.
+    ///
+    /// `arrived` is when the request did: its deadline counts from then.
+    ///
+    /// # Errors
+    ///
+    /// `RESOURCE_EXHAUSTED` for more keys, or a larger reply, than allowed.
+    pub(crate) fn reply(
+        &self,
+        scratch: &mut Scratch,
+        request: &RecordBatch,
+        snapshots: &[Snapshot],
+        arrived: Instant,
+    ) -> Result<Reply, Failure> {
+        let keys = request.num_rows();
+        self.check_rows(keys)?;
+        let plan = self.reply_plan.as_ref().filter(|_| self.is_plain);
+        if let Some(plan) = plan {
+            // Before it is made.
+            scratch
+                .encoder
+                .check_reply(keys, plan.least_body_bytes(keys))?;
+        }
+        if plan.is_some()
+            && let Some(reply) =
+                self.plain_reply(&mut scratch.reply, request, snapshots, arrived)?
+        {
+            let bytes = reply.header.len() + reply.body.len();
+            scratch.encoder.check_reply(keys, bytes)?;
+            return Ok(Reply {
+                dictionaries: Vec::new(),
+                rows: IpcMessage {
+                    header: reply.header,
+                    body: reply.body,
+                },
+                partial: reply.partial,
+            });
+        }
+        let (batch, partial) = self.answer(request, snapshots, arrived)?;
+        let mut messages = scratch
+            .encoder
+            .whole(&batch)?
+            .into_iter()
+            .map(|message| IpcMessage {
+                header: message.data_header,
+                body: message.data_body,
+            })
+            .collect::<Vec<_>>();
+        let rows = messages.pop().ok_or_else(|| missing("the rows"))?;
+        Ok(Reply {
+            dictionaries: messages,
+            rows,
+            partial,
+        })
+    }
+
+    /// Answers one batch of keys as one message without dictionaries: columns of dictionaries
+    /// hold their values. `None` where only [`BoundLookup::answer`] can.
+    ///
+    /// # Errors
+    ///
+    /// As [`BoundLookup::reply`]; the size of the message is the caller's to check.
+    pub(crate) fn plain_reply(
+        &self,
+        scratch: &mut ReplyScratch,
+        request: &RecordBatch,
+        snapshots: &[Snapshot],
+        arrived: Instant,
+    ) -> Result<Option<ReplyMessage>, Failure> {
+        self.check_rows(request.num_rows())?;
+        let Some(plan) = &self.reply_plan else {
+            return Ok(None);
+        };
+        let moment = ReplyRequest {
+            now_nanos: now_nanos(),
+            deadline: self.deadline(arrived),
+        };
+        Ok(plan.fill(scratch, request, snapshots, moment)?)
+    }
+
+    /// Answers one batch of keys in columns; says whether the deadline passed before all were
+    /// looked for.
     pub(crate) fn answer(
         &self,
         request: &RecordBatch,
         snapshots: &[Snapshot],
-    ) -> Result<RecordBatch, Failure> {
+        arrived: Instant,
+    ) -> Result<(RecordBatch, bool), Failure> {
         let rows = request.num_rows();
-        if rows > self.plan.max_rows {
-            return Err(Failure::new(
-                Code::ResourceExhausted,
-                "LOOKUP_TOO_LARGE",
-                format!(
-                    "{rows} keys in one batch, over the limit of {} (lookup_max_rows): send several batches",
-                    self.plan.max_rows
-                ),
-            )
-            .with("rows", rows as u64)
-            .with("limit_rows", self.plan.max_rows as u64));
-        }
+        self.check_rows(rows)?;
         // One clock for every table of the request.
-        let now = Utc::now().timestamp_nanos_opt().unwrap_or(i64::MAX);
+        let now = now_nanos();
+        let deadline = self.deadline(arrived);
         let mut results = Vec::with_capacity(self.plan.parts.len());
         for ((part, snapshot), columns) in self.plan.parts.iter().zip(snapshots).zip(&self.keys) {
-            results.push(self.plan.ask(part, snapshot, request, columns, now)?);
+            results.push(
+                self.plan
+                    .ask(part, snapshot, request, columns, now, deadline)?,
+            );
         }
+        let not_read = ValueStatus::NotRead as u8;
+        let partial = deadline.is_some()
+            && results.iter().any(|result| {
+                let status = result.status.first();
+                status.is_some_and(|status| status.values().contains(&not_read))
+            });
         let mut columns = request.columns().to_vec();
         let features = self.plan.reply_columns(&results)?;
         for ((_, column), field) in features.into_iter().zip(
@@ -321,16 +500,58 @@ impl BoundLookup {
             columns.push(conform(column, &field)?);
         }
         let options = RecordBatchOptions::new().with_row_count(Some(rows));
-        RecordBatch::try_new_with_options(Arc::clone(&self.schema), columns, &options).map_err(
-            |error| {
+        let batch = RecordBatch::try_new_with_options(Arc::clone(&self.schema), columns, &options)
+            .map_err(|error| {
                 Failure::new(
                     Code::FailedPrecondition,
                     "DEFINITION_CHANGED",
                     format!("the table changed during the stream; open a new one: {error}"),
                 )
-            },
-        )
+            })?;
+        Ok((batch, partial))
     }
+
+    fn check_rows(&self, rows: usize) -> Result<(), Failure> {
+        if rows <= self.plan.max_rows {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Code::ResourceExhausted,
+            "LOOKUP_TOO_LARGE",
+            format!(
+                "{rows} keys in one batch, over the limit of {} (lookup_max_rows): send several batches",
+                self.plan.max_rows
+            ),
+        )
+        .with("rows", rows as u64)
+        .with("limit_rows", self.plan.max_rows as u64))
+    }
+
+    fn deadline(&self, arrived: Instant) -> Option<Instant> {
+        // One too far to be a moment is none.
+        arrived.checked_add(self.plan.deadline?)
+    }
+}
+
+/// A schema with each dictionary replaced by its values.
+fn plain_schema(schema: &SchemaRef) -> SchemaRef {
+    let plain = |field: &FieldRef| -> FieldRef {
+        let data_type = storage_type(field.data_type());
+        if data_type == *field.data_type() {
+            return Arc::clone(field);
+        }
+        // A field built anew forgets its dictionary's id.
+        Arc::new(
+            Field::new(field.name(), data_type, field.is_nullable())
+                .with_metadata(field.metadata().clone()),
+        )
+    };
+    let fields = schema.fields().iter().map(plain);
+    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+}
+
+fn now_nanos() -> i64 {
+    Utc::now().timestamp_nanos_opt().unwrap_or(i64::MAX)
 }
 
 /// A stream keeps the types it started with, also when a feature is widened meanwhile.

@@ -12,7 +12,7 @@ use crate::error::Failure;
 use crate::measure::CountedScan;
 use crate::reply::snapshots_json;
 use crate::service::Context;
-use crate::wire::{Batches, Reply};
+use crate::wire::{Opened, Reply};
 
 /// A scan whose table, snapshot, columns and filter are settled.
 pub(crate) struct ScanPlan {
@@ -98,7 +98,11 @@ impl ScanPlan {
             let scan = snapshot.scan(&request)?;
             let schema = scan.schema();
             let batches = CountedScan(scan).map(|found| found.map_err(Failure::from));
-            Ok((schema, Box::new(batches) as Batches))
+            Ok(Opened {
+                schema,
+                batches: Box::new(batches),
+                partial: false,
+            })
         };
         Reply::new(Box::new(open), table, self.max_message_bytes, members)
     }

@@ -69,7 +69,7 @@ fn everything_row(row: usize) -> Value {
     let hex = format!("{:08x}", row * 77);
     let items: Vec<Value> = (0..row % 4).map(|i| json!(format!("{row}.{i}"))).collect();
     let mut values = json!({
-        "flag": row % 3 == 0, "tiny": row % 100, "small": row % 60_000, "whole": row,
+        "flag": row.is_multiple_of(3), "tiny": row % 100, "small": row % 60_000, "whole": row,
         "large": row * 1000, "half": (row % 100) as f64 / 2.0, "single": row as f64 / 4.0,
         "double": row as f64 / 3.0, "day": "2024-05-01", "milli_day": row as i64 * 86_400_000,
         "clock": "12:34:56", "fine_clock": "12:34:56.000001", "instant": instant,
@@ -219,8 +219,7 @@ async fn the_zero_copy_share_is_whole_when_clean_and_falls_as_rows_are_supersede
     let mut client = server.client().await;
     let mut last_share = 1.0;
     for dirty in [0, 1, 20, 300, 3_000] {
-        if dirty > 0 {
-            let step = ROWS as usize / dirty;
+        if let Some(step) = (ROWS as usize).checked_div(dirty) {
             let ids = (0..ROWS).step_by(step);
             upsert(&server, "numbers", numbers(ids, dirty as f64));
         }

@@ -238,6 +238,7 @@ fn tombstones_delete_at_the_record_timestamp() {
         as_of_nanos: as_of,
         now_nanos: None,
         keep_expired: false,
+        ..pinion_feature_store::LookupRequest::default()
     };
     let statuses = |as_of: Option<i64>| {
         let found = table.snapshot().lookup(&request(as_of)).expect("lookup");

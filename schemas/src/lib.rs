@@ -44,6 +44,7 @@ mod names;
 mod parse;
 mod policies;
 mod render;
+mod service;
 mod span;
 mod toml_reader;
 mod types;
@@ -58,5 +59,6 @@ pub use policies::{
     BatchFormat, History, KeyFormat, LookupLayout, StartPolicy, UnknownFields, UnknownWord,
     ValueFormat,
 };
+pub use service::{Definition, ServiceDefinition};
 pub use span::{Span, SpanError};
 pub use types::{TypeError, format_type, parse_type, storage_type};

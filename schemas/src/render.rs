@@ -17,14 +17,14 @@ impl TableDefinition {
     /// [`TableDefinition::parse_toml`] reads the text back to an equal definition, provided the
     /// definition passes [`TableDefinition::check`]. Equal definitions give equal texts.
     pub fn to_toml(&self) -> String {
-        let mut out = Toml(String::new());
+        let mut out = Toml::default();
         self.render_table(&mut out);
         render_features(&self.features, &mut out);
         render_batch(&self.batch, &mut out);
         if let Some(kafka) = &self.kafka {
             render_kafka(kafka, &mut out);
         }
-        out.0
+        out.finish()
     }
 
     fn render_table(&self, out: &mut Toml) {
@@ -169,10 +169,15 @@ fn render_json(value: &Json) -> String {
 }
 
 /// TOML text being written.
-struct Toml(String);
+#[derive(Default)]
+pub(crate) struct Toml(String);
 
 impl Toml {
-    fn line(&mut self, line: &str) {
+    pub(crate) fn finish(self) -> String {
+        self.0
+    }
+
+    pub(crate) fn line(&mut self, line: &str) {
         self.0.push_str(line);
         self.0.push('\n');
     }
@@ -187,11 +192,20 @@ impl Toml {
         self.line(&format!("{} = {value}", key(name)));
     }
 
-    fn text(&mut self, name: &str, value: impl Display) {
+    pub(crate) fn text(&mut self, name: &str, value: impl Display) {
         self.set(name, quoted(value.to_string()));
     }
 
-    fn text_unless_empty(&mut self, name: &str, value: &str) {
+    /// A list of texts, one a line.
+    pub(crate) fn texts(&mut self, name: &str, values: &[String]) {
+        self.line(&format!("{} = [", key(name)));
+        for value in values {
+            self.line(&format!("    {},", quoted(value)));
+        }
+        self.line("]");
+    }
+
+    pub(crate) fn text_unless_empty(&mut self, name: &str, value: &str) {
         if !value.is_empty() {
             self.text(name, value);
         }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use arrow_schema::{DataType, Field, TimeUnit};
-use pinion_schemas::{History, TableDefinition, plan_evolution};
+use pinion_schemas::{Definition, History, ServiceDefinition, TableDefinition, plan_evolution};
 
 fn example(name: &str) -> TableDefinition {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -21,10 +21,29 @@ fn every_example_parses_and_survives_a_round_trip() {
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
         let text = fs::read_to_string(&path).unwrap();
-        let table = TableDefinition::parse_toml(&text)
+        let definition = Definition::parse_toml(&text)
             .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
-        assert_eq!(table.name, name, "a file is named after its table");
+        assert_eq!(
+            definition.name(),
+            name,
+            "a file is named after what it defines"
+        );
+        let table = match definition {
+            Definition::Table(table) => *table,
+            Definition::Service(service) => {
+                for (table, feature) in service.references() {
+                    assert!(
+                        example(table).feature(feature).is_some(),
+                        "{table}:{feature}"
+                    );
+                }
+                let again = ServiceDefinition::parse_toml(&service.to_toml());
+                assert_eq!(again, Ok(service));
+                names.insert(name);
+                continue;
+            }
+        };
 
         let canonical = table.to_toml();
         assert_eq!(
@@ -53,6 +72,7 @@ fn every_example_parses_and_survives_a_round_trip() {
         "planes",
         "user_events",
         "user_profile",
+        "user_ranking",
         "weather",
     ];
     assert_eq!(names, expected.map(str::to_owned).into());

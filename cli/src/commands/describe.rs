@@ -1,25 +1,32 @@
-//! `pinion describe`: one table in full.
+//! `pinion describe`: one table, or one feature service, in full.
 
 use std::fmt::Write as _;
 
 use clap::Args;
+use pinion_feature_store::ServiceVersion;
 use pinion_schemas::format_type;
 
 use crate::args::{GlobalArgs, OutputForm};
-use crate::error::{CliResult, escape_control};
+use crate::error::{CliError, CliResult, escape_control};
 use crate::output::{bytes_text, count_text, print_json, print_text, write_table};
 use crate::table_report::TableReport;
 use crate::target::{Access, Target};
 
-/// Shows one table: its columns, settings, size, segments and stream positions.
+/// Shows one table: its columns, settings, size, segments and stream positions. Or one feature
+/// service: its versions and their features.
 #[derive(Debug, Args)]
 #[command(after_help = "EXAMPLES:\n  \
     pinion describe weather\n  \
     pinion describe weather --toml > weather.toml    its definition, ready to edit and apply\n  \
-    pinion describe weather --output json")]
+    pinion describe weather --output json\n  \
+    pinion describe --service ranking")]
 pub struct DescribeArgs {
     /// The table
-    table: String,
+    #[arg(required_unless_present = "service", conflicts_with = "service")]
+    table: Option<String>,
+    /// A feature service instead: ranking, or ranking@v2
+    #[arg(long, value_name = "NAME")]
+    service: Option<String>,
     /// Print the definition as TOML, and nothing else
     #[arg(long)]
     toml: bool,
@@ -29,7 +36,10 @@ impl DescribeArgs {
     pub fn run(self, global: &GlobalArgs) -> CliResult {
         let config = global.settings(Vec::new())?;
         let target = Target::open(&config, Access::Read)?;
-        let report = target.report(&self.table)?;
+        if let Some(reference) = &self.service {
+            return self.run_service(OutputForm::of(&config), &target, reference);
+        }
+        let report = target.report(self.table.as_deref().unwrap_or_default())?;
         if self.toml {
             return print_text(&report.definition.to_toml());
         }
@@ -37,6 +47,53 @@ impl DescribeArgs {
             OutputForm::Json => print_json(&report),
             _ => print_text(&describe(&report)?),
         }
+    }
+}
+
+impl DescribeArgs {
+    fn run_service(&self, form: OutputForm, target: &Target, reference: &str) -> CliResult {
+        let name = reference.split('@').next().unwrap_or(reference);
+        let service = target
+            .services()?
+            .into_iter()
+            .find(|service| service.name == name)
+            .ok_or_else(|| CliError::new(format!("no feature service named {name:?}")))?;
+        // The newest first; one alone if it is named.
+        let versions: Vec<&ServiceVersion> = service
+            .versions
+            .iter()
+            .rev()
+            .filter(|v| name == reference || reference == format!("{name}@v{}", v.version))
+            .collect();
+        let Some(newest) = versions.first() else {
+            return Err(CliError::new(format!(
+                "service {name} has no version {reference:?}"
+            )));
+        };
+        if self.toml {
+            return print_text(&newest.definition.to_toml());
+        }
+        if form == OutputForm::Json {
+            return print_json(&versions);
+        }
+        let mut text = String::new();
+        for version in &versions {
+            let definition = &version.definition;
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "{:<14}{name}@v{}", "service", version.version);
+            for (setting, value) in [
+                ("description", &definition.description),
+                ("owner", &definition.owner),
+            ] {
+                if !value.is_empty() {
+                    let _ = writeln!(text, "{setting:<14}{}", escape_control(value));
+                }
+            }
+            for feature in &definition.features {
+                let _ = writeln!(text, "    {feature}");
+            }
+        }
+        print_text(&text)
     }
 }
 

@@ -107,11 +107,12 @@ struct Moment {
 
 /// The word for a status number.
 fn status_word(status: u8) -> &'static str {
-    const WORDS: [(ValueStatus, &str); 4] = [
+    const WORDS: [(ValueStatus, &str); 5] = [
         (ValueStatus::Present, "PRESENT"),
         (ValueStatus::NullValue, "NULL_VALUE"),
         (ValueStatus::NotFound, "NOT_FOUND"),
         (ValueStatus::OutsideMaxAge, "OUTSIDE_MAX_AGE"),
+        (ValueStatus::NotRead, "NOT_READ"),
     ];
     WORDS
         .iter()

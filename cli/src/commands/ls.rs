@@ -1,13 +1,17 @@
-//! `pinion ls`: the tables.
+//! `pinion ls`: the tables, and the feature services if there are any.
+
+use std::collections::BTreeSet;
+use std::io::Write as _;
 
 use clap::Args;
+use pinion_feature_store::Service;
 
 use crate::args::{GlobalArgs, OutputForm};
-use crate::error::CliResult;
+use crate::error::{CliResult, escape_control};
 use crate::output::{bytes_text, count_text, print_json, write_table};
 use crate::target::{Access, Target};
 
-/// Lists the tables with their sizes.
+/// Lists the tables with their sizes, and the feature services.
 #[derive(Debug, Args)]
 #[command(after_help = "EXAMPLES:\n  \
     pinion ls\n  \
@@ -42,7 +46,27 @@ impl LsArgs {
                 ]
             })
             .collect();
-        write_table(&mut std::io::stdout().lock(), &header, &rows)?;
+        let mut out = std::io::stdout().lock();
+        write_table(&mut out, &header, &rows)?;
+        let services = target.services()?;
+        if !services.is_empty() {
+            writeln!(out)?;
+            let header = ["SERVICE", "FEATURES", "TABLES", "OWNER"].map(str::to_owned);
+            let rows: Vec<Vec<String>> = services.iter().filter_map(service_row).collect();
+            write_table(&mut out, &header, &rows)?;
+        }
         Ok(())
     }
+}
+
+/// The newest version of a service.
+fn service_row(service: &Service) -> Option<Vec<String>> {
+    let newest = service.versions.last()?;
+    let tables: BTreeSet<&str> = newest.definition.references().map(|(t, _)| t).collect();
+    Some(vec![
+        format!("{}@v{}", service.name, newest.version),
+        newest.definition.features.len().to_string(),
+        Vec::from_iter(tables).join(", "),
+        escape_control(&newest.definition.owner),
+    ])
 }

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use clap::Args;
-use pinion_schemas::TableDefinition;
+use pinion_schemas::Definition;
 
 use crate::args::{GlobalArgs, OutputForm};
 use crate::asks::PlanStep;
@@ -35,7 +35,7 @@ impl PlanArgs {
 
 /// Reads and checks definition files. Every file is read before the first error is told, so
 /// that one run shows the first problem of each.
-pub fn read_definitions(files: &[PathBuf]) -> CliResult<Vec<(TableDefinition, String)>> {
+pub fn read_definitions(files: &[PathBuf]) -> CliResult<Vec<(Definition, String)>> {
     let mut definitions = Vec::with_capacity(files.len());
     let mut problems: Vec<String> = Vec::new();
     for file in files {
@@ -53,7 +53,7 @@ pub fn read_definitions(files: &[PathBuf]) -> CliResult<Vec<(TableDefinition, St
                 continue;
             }
         };
-        match TableDefinition::parse_toml(&text) {
+        match Definition::parse_toml(&text) {
             Ok(definition) => definitions.push((definition, text)),
             Err(error) => problems.push(format!("{name}: {error}")),
         }
@@ -81,7 +81,7 @@ pub fn print_steps(form: OutputForm, steps: &[PlanStep]) -> CliResult {
             "change" => '~',
             _ => '=',
         };
-        text.push_str(&format!("{sign} {} {}\n", step.plan, step.table));
+        text.push_str(&format!("{sign} {} {}\n", step.plan, step.what()));
         for change in &step.changes {
             text.push_str(&format!("    {change}\n"));
         }

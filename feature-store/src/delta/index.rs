@@ -11,6 +11,8 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 
+use crate::segment::prefetch;
+
 const CHUNK_ROWS: usize = 1 << 12;
 
 #[derive(Default)]
@@ -59,6 +61,26 @@ impl LogIndex {
         let chunk = self.chunks[row / CHUNK_ROWS]
             .get_or_init(|| (0..CHUNK_ROWS).map(|_| Slot::default()).collect());
         &chunk[row % CHUNK_ROWS]
+    }
+
+    /// Fetches the head of a hash's bucket into the cache.
+    pub(crate) fn prefetch_head(&self, hash: u64) {
+        if let Some(heads) = self.heads.get() {
+            prefetch(heads, hash as usize & (self.head_count - 1));
+        }
+    }
+
+    /// Fetches the first key of a hash's bucket into the cache.
+    pub(crate) fn prefetch_slot(&self, hash: u64) {
+        let Some(heads) = self.heads.get() else {
+            return;
+        };
+        let at = heads[hash as usize & (self.head_count - 1)].load(Ordering::Acquire);
+        if let Some(row) = (at as usize).checked_sub(1)
+            && let Some(Some(chunk)) = self.chunks.get(row / CHUNK_ROWS).map(OnceLock::get)
+        {
+            prefetch(chunk, row % CHUNK_ROWS);
+        }
     }
 
     /// Stores a row's times and kind. Every row gets this, inserted or not.

@@ -193,6 +193,31 @@ impl LogView {
         Ok(())
     }
 
+    /// True when rows and index are in memory: always, unless an earlier process wrote the log
+    /// and nobody has asked much of it yet.
+    pub(crate) fn is_warm(&self) -> bool {
+        matches!(self.warm(), Ok(Some(_)))
+    }
+
+    /// A visible row of a warm log: its batch, and its place in it.
+    pub(crate) fn row(&self, row: u32) -> Option<(&RecordBatch, usize)> {
+        self.warm().ok()??.0.row(row)
+    }
+
+    /// Fetches the head of a hash's bucket into the cache.
+    pub(crate) fn prefetch_head(&self, hash: u64) {
+        if let Ok(Some((_, index))) = self.warm() {
+            index.prefetch_head(hash);
+        }
+    }
+
+    /// Fetches the first key of a hash's bucket into the cache.
+    pub(crate) fn prefetch_slot(&self, hash: u64) {
+        if let Ok(Some((_, index))) = self.warm() {
+            index.prefetch_slot(hash);
+        }
+    }
+
     /// The greatest visible version of `key` with an event time at or before `until`.
     /// In latest tables only versions that won at their commit are found.
     pub(crate) fn find(

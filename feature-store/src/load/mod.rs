@@ -387,7 +387,7 @@ fn write_segment(
                 Arc::clone(&target.storage_schema),
                 target.key_columns,
                 target.key_encoder.clone(),
-                target.options.clone(),
+                target.version.segment_options(&target.options),
             )?),
         };
         let times = target.version.times_of(&batch)?;

@@ -314,7 +314,7 @@ pub(crate) fn write_segment(
                 Arc::clone(&version.storage_schema),
                 version.key_columns,
                 version.key_encoder.clone(),
-                options.clone(),
+                version.segment_options(options),
             )?),
         };
         if step.batch.num_rows() > 0 {

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use super::arrow_writer::FORMAT_KEY;
 use super::map::MappedFile;
 use super::meta::{ArrowFileMeta, file_name};
+use super::raw::RawColumn;
 use super::{OpenSegmentError, SEGMENT_FORMAT_VERSION, SegmentDamage, SegmentId};
 
 /// End marker of the stream and, after the footer, its length and the closing magic.
@@ -53,6 +54,8 @@ pub(super) struct ArrowFile {
     /// First row of each batch, then the number of rows.
     starts: Vec<u32>,
     decoded: Vec<OnceLock<RecordBatch>>,
+    /// The buffers of a decoded batch, once a cell of it was asked for.
+    raw: Vec<OnceLock<Box<[RawColumn]>>>,
 }
 
 impl ArrowFile {
@@ -125,6 +128,7 @@ impl ArrowFile {
             decoder: decoder(schema),
             schema: schema.clone(),
             decoded: blocks.iter().map(|_| OnceLock::new()).collect(),
+            raw: blocks.iter().map(|_| OnceLock::new()).collect(),
             blocks,
             starts,
         })
@@ -187,6 +191,19 @@ impl ArrowFile {
                     Ok(cell.get_or_init(|| decoded))
                 }
             },
+            None => Err(self.damage(Some(batch), "there is no such batch".to_owned())),
+        }
+    }
+
+    /// The buffers of a batch.
+    #[inline]
+    pub(super) fn raw(&self, batch: usize) -> Result<&[RawColumn], SegmentDamage> {
+        if let Some(raw) = self.raw.get(batch).and_then(OnceLock::get) {
+            return Ok(raw);
+        }
+        let columns = RawColumn::of(self.batch(batch)?);
+        match self.raw.get(batch) {
+            Some(cell) => Ok(cell.get_or_init(|| columns)),
             None => Err(self.damage(Some(batch), "there is no such batch".to_owned())),
         }
     }

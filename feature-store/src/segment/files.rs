@@ -70,6 +70,10 @@ impl PartialFile {
         self.suffix
     }
 
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Bytes appended so far.
     pub(super) fn position(&self) -> u64 {
         self.position

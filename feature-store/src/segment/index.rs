@@ -31,6 +31,7 @@ use arrow_buffer::{Buffer, ScalarBuffer};
 use bytes::Bytes;
 
 use super::SEGMENT_FORMAT_VERSION;
+use super::map::prefetch;
 
 pub(super) const HEADER_BYTES: usize = 64;
 pub(super) const ENTRIES_PER_LINE: usize = 8;
@@ -176,8 +177,22 @@ fn fingerprint(hash: u64) -> u64 {
     hash & 0xff_ffff
 }
 
+/// What a line says about a hash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Probe {
+    /// No key has it.
+    Absent,
+    /// The run that begins at `first` may be the key's, and others after it.
+    Candidate {
+        /// Number of its first row.
+        first: u32,
+        /// Its rows; 255 stands for 255 or more.
+        count: u32,
+    },
+}
+
 /// An index through its map.
-pub(super) struct KeyIndex {
+pub(crate) struct KeyIndex {
     shape: IndexShape,
     /// Filter words, then entries.
     words: ScalarBuffer<u64>,
@@ -209,9 +224,57 @@ impl KeyIndex {
         self.shape.rows
     }
 
+    /// Fetches the filter word of a hash into the cache.
+    #[inline]
+    pub(crate) fn prefetch_filter(&self, hash: u64) {
+        prefetch(&self.words, place_of(hash, self.shape.filter_words));
+    }
+
+    /// Fetches the line of a hash into the cache.
+    #[inline]
+    pub(crate) fn prefetch_line(&self, hash: u64) {
+        let line = place_of(hash, self.shape.lines);
+        let at = self.shape.filter_words as usize + line * ENTRIES_PER_LINE;
+        prefetch(&self.words, at);
+    }
+
+    /// The first run whose fingerprint agrees with the hash. Does not ask the filter.
+    #[inline]
+    pub(crate) fn probe(&self, hash: u64) -> Probe {
+        let entries = &self.words[self.shape.filter_words as usize..];
+        let lines = self.shape.lines as usize;
+        let mut line = place_of(hash, self.shape.lines);
+        let wanted = fingerprint(hash);
+        // One lap at most: a damaged index may have no line with room.
+        for _ in 0..lines {
+            let Some((found, _)) = entries
+                .get(line * ENTRIES_PER_LINE..)
+                .and_then(|rest| rest.split_first_chunk::<ENTRIES_PER_LINE>())
+            else {
+                break;
+            };
+            let mut room = false;
+            for &entry in found {
+                // A free entry has fingerprint 0, which a hash may have too.
+                if entry >> 40 == wanted && entry != 0 {
+                    return Probe::Candidate {
+                        first: entry as u32,
+                        count: (entry >> 32) as u32 & COUNT_LIMIT,
+                    };
+                }
+                room |= entry == 0;
+            }
+            if room {
+                break;
+            }
+            line = if line + 1 == lines { 0 } else { line + 1 };
+        }
+        Probe::Absent
+    }
+
     /// Whether a key with this hash may be there. False is certain.
     #[inline]
-    pub(super) fn may_contain(&self, hash: u64) -> bool {
+    pub(crate) fn may_contain(&self, hash: u64) -> bool {
         let mask = filter_mask(hash);
         self.words[place_of(hash, self.shape.filter_words)] & mask == mask
     }

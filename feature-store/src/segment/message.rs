@@ -36,7 +36,7 @@ pub(super) fn schema_message(schema: &Schema) -> Vec<u8> {
 
 /// A record-batch message, unframed. `buffers` are (offset, length) in the body, in the order
 /// of the format; the offsets may come in any order.
-pub(super) fn batch_message(
+pub(crate) fn batch_message(
     rows: usize,
     nodes: &[FieldNode],
     buffers: &[(usize, usize)],

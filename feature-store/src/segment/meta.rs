@@ -18,6 +18,8 @@ pub(super) const STAT: &str = "stat";
 pub(super) const DEL: &str = "del";
 /// Key index over the deletes.
 pub(super) const DIX: &str = "dix";
+/// Packed rows, for lookups.
+pub(super) const ROWS: &str = "rows";
 
 /// Names a segment within its table; shown, and written in JSON, as 16 hex digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

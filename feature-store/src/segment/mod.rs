@@ -11,6 +11,7 @@
 //! | `<id>.stat` | null counts, least and greatest values of each record batch; segments of earlier releases lack it |
 //! | `<id>.del` | deletes, only if there are any: key columns, `event_time`, `created_time`, `sequence` |
 //! | `<id>.dix` | key index over the deletes |
+//! | `<id>.rows` | the rows again, each in one slot, only if the table asks for it (`lookup = "rows"`) |
 //!
 //! Each file is written as `<name>.partial`, made read-only and synced, then renamed; the
 //! folder is synced last. From then on its bytes never change, so readers share one mapping
@@ -36,8 +37,8 @@
 //! in physical order, of `{"width_bytes", "pitch_bytes", "columns"}`, the pitch being that of
 //! a full batch; a struct's child is named `parent.child`).
 //!
-//! The layouts of the index, of `.sys` and of `.stat` stand in `index.rs`, `sequences.rs` and
-//! `statistics.rs`.
+//! The layouts of the index, of `.sys`, of `.stat` and of `.rows` stand in `index.rs`,
+//! `sequences.rs`, `statistics.rs` and `packed.rs`.
 //!
 //! Elsewhere: which segments a reader sees (`snapshot`, `manifest`), which to combine
 //! (`merge`), what an encoded key is (`pinion_schemas::KeyEncoder`).
@@ -59,6 +60,9 @@ mod lend;
 mod map;
 mod message;
 mod meta;
+mod packed;
+mod packed_writer;
+mod raw;
 mod reader;
 mod sequences;
 mod sorted;
@@ -71,9 +75,13 @@ mod tests;
 
 pub use arrow_reader::Block;
 pub use error::{OpenSegmentError, SegmentDamage, SegmentError};
-pub(crate) use map::map_file;
+pub(crate) use index::Probe;
 pub use map::{MappedFile, file_behind};
+pub(crate) use map::{map_file, prefetch};
+pub(crate) use message::batch_message;
 pub use meta::{ArrowFileMeta, BatchMeta, FileMeta, SegmentId, SegmentMeta};
+pub(crate) use packed::{Packed, PackedRows};
+pub(crate) use raw::RawColumn;
 pub use reader::{DeleteRow, Segment};
 pub use sorted::Run;
 pub use statistics::{ColumnStatistics, STATISTICS_FORMAT_VERSION, Statistics};

@@ -18,8 +18,10 @@ use super::index::{HeaderProblem, KeyIndex};
 use super::lend::LendableFile;
 use super::map::MappedFile;
 use super::meta::{
-    ARROW, ArrowFileMeta, DEL, DIX, IDX, STAT, SYS, SegmentMeta, file_name, from_hex,
+    ARROW, ArrowFileMeta, DEL, DIX, IDX, ROWS, STAT, SYS, SegmentMeta, file_name, from_hex,
 };
+use super::packed::PackedRows;
+use super::raw::RawColumn;
 use super::sorted::{Run, SortedFile};
 use super::statistics::{Statistics, StatisticsFile};
 use super::writer::delete_schema;
@@ -83,7 +85,7 @@ impl Segment {
             return Err(inconsistent("its schema has fewer columns than the key"));
         }
         let mut companions = Vec::new();
-        let rows = open_sorted(
+        let mut rows = open_sorted(
             dir,
             meta,
             (ARROW, &meta.arrow, IDX),
@@ -91,6 +93,16 @@ impl Segment {
             key_columns,
             &mut companions,
         )?;
+        if meta.files.iter().any(|file| file.suffix == ROWS) {
+            let map = map_file(dir, meta, ROWS)?.bytes().clone();
+            let packed = PackedRows::open(&map, &schema, key_columns)
+                .map_err(|problem| header_error(id, ROWS, problem))?;
+            if packed.rows() != u64::from(rows.file.rows()) {
+                return Err(inconsistent("its number of packed rows"));
+            }
+            rows.packed = Some(packed);
+            companions.push((ROWS, map));
+        }
         let sys = map_file(dir, meta, SYS)?.bytes().clone();
         let sequences = sequences::open(&sys).map_err(|problem| header_error(id, SYS, problem))?;
         companions.push((SYS, sys));
@@ -257,6 +269,12 @@ impl Segment {
             .map(|(least, greatest)| (least.as_slice(), greatest.as_slice()))
     }
 
+    /// The buffers of a record batch, for reading single cells.
+    #[inline]
+    pub(crate) fn raw(&self, batch: usize) -> Result<&[RawColumn], SegmentDamage> {
+        self.rows.file.raw(batch)
+    }
+
     /// The batch that holds a row, and the row's place in it.
     pub fn batch_of_row(&self, row: u32) -> (usize, usize) {
         self.rows.file.batch_of_row(row)
@@ -270,6 +288,12 @@ impl Segment {
     #[inline]
     pub fn sequence(&self, row: u32) -> u64 {
         self.sequences[row as usize]
+    }
+
+    /// Fetches the sequence of a row into the cache.
+    #[inline]
+    pub(crate) fn prefetch_sequence(&self, row: u32) {
+        super::map::prefetch(&self.sequences, row as usize);
     }
 
     /// The sequences of some rows, a slice of the map.
@@ -307,19 +331,52 @@ impl Segment {
 
     /// Whether the segment may hold rows or deletes of a key. False is certain.
     pub fn may_contain(&self, key: &[u8]) -> bool {
-        let in_range = self
-            .key_range
-            .as_ref()
-            .is_some_and(|(least, greatest)| key >= least.as_slice() && key <= greatest.as_slice());
-        if !in_range {
+        self.may_contain_hashed(key, key_hash(key))
+    }
+
+    /// As [`may_contain`](Self::may_contain), for a key given with its [`key_hash`].
+    pub(crate) fn may_contain_hashed(&self, key: &[u8], hash: u64) -> bool {
+        if !self.in_key_range(key) {
             return false;
         }
-        let hash = key_hash(key);
         self.rows.index.may_contain(hash)
             || self
                 .deletes
                 .as_ref()
                 .is_some_and(|deletes| deletes.index.may_contain(hash))
+    }
+
+    /// Whether a key lies between the least and the greatest key of rows and deletes.
+    #[inline]
+    pub(crate) fn in_key_range(&self, key: &[u8]) -> bool {
+        self.key_range
+            .as_ref()
+            .is_some_and(|(least, greatest)| key >= least.as_slice() && key <= greatest.as_slice())
+    }
+
+    /// Whether a delete of a key with this hash may be here. False is certain.
+    #[inline]
+    pub(crate) fn may_delete(&self, hash: u64) -> bool {
+        self.deletes
+            .as_ref()
+            .is_some_and(|deletes| deletes.index.may_contain(hash))
+    }
+
+    /// The index over the rows, for lookups of many keys.
+    #[inline]
+    pub(crate) fn row_index(&self) -> &KeyIndex {
+        &self.rows.index
+    }
+
+    /// The rows packed, if the segment has them so.
+    #[inline]
+    pub(crate) fn packed(&self) -> Option<&PackedRows> {
+        self.rows.packed.as_ref()
+    }
+
+    /// What a text outside the heap of the packed rows is reported as.
+    pub(crate) fn packed_damage(&self, row: u32) -> SegmentDamage {
+        self.rows.packed_damage(row)
     }
 
     /// Appends the encoded key of a row.
@@ -452,6 +509,7 @@ fn open_sorted(
         index,
         index_suffix,
         key_columns,
+        packed: None,
     })
 }
 

@@ -6,6 +6,7 @@ use super::SegmentDamage;
 use super::arrow_reader::ArrowFile;
 use super::index::{COUNT_LIMIT, KeyIndex};
 use super::meta::file_name;
+use super::packed::PackedRows;
 
 /// The rows of one key: consecutive, oldest version first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub(super) struct SortedFile {
     /// Suffix of the index, for errors.
     pub(super) index_suffix: &'static str,
     pub(super) key_columns: usize,
+    /// The rows again, if the segment has them packed.
+    pub(super) packed: Option<PackedRows>,
 }
 
 impl SortedFile {
@@ -98,11 +101,26 @@ impl SortedFile {
         row: u32,
         out: &mut Vec<u8>,
     ) -> Result<(), SegmentDamage> {
+        if let Some(packed) = &self.packed {
+            let key = packed
+                .key(packed.slot(row))
+                .ok_or_else(|| self.packed_damage(row))?;
+            out.extend_from_slice(key);
+            return Ok(());
+        }
         let (batch, place) = self.file.batch_of_row(row);
         let columns = self.file.batch(batch)?.columns();
         encoder
             .encode_row(&columns[..self.key_columns], place, out)
             .map_err(|error| self.file.damage(Some(batch), error.to_string()))
+    }
+
+    pub(super) fn packed_damage(&self, row: u32) -> SegmentDamage {
+        let mut damage = self
+            .file
+            .damage(None, format!("the text of row {row} lies outside the heap"));
+        damage.file = file_name(damage.segment, super::meta::ROWS);
+        damage
     }
 
     pub(super) fn index_damage(&self, what: String) -> SegmentDamage {

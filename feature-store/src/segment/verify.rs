@@ -3,7 +3,7 @@
 use pinion_schemas::{KeyEncoder, key_hash};
 
 use super::index::COUNT_LIMIT;
-use super::meta::{STAT, SYS, file_name};
+use super::meta::{ROWS, STAT, SYS, file_name};
 use super::sorted::{Run, SortedFile};
 use super::statistics::StatisticsBuilder;
 use super::{Segment, SegmentDamage};
@@ -92,6 +92,11 @@ impl Segment {
                 .key_encoder()
                 .encode(&columns[..sorted.key_columns])
                 .map_err(|error| sorted.file.damage(Some(batch), error.to_string()))?;
+            if let Some(packed) = &sorted.packed {
+                packed
+                    .check(sorted.file.batch(batch)?, &encoded, sorted.key_columns, row)
+                    .map_err(|what| self.companion_damage(ROWS, what))?;
+            }
             for place in 0..encoded.len() {
                 let key = encoded.get(place);
                 match &mut run {

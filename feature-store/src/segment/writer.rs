@@ -11,6 +11,7 @@ use super::arrow_writer::ArrowFileWriter;
 use super::files::{PartialFile, sync_dir};
 use super::index_writer::IndexBuilder;
 use super::meta::{ARROW, ArrowFileMeta, DEL, DIX, FileMeta, IDX, SegmentMeta, to_hex};
+use super::packed_writer::PackedWriter;
 use super::sequences::SequenceWriter;
 use super::{SegmentError, SegmentId, statistics};
 
@@ -24,6 +25,8 @@ pub struct SegmentWriterOptions {
     pub max_batch_rows: usize,
     /// Whether to write what scans skip batches by. Segments of releases before it have none.
     pub statistics: bool,
+    /// Whether to write the rows packed too (`.rows`).
+    pub packed_rows: bool,
 }
 
 impl Default for SegmentWriterOptions {
@@ -32,6 +35,7 @@ impl Default for SegmentWriterOptions {
             max_body_bytes: 4 * 1024 * 1024 - 64 * 1024,
             max_batch_rows: 65_536,
             statistics: true,
+            packed_rows: false,
         }
     }
 }
@@ -51,6 +55,7 @@ pub struct SegmentWriter {
     rows: ArrowFileWriter,
     index: IndexBuilder,
     sequences: SequenceWriter,
+    packed: Option<PackedWriter>,
     deletes: Option<DeleteWriter>,
     sequence_range: Option<(u64, u64)>,
 }
@@ -86,6 +91,10 @@ impl SegmentWriter {
             rows: ArrowFileWriter::create(dir, id, ARROW, schema.clone(), &options)?,
             index: IndexBuilder::new(dir, id, IDX),
             sequences: SequenceWriter::create(dir, id)?,
+            packed: options
+                .packed_rows
+                .then(|| PackedWriter::create(dir, id, schema.clone(), key_columns))
+                .transpose()?,
             deletes: None,
             sequence_range: None,
             schema,
@@ -115,6 +124,9 @@ impl SegmentWriter {
         }
         self.note_sequences(sequences);
         self.sequences.push(sequences)?;
+        if let Some(packed) = &mut self.packed {
+            packed.push(self.id, batch, keys)?;
+        }
         self.rows.push(batch)
     }
 
@@ -216,7 +228,8 @@ impl SegmentWriter {
             .deletes
             .as_ref()
             .map_or(0, |deletes| deletes.rows.position());
-        self.rows.position() + self.sequences.position() + deletes
+        let packed = self.packed.as_ref().map_or(0, PackedWriter::position);
+        self.rows.position() + self.sequences.position() + packed + deletes
     }
 
     /// Writes the rest, makes all of it durable and gives the files their names.
@@ -253,6 +266,9 @@ impl SegmentWriter {
         files.add(self.index.finish()?);
         if self.options.statistics {
             files.add(statistics::write(&self.dir, self.id, &known)?);
+        }
+        if let Some(packed) = self.packed {
+            files.add(packed.finish()?);
         }
         let mut del = None;
         if let Some(deletes) = self.deletes {

@@ -53,6 +53,7 @@ fn lookups(
         as_of_nanos: as_of.map(|n| i64::try_from(n).unwrap()),
         now_nanos: Some(i64::try_from(clock).unwrap()),
         keep_expired: rng.chance(30),
+        ..LookupRequest::default()
     };
     let result = snapshot
         .lookup(&request)

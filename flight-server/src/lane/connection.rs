@@ -271,6 +271,7 @@ impl Session {
     }
 
     fn look_up(&mut self, header: &Header) -> Result<(), Unanswered> {
+        let arrived = Instant::now();
         let handle = self.handles.get(header.detail)?;
         let snapshots = settle(
             &self.runtime,
@@ -279,7 +280,7 @@ impl Session {
             &handle.tables,
             &handle.barrier,
         )?;
-        let message = handle.answer(self.incoming.payload(header), &snapshots)?;
+        let message = handle.answer(self.incoming.payload(header), &snapshots, arrived)?;
         let frame = self.outgoing.begin();
         push_message_head(frame, &message.metadata);
         let message_bytes = (frame.len() - HEADER_BYTES + message.body.len()) as u32;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use arrow_array::{RecordBatch, RecordBatchOptions};
 use arrow_buffer::Buffer;
@@ -10,7 +11,7 @@ use arrow_ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteContext, Ip
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use bytes::Bytes;
 use pinion_feature_store::ipc_gate::{Admitted, Gate, GateLimits};
-use pinion_feature_store::{Snapshot, Table};
+use pinion_feature_store::{ReplyScratch, Snapshot, Table};
 use pinion_schemas::storage_type;
 use serde_json::{Map, Value};
 use tonic::Code;
@@ -37,6 +38,7 @@ pub(super) struct Handle {
     pub(super) tables: Vec<Table>,
     pub(super) barrier: Barrier,
     gate: Gate,
+    scratch: ReplyScratch,
     max_reply_bytes: usize,
     meters: Vec<TableMeter>,
 }
@@ -152,6 +154,7 @@ impl Handles {
             bound,
             barrier: command.barrier(),
             gate,
+            scratch: ReplyScratch::default(),
             max_reply_bytes,
             meters: tables.iter().map(TableMeter::new).collect(),
             tables,
@@ -185,11 +188,12 @@ fn unknown(handle: u32) -> Failure {
 }
 
 impl Handle {
-    /// Answers one batch of keys, an encapsulated IPC message.
+    /// Answers one batch of keys, an encapsulated IPC message that arrived then.
     pub(super) fn answer(
         &mut self,
         keys: &[u8],
         snapshots: &[Snapshot],
+        arrived: Instant,
     ) -> Result<Message, Failure> {
         let (metadata, body) = split_message(keys)?;
         let keys = match self.gate.admit(metadata, &Buffer::from(body))? {
@@ -201,7 +205,7 @@ impl Handle {
                 ));
             }
         };
-        let message = reply_message(&self.bound, &keys, snapshots)?;
+        let message = reply_message(&self.bound, &mut self.scratch, &keys, snapshots, arrived)?;
         let bytes = message.metadata.len() + message.body.len();
         if bytes > self.max_reply_bytes {
             return Err(Failure::new(
@@ -251,10 +255,23 @@ fn stored_field(field: &Field) -> Field {
 /// The reply to one batch of keys. Columns are those of the stored schema.
 fn reply_message(
     bound: &BoundLookup,
+    scratch: &mut ReplyScratch,
     keys: &RecordBatch,
     snapshots: &[Snapshot],
+    arrived: Instant,
 ) -> Result<Message, Failure> {
-    encode(&plain(bound.answer(keys, snapshots)?)?)
+    if let Some(reply) = bound.plain_reply(scratch, keys, snapshots, arrived)? {
+        return Ok(Message {
+            metadata: reply.header,
+            body: reply.body,
+            partial: reply.partial,
+        });
+    }
+    let (batch, partial) = bound.answer(keys, snapshots, arrived)?;
+    Ok(Message {
+        partial,
+        ..encode(&plain(batch)?)?
+    })
 }
 
 /// One batch without dictionaries as an IPC message.

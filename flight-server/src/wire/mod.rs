@@ -21,4 +21,4 @@ mod reply;
 mod stream;
 
 pub(crate) use layer::Layer;
-pub(crate) use reply::{Batches, Reply};
+pub(crate) use reply::{Opened, Reply};

@@ -33,8 +33,17 @@ const BLOCK_ROWS: usize = 64;
 /// Where the rows come from, in order.
 pub(crate) type Batches = Box<dyn Iterator<Item = Result<ScanBatch, Failure>> + Send>;
 
+/// A reply whose reading has begun.
+pub(crate) struct Opened {
+    /// Of every batch.
+    pub(crate) schema: SchemaRef,
+    pub(crate) batches: Batches,
+    /// True when a deadline passed before all of it was read: the metadata says so.
+    pub(crate) partial: bool,
+}
+
 /// Begins to read, on a blocking thread.
-pub(crate) type Open = Box<dyn FnOnce() -> Result<(SchemaRef, Batches), Failure> + Send>;
+pub(crate) type Open = Box<dyn FnOnce() -> Result<Opened, Failure> + Send>;
 
 /// The messages still to come.
 pub(crate) struct Reply {
@@ -157,7 +166,11 @@ impl Reply {
             match self.state {
                 State::Schema => {
                     if let Some(open) = self.open.take() {
-                        (self.schema, self.batches) = open()?;
+                        let opened = open()?;
+                        (self.schema, self.batches) = (opened.schema, opened.batches);
+                        if opened.partial {
+                            self.members.insert("partial".to_owned(), true.into());
+                        }
                     }
                     self.state = State::FirstRows;
                     let message = ipc::schema_message(&self.schema);
@@ -368,7 +381,13 @@ mod tests {
             })
         });
         let members = Map::from_iter([("table".to_owned(), json!("t"))]);
-        let open = move || Ok((schema, Box::new(items) as Batches));
+        let open = move || {
+            Ok(Opened {
+                schema,
+                batches: Box::new(items),
+                partial: false,
+            })
+        };
         Reply::new(Box::new(open), "t".into(), limit, members)
     }
 
@@ -454,7 +473,13 @@ mod tests {
     fn no_rows_are_one_empty_batch() {
         let mut empty = reply(vec![mixed(1)], 1 << 20);
         let schema = mixed(1).schema();
-        empty.open = Some(Box::new(|| Ok((schema, Box::new(std::iter::empty())))));
+        empty.open = Some(Box::new(|| {
+            Ok(Opened {
+                schema,
+                batches: Box::new(std::iter::empty()),
+                partial: false,
+            })
+        }));
         let (messages, end) = run(empty);
         end.unwrap();
         let back = flight_data_to_batches(&messages).unwrap();

@@ -97,8 +97,6 @@ public final class Client {
         NettyChannelBuilder.forAddress(new DomainSocketAddress(url.substring(unix.length())))
             .channelType(EpollDomainSocketChannel.class)
             .eventLoopGroup(new MultiThreadIoEventLoopGroup(1, daemons, EpollIoHandler.newFactory()))
-            // gRPC would send the socket's path, which HTTP/2 refuses: docs/protocol.md.
-            .overrideAuthority("localhost")
             .usePlaintext()
             .build());
   }

@@ -6,7 +6,8 @@ use super::*;
 
 /// A small segment that has every file, and each file's bytes.
 fn damaged_fixture() -> (Fixture, SegmentMeta, Vec<(String, Vec<u8>)>) {
-    let fixture = Fixture::new(user_schema(), 1);
+    let mut fixture = Fixture::new(user_schema(), 1);
+    fixture.options.packed_rows = true;
     let mut writer = fixture.writer();
     fixture.push(&mut writer, &users((0..40).map(|row| row / 2)));
     let mut keys = EncodedKeys::with_capacity(0, 0);

@@ -5,6 +5,7 @@ mod golden;
 mod index;
 mod layout;
 mod lifecycle;
+mod packed;
 mod types;
 
 use std::sync::Arc;

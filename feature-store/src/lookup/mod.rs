@@ -1,18 +1,42 @@
 //! Lookups: the latest value of some features for some keys, with a status per value.
+//!
+//! There are two ways to an answer, and they agree on every value:
+//!
+//! - [`Snapshot::lookup`] asks key by key and gathers column by column, whatever the types. It
+//!   is this file, and the rules are read here.
+//! - [`ReplyPlan`] answers a stream of requests of one shape: names are resolved once, keys are
+//!   probed together (`probe`), rows are read from packed slots or columns straight into the
+//!   body of the reply (`run`, `gather`, by the plans of `prepare`), and the message before the
+//!   body is a template (`template`, `writer`). It knows the flat types; `reply` puts it together.
+
+mod gather;
+mod prepare;
+mod probe;
+mod reply;
+mod run;
+mod template;
+mod writer;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
-use arrow_array::{Array, ArrayRef, BooleanArray, UInt8Array, UInt64Array, new_null_array};
+use arrow_array::{Array, ArrayRef, BooleanArray, Scalar, UInt8Array, UInt64Array, new_null_array};
 use arrow_schema::{ArrowError, DataType, FieldRef};
 use arrow_select::interleave::interleave;
+use arrow_select::zip::zip;
 
-use crate::compat::Version;
+use pinion_schemas::EncodedKeys;
+
+use crate::compat::{Version, default_value};
 use crate::delta::Found;
 use crate::error::ReadError;
 use crate::level::Level;
 use crate::order;
 use crate::snapshot::{Snapshot, SnapshotInner};
+
+use self::probe::Window;
+pub use self::reply::{ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch, ReplyShape};
 
 /// What became of one value. The same numbers in every protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +50,12 @@ pub enum ValueStatus {
     NotFound = 3,
     /// The row is older than the table's ttl; the value is blanked unless asked to be kept.
     OutsideMaxAge = 4,
+    /// The deadline passed before the key was looked for.
+    NotRead = 5,
 }
+
+/// Keys between two looks at the clock.
+const DEADLINE_STEP: usize = 256;
 
 /// Which values to look up.
 #[derive(Debug, Clone, Default)]
@@ -43,6 +72,11 @@ pub struct LookupRequest {
     pub now_nanos: Option<i64>,
     /// Return values outside their max age instead of blanking them.
     pub keep_expired: bool,
+    /// Return a feature's default, if it has one, where the value would be null. The status
+    /// stays.
+    pub defaults: bool,
+    /// Keys not looked for by then are answered [`ValueStatus::NotRead`].
+    pub deadline: Option<Instant>,
 }
 
 /// One row per key asked, one column per feature asked, both in the order asked.
@@ -62,7 +96,25 @@ pub struct LookupResult {
 /// Where the row for one key was found.
 struct Hit<'a> {
     level: &'a Level,
+    /// Of the level, newest first.
+    number: usize,
     found: Found,
+}
+
+/// What became of one key.
+enum Answer<'a> {
+    Row(Hit<'a>),
+    Missing,
+    NotRead,
+}
+
+impl<'a> Answer<'a> {
+    fn row(&self) -> Option<&Hit<'a>> {
+        match self {
+            Answer::Row(hit) => Some(hit),
+            Answer::Missing | Answer::NotRead => None,
+        }
+    }
 }
 
 impl Snapshot {
@@ -83,38 +135,53 @@ impl Snapshot {
             .map(|name| self.feature_column(name))
             .collect::<Result<Vec<_>, _>>()?;
         let keys = self.key_columns(&request.keys)?;
-        let encoded = version
-            .key_encoder
-            .encode(&keys)
-            .map_err(|e| ReadError::Keys {
-                table: self.table().to_owned(),
-                problem: e.to_string(),
-            })?;
+        let encoded = self.encode_keys(&keys)?;
         let rows = keys.first().map_or(0, |k| k.len());
 
-        let latest = version.latest();
-        let cut = version.cut(inner.max_event);
-        let until = match (request.as_of_nanos, version.event_type()) {
-            (Some(nanos), Some(data_type)) => {
-                order::ticks_at_or_before(data_type, i128::from(nanos))
-            }
-            _ => i64::MAX,
-        };
-        let expired_before = self.expired_before(request);
+        let window = self.window(request.as_of_nanos);
+        let expired_before = self.expired_before(request.as_of_nanos, request.now_nanos);
 
         for level in inner.newest_first() {
             if let Level::Log(log) = level {
                 log.prepare(rows)?;
             }
         }
-        let mut hits: Vec<Option<Hit<'_>>> = Vec::with_capacity(rows);
+        let mut answers: Vec<Answer<'_>> = Vec::with_capacity(rows);
+        let mut late = false;
         for i in 0..rows {
-            hits.push(inner.winner(encoded.get(i), until, latest)?.filter(|hit| {
-                let event = hit.found.order.event;
-                !hit.found.deleted && event <= until && event >= cut
-            }));
+            if i % DEADLINE_STEP == 0 {
+                late = late || is_past(request.deadline);
+            }
+            if late {
+                answers.push(Answer::NotRead);
+                continue;
+            }
+            let key = encoded.get(i);
+            let hash = pinion_schemas::key_hash(key);
+            let hit = inner.winner(key, hash, window.until, version.latest())?;
+            answers.push(match hit {
+                Some(hit) if !hit.found.deleted && window.holds(hit.found.order.event) => {
+                    Answer::Row(hit)
+                }
+                _ => Answer::Missing,
+            });
         }
-        self.answer(&features, &hits, expired_before, request.keep_expired)
+        self.answer(&features, &answers, expired_before, request)
+    }
+
+    /// The versions that may answer a lookup as of a moment, or now.
+    fn window(&self, as_of_nanos: Option<i64>) -> Window {
+        let version = &self.0.version;
+        Window {
+            from: version.cut(self.0.max_event),
+            until: match (as_of_nanos, version.event_type()) {
+                (Some(nanos), Some(data_type)) => {
+                    order::ticks_at_or_before(data_type, i128::from(nanos))
+                }
+                _ => i64::MAX,
+            },
+            wants_event: true,
+        }
     }
 
     fn feature_column(&self, name: &str) -> Result<usize, ReadError> {
@@ -182,15 +249,20 @@ impl Snapshot {
         Ok(columns)
     }
 
+    fn encode_keys(&self, columns: &[ArrayRef]) -> Result<EncodedKeys, ReadError> {
+        let encoder = &self.0.version.key_encoder;
+        encoder.encode(columns).map_err(|e| ReadError::Keys {
+            table: self.table().to_owned(),
+            problem: e.to_string(),
+        })
+    }
+
     /// Rows with event times below this are outside their max age.
-    fn expired_before(&self, request: &LookupRequest) -> i64 {
+    fn expired_before(&self, as_of_nanos: Option<i64>, now_nanos: Option<i64>) -> i64 {
         let version = &self.0.version;
         match (&version.definition.ttl, version.event_type()) {
             (Some(ttl), Some(data_type)) => {
-                let judged_at = request
-                    .as_of_nanos
-                    .or(request.now_nanos)
-                    .unwrap_or_else(order::now_nanos);
+                let judged_at = as_of_nanos.or(now_nanos).unwrap_or_else(order::now_nanos);
                 order::ticks_at_or_after(data_type, i128::from(judged_at) - i128::from(ttl.nanos()))
             }
             _ => i64::MIN,
@@ -200,25 +272,25 @@ impl Snapshot {
     fn answer(
         &self,
         features: &[usize],
-        hits: &[Option<Hit<'_>>],
+        answers: &[Answer<'_>],
         expired_before: i64,
-        keep_expired: bool,
+        request: &LookupRequest,
     ) -> Result<LookupResult, ReadError> {
         let version = &self.0.version;
         let compute = |e: ArrowError| ReadError::Compute {
             table: self.table().to_owned(),
             problem: e.to_string(),
         };
-        let sources = Sources::new(hits)?;
-        let expired: Vec<bool> = hits
+        let sources = Sources::new(answers)?;
+        let expired: Vec<bool> = answers
             .iter()
-            .map(|h| {
-                h.as_ref()
+            .map(|a| {
+                a.row()
                     .is_some_and(|h| h.found.order.event < expired_before)
             })
             .collect();
-        let blank =
-            (!keep_expired && expired.contains(&true)).then(|| BooleanArray::from(expired.clone()));
+        let blank = (!request.keep_expired && expired.contains(&true))
+            .then(|| BooleanArray::from(expired.clone()));
 
         let mut result = LookupResult {
             columns: Vec::new(),
@@ -228,21 +300,25 @@ impl Snapshot {
         };
         for &column in features {
             let stored = sources.column(version, column).map_err(compute)?;
-            let status = (0..hits.len())
+            let status = (0..answers.len())
                 .map(|i| {
-                    let status = match (&hits[i], expired[i]) {
-                        (None, _) => ValueStatus::NotFound,
-                        (Some(_), true) => ValueStatus::OutsideMaxAge,
-                        (Some(_), false) if stored.is_null(i) => ValueStatus::NullValue,
-                        (Some(_), false) => ValueStatus::Present,
+                    let status = match (&answers[i], expired[i]) {
+                        (Answer::Missing, _) => ValueStatus::NotFound,
+                        (Answer::NotRead, _) => ValueStatus::NotRead,
+                        (Answer::Row(_), true) => ValueStatus::OutsideMaxAge,
+                        (Answer::Row(_), false) if stored.is_null(i) => ValueStatus::NullValue,
+                        (Answer::Row(_), false) => ValueStatus::Present,
                     };
                     status as u8
                 })
                 .collect::<Vec<u8>>();
-            let kept = match &blank {
+            let mut kept = match &blank {
                 Some(mask) => arrow_select::nullif::nullif(&stored, mask).map_err(compute)?,
                 None => stored,
             };
+            if request.defaults && kept.null_count() > 0 {
+                kept = self.with_default(column, &kept).map_err(compute)?;
+            }
             let field = version.schema.field(column);
             result
                 .columns
@@ -253,20 +329,45 @@ impl Snapshot {
             result.status.push(UInt8Array::from(status));
         }
         if let Some(data_type) = version.event_type() {
-            let events = hits.iter().map(|h| h.as_ref().map(|h| h.found.order.event));
+            let events = answers.iter().map(|a| a.row().map(|h| h.found.order.event));
             result.event_time = Some(order::time_array(data_type, events).map_err(compute)?);
         }
         Ok(result)
     }
 }
 
+impl Snapshot {
+    /// The feature's default where its values are null.
+    fn with_default(&self, column: usize, values: &ArrayRef) -> Result<ArrayRef, ArrowError> {
+        let version = &self.0.version;
+        let Some(feature) = version.feature_at(column).filter(|f| f.default.is_some()) else {
+            return Ok(Arc::clone(values));
+        };
+        let one = default_value(feature, values.data_type())?;
+        let valid: BooleanArray = (0..values.len())
+            .map(|i| Some(values.is_valid(i)))
+            .collect();
+        zip(&valid, values, &Scalar::new(one))
+    }
+}
+
+/// True once a deadline has passed.
+fn is_past(deadline: Option<Instant>) -> bool {
+    deadline.is_some_and(|deadline| Instant::now() >= deadline)
+}
+
 impl SnapshotInner {
-    /// The version of a key that decides, among those with an event time of at most `until`
-    /// (in latest tables: among all).
-    fn winner(&self, key: &[u8], until: i64, latest: bool) -> Result<Option<Hit<'_>>, ReadError> {
-        let hash = pinion_schemas::key_hash(key);
+    /// The version of a key, given with its hash, that decides, among those with an event time
+    /// of at most `until` (in latest tables: among all).
+    fn winner(
+        &self,
+        key: &[u8],
+        hash: u64,
+        until: i64,
+        latest: bool,
+    ) -> Result<Option<Hit<'_>>, ReadError> {
         let mut best: Option<Hit<'_>> = None;
-        for level in self.newest_first() {
+        for (number, level) in self.newest_first().enumerate() {
             // A strictly greater version elsewhere cannot exist once every time here is
             // below the best one found.
             if best
@@ -278,7 +379,11 @@ impl SnapshotInner {
             if let Some(found) = level.find(key, hash, until, latest)?
                 && best.as_ref().is_none_or(|b| b.found.order < found.order)
             {
-                best = Some(Hit { level, found });
+                best = Some(Hit {
+                    level,
+                    number,
+                    found,
+                });
                 if latest {
                     break;
                 }
@@ -290,7 +395,7 @@ impl SnapshotInner {
     /// The winner of a key in a latest table, as the writer asks: level and version.
     pub(crate) fn latest_winner(&self, key: &[u8]) -> Result<Option<(&Level, Found)>, ReadError> {
         Ok(self
-            .winner(key, i64::MAX, true)?
+            .winner(key, pinion_schemas::key_hash(key), i64::MAX, true)?
             .map(|hit| (hit.level, hit.found)))
     }
 }
@@ -304,14 +409,14 @@ struct Sources<'a> {
 }
 
 impl<'a> Sources<'a> {
-    fn new(hits: &[Option<Hit<'a>>]) -> Result<Sources<'a>, ReadError> {
+    fn new(answers: &[Answer<'a>]) -> Result<Sources<'a>, ReadError> {
         let mut numbers: HashMap<(usize, usize), usize> = HashMap::new();
         let mut sources = Sources {
             parts: Vec::new(),
-            places: Vec::with_capacity(hits.len()),
+            places: Vec::with_capacity(answers.len()),
         };
-        for hit in hits {
-            let Some(hit) = hit else {
+        for answer in answers {
+            let Some(hit) = answer.row() else {
                 sources.places.push((0, 0));
                 continue;
             };
