@@ -8,7 +8,6 @@ Three questions, each optional:
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import gen
 import numpy as np
-from harness import DATA, RESULTS, Server, cpu_seconds, directory_bytes, median, pinion, save
+from harness import DATA, RESULTS, Server, copy_store, cpu_seconds, directory_bytes, median, pinion, save
 
 from support import flight as calls
 
@@ -36,23 +35,12 @@ def store_with(count):
         file = gen.write_parquet(DATA / f"wide-{count}.parquet", count)
         pinion("load", "--data", data, "wide", file, timeout=7200)
         (folder / "complete").touch()
-    copy = DATA / "upsert-work"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(data, copy, copy_function=link_or_copy)
-    return copy
+    return copy_store(data, DATA / "upsert-work")
 
 
 def keys_of(count):
     """Distinct keys in a store of `count` loaded rows: 0 and up."""
     return count - count // 10
-
-
-def link_or_copy(source, target):
-    """Segments never change, so they are linked; the rest is copied."""
-    if source.endswith((".arrow", ".sys", ".idx", ".rows", ".del", ".dix")):
-        os.link(source, target)
-    else:
-        shutil.copy2(source, target)
 
 
 def stats_of(client):

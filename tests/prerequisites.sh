@@ -43,11 +43,12 @@ need_build_tools() {
   need make make
 }
 
-# The Python of the tests and benchmarks: a venv with exactly the pinned packages.
+# need_python REQUIREMENTS [NAME]: the Python of the tests, or of something else: a venv with exactly the pinned
+# packages, in $cache/NAME.
 need_python() {
   local requirements=$1 stamp
   need python3 python3 python3-venv
-  venv=$cache/venv
+  venv=$cache/${2:-venv}
   stamp=$venv/.installed-$(sha256sum "$requirements" | cut -c1-16)
   if [[ ! -f $stamp ]]; then
     python3 -c 'import ensurepip' 2>/dev/null || install ensurepip python3-venv
@@ -63,4 +64,13 @@ need_kafka() {
   [[ -n $("$1/kafka/broker" jars 2>/dev/null) ]] && return
   need mvn maven
   "$1/kafka/broker" jars >/dev/null
+}
+
+# The Flight clients of other languages. Go is not installed: the one of the distribution is mostly too old, and the tests
+# of a missing language are skipped with the reason.
+need_clients() {
+  need javac default-jdk-headless
+  need mvn maven
+  "$1/clients/build" java >/dev/null
+  "$1/clients/build" go >/dev/null || (($? == 3))
 }

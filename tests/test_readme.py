@@ -24,6 +24,7 @@ def test_the_five_minute_tour_works_as_printed(tmp_path):
     env = environment({"PINION_DATA": tmp_path / "features"})
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "pinion").symlink_to(binary().resolve())
+    env["PYTHONPATH"] = str(REPOSITORY / "python")
     env["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{env['PATH']}"
     printed = []
     server = None
@@ -34,6 +35,7 @@ def test_the_five_minute_tour_works_as_printed(tmp_path):
             text = text.replace("127.0.0.1:8815", f"127.0.0.1:{port}").replace(
                 "/tmp/pinion.sock", str(tmp_path / "p.sock")
             )
+            text = text.replace("/tmp/pinion-lane.sock", str(tmp_path / "l.sock"))
             if language == "sh" and "cargo build" in text:
                 continue
             if language == "sh" and "pinion serve" in text:
@@ -53,6 +55,7 @@ def test_the_five_minute_tour_works_as_printed(tmp_path):
     said = "\n".join(printed)
     assert "21.9" in said and "40.1" in said
     assert "'temp': 40.1" in said and "'wind_gust__status': 2" in said and "'temp__status': 3" in said, said
+    assert "'temp': 41.5" in said, said
 
 
 def wait_for(port):

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
-    apply, check, completions, config, delete, demo, describe, flush, get, init, load, ls, merge,
-    plan, put, scan, serve, version,
+    apply, check, completions, config, delete, demo, describe, flush, get, init, leases, load, ls,
+    merge, plan, put, scan, serve, version,
 };
 use crate::config::{Config, FlagValue};
 use crate::error::CliResult;
@@ -180,6 +180,8 @@ pub enum Command {
     Flush(flush::FlushArgs),
     /// Merge a table's segments into one now
     Merge(merge::MergeArgs),
+    /// List who holds mapped files over the local lane
+    Leases(leases::LeasesArgs),
     /// Verify every checksum and invariant of a store
     Check(check::CheckArgs),
     /// Start a store with an in-process mock Kafka broker and show it at work

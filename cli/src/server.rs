@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use pinion_feature_store::Store;
 use pinion_flight_server::{
-    BoundAddresses, Hooks, ServerConfig, SourceControl, install_metrics, serve,
+    BoundAddresses, Hooks, LaneConfig, ServerConfig, SourceControl, install_metrics, serve,
 };
 use pinion_ingest::{Ingest, IngestConfig, IngestHandle, SourceState};
 use serde_json::{Value, json};
@@ -25,6 +25,7 @@ use crate::error::{CliError, CliResult};
 pub fn server_config(config: &Config) -> CliResult<ServerConfig> {
     let mut server = ServerConfig {
         uds: config.path("serve.uds"),
+        lane: lane_config(config),
         insecure: config.switch("serve.insecure"),
         ..ServerConfig::default()
     };
@@ -40,10 +41,39 @@ pub fn server_config(config: &Config) -> CliResult<ServerConfig> {
     if let Some(bytes) = config.bytes("serve.max_message_bytes") {
         server.max_message_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
     }
+    if let Some(word) = config.text("serve.sendfile") {
+        server.sendfile = word
+            .parse()
+            .map_err(|problem| CliError::usage(format!("serve.sendfile: {problem}")))?;
+    }
     if let Some(bytes) = config.bytes("store.put_max_bytes") {
         server.put_max_bytes = bytes;
     }
     Ok(server)
+}
+
+fn lane_config(config: &Config) -> LaneConfig {
+    let narrow = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
+    let mut lane = LaneConfig {
+        path: config.path("lane.path"),
+        ..LaneConfig::default()
+    };
+    if let Some(count) = config.count("lane.max_connections") {
+        lane.max_connections = narrow(count);
+    }
+    if let Some(bytes) = config.bytes("lane.max_request_bytes") {
+        lane.max_request_bytes = narrow(bytes);
+    }
+    if let Some(micros) = config.count("lane.spin_micros") {
+        lane.spin = std::time::Duration::from_micros(micros);
+    }
+    if let Some(term) = config.duration("lane.lease_term") {
+        lane.lease_term = term;
+    }
+    if let Some(bytes) = config.bytes("lane.leased_max_bytes") {
+        lane.leased_max_bytes = bytes;
+    }
+    lane
 }
 
 fn address(setting: &str, text: &str) -> CliResult<SocketAddr> {

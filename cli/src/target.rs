@@ -224,6 +224,7 @@ impl Target {
                         Some(ViewName::History) => View::History,
                     },
                     limit: spec.limit,
+                    part: None,
                 };
                 let scan = store.table(table)?.snapshot().scan(&request)?;
                 Ok(Rows::Direct(Box::new(scan)))

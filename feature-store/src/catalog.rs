@@ -14,7 +14,7 @@ use pinion_schemas::{Change, TableDefinition};
 use serde::{Deserialize, Serialize};
 
 use crate::error::OpenError;
-use crate::numbered::{self, ReadNumberedError};
+use crate::numbered::{self, CreateNumberedError, ReadNumberedError};
 use crate::services::Service;
 
 pub(crate) const FORMAT_VERSION: u32 = 1;
@@ -139,7 +139,7 @@ impl Catalog {
     }
 
     /// Publishes this catalog under its number and drops those before the previous one.
-    pub(crate) fn create(&self, dir: &Path) -> io::Result<()> {
+    pub(crate) fn create(&self, dir: &Path) -> Result<(), CreateNumberedError> {
         let json = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
         numbered::create(dir, KIND, FORMAT_VERSION, self.number, &json)?;
         numbered::remove_below(dir, KIND, self.number.saturating_sub(1));

@@ -109,11 +109,11 @@ impl Version {
         self.definition.history == History::Latest
     }
 
-    /// How its segments are written.
-    pub(crate) fn segment_options(&self) -> SegmentWriterOptions {
+    /// How its segments are written in a store that writes them as `options` say.
+    pub(crate) fn segment_options(&self, options: &SegmentWriterOptions) -> SegmentWriterOptions {
         SegmentWriterOptions {
             packed_rows: self.definition.lookup == LookupLayout::Rows,
-            ..SegmentWriterOptions::default()
+            ..options.clone()
         }
     }
 

@@ -90,7 +90,8 @@ pub enum OpenError {
     },
 }
 
-/// Why definitions were not applied. Nothing was changed.
+/// Why definitions were not applied. Nothing was changed, except after `NotInUse` and
+/// `Uncertain`.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// A change that would rewrite or lose data.
@@ -143,6 +144,13 @@ pub enum ApplyError {
     /// The table or catalog could not be written.
     #[error("cannot write the catalog")]
     Write(#[source] Box<OpenError>),
+    /// The definitions are in the catalog, but the open table could not take them into use;
+    /// it goes on under the old one.
+    #[error("the definitions are stored but not in use yet: apply them again, or restart")]
+    NotInUse(#[source] Box<OpenError>),
+    /// A sync failed after the catalog was published: it may or may not survive a power cut.
+    #[error("the catalog takes no more changes since a sync failed: fix the disk and restart")]
+    Uncertain(#[source] Box<OpenError>),
 }
 
 /// What is wrong with one row of a commit or load.
@@ -207,6 +215,12 @@ pub enum CommitError {
         /// What is wrong with it.
         problem: RowProblem,
     },
+    /// The identity of a put is empty.
+    #[error("table {table}: the id of a put is empty; give it at least one byte, or no id")]
+    EmptyPutId {
+        /// Table name.
+        table: String,
+    },
     /// Larger than one commit may be.
     #[error(
         "the commit has {bytes} bytes; one commit may have {limit_bytes} (put_max_bytes): split it, or use a bulk load"
@@ -269,6 +283,14 @@ pub enum ReadError {
     /// The filter cannot be evaluated on this table.
     #[error(transparent)]
     Filter(#[from] FilterError),
+    /// The part of a scan was made for another snapshot, or for the same after a merge.
+    #[error(
+        "table {table}: the part of the scan does not belong to this snapshot; divide the scan anew"
+    )]
+    Part {
+        /// Table name.
+        table: String,
+    },
     /// A stored block is damaged.
     #[error("table {table}: stored data cannot be read")]
     Segment {

@@ -72,3 +72,37 @@ pub fn sync_all(file: &File) -> io::Result<()> {
 pub fn sync_dir(path: &std::path::Path) -> io::Result<()> {
     sync_all(&File::open(path)?)
 }
+
+/// Errors that unit tests make the disk return, on the thread that asked for them.
+#[cfg(test)]
+pub(crate) mod errors {
+    use std::cell::Cell;
+    use std::io;
+
+    /// What can be made to fail.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub(crate) enum Operation {
+        /// The sync of the folder after a numbered file got its name.
+        SyncNumbered,
+        AppendToLog,
+    }
+
+    thread_local! {
+        static FAILING: Cell<Option<Operation>> = const { Cell::new(None) };
+    }
+
+    /// Runs `work` while every `operation` of this thread fails.
+    pub(crate) fn during<T>(operation: Operation, work: impl FnOnce() -> T) -> T {
+        FAILING.set(Some(operation));
+        let result = work();
+        FAILING.set(None);
+        result
+    }
+
+    pub(crate) fn raise(operation: Operation) -> io::Result<()> {
+        match FAILING.get() {
+            Some(failing) if failing == operation => Err(io::Error::other("injected by a test")),
+            _ => Ok(()),
+        }
+    }
+}

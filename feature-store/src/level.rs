@@ -239,6 +239,20 @@ impl Level {
         }
     }
 
+    /// Rows that are not deletes, superseded or not.
+    pub(crate) fn stored_rows(&self) -> Result<u64, ReadError> {
+        match self {
+            Level::Segment(s) => Ok(s.segment.rows()),
+            Level::Log(log) => {
+                let mut rows = 0;
+                for row in 0..log.visible_rows {
+                    rows += u64::from(!log.row_meta(row)?.deleted);
+                }
+                Ok(rows)
+            }
+        }
+    }
+
     /// The greatest event time any version here may have.
     pub(crate) fn max_event(&self) -> i64 {
         match self {

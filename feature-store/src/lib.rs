@@ -22,6 +22,7 @@ mod level;
 pub mod load;
 
 pub mod ipc_gate;
+mod lend;
 mod lock;
 mod lookup;
 mod manifest;
@@ -47,12 +48,15 @@ pub use error::{
     ApplyError, CommitError, OpenError, ReadError, RowProblem, SnapshotError, UnknownService,
     UnknownTable, WorkError,
 };
+pub use lend::{DirtyBatch, LendError, LentPart, LentRows, LentSegment, LentTable};
 pub use lookup::{
     LookupRequest, LookupResult, ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch,
     ReplyShape, ValueStatus,
 };
 pub use positions::{Position, Positions};
-pub use scan::{Filter, FilterError, Scan, ScanBatch, ScanRequest, View};
+pub use scan::{
+    Filter, FilterError, PartSize, Scan, ScanBatch, ScanFigures, ScanPart, ScanRequest, View,
+};
 pub use services::{Service, ServicePlan, ServiceVersion};
 pub use snapshot::{Snapshot, SnapshotId};
 pub use stats::{SegmentStats, TableStats};

@@ -10,7 +10,7 @@ use std::path::Path;
 use roaring::RoaringBitmap;
 use serde::{Deserialize, Serialize};
 
-use crate::numbered::{self, ReadNumberedError};
+use crate::numbered::{self, CreateNumberedError, ReadNumberedError};
 use crate::positions::Positions;
 use crate::segment::SegmentMeta;
 
@@ -114,7 +114,11 @@ impl Manifest {
     }
 
     /// Publishes the manifest under its number. Durable when it returns.
-    pub(crate) fn create(&mut self, dir: &Path, superseded: &[RoaringBitmap]) -> io::Result<()> {
+    pub(crate) fn create(
+        &mut self,
+        dir: &Path,
+        superseded: &[RoaringBitmap],
+    ) -> Result<(), CreateNumberedError> {
         let bytes = encode_superseded(superseded)?;
         self.superseded_crc32 = crc32fast::hash(&bytes);
         // The companion first: a manifest never names what is not there.

@@ -22,6 +22,23 @@ pub(crate) fn path(dir: &Path, kind: &str, number: u64) -> PathBuf {
     dir.join(format!("{number:012}.{kind}"))
 }
 
+/// Why a numbered file was not created.
+#[derive(Debug)]
+pub(crate) enum CreateNumberedError {
+    /// The number is as free as before.
+    NotCreated(io::Error),
+    /// The file has its name, but syncing the directory failed: whether the name survives a
+    /// power cut is not known, and a sync that failed is not tried again. Whoever numbers these
+    /// files must stop: neither the old number nor the new one can be relied on.
+    Uncertain(io::Error),
+}
+
+impl From<io::Error> for CreateNumberedError {
+    fn from(error: io::Error) -> Self {
+        CreateNumberedError::NotCreated(error)
+    }
+}
+
 /// Creates file `number`. Durable when it returns; fails if the number exists.
 pub(crate) fn create(
     dir: &Path,
@@ -29,7 +46,7 @@ pub(crate) fn create(
     version: u32,
     number: u64,
     payload: &[u8],
-) -> io::Result<()> {
+) -> Result<(), CreateNumberedError> {
     let target = path(dir, kind, number);
     let partial = dir.join(format!("{number:012}.{kind}.partial"));
     // A crash may have left one behind, read-only already.
@@ -54,7 +71,10 @@ pub(crate) fn create(
     });
     // The number exists now, whatever becomes of the other name.
     let _ = fs::remove_file(&partial);
-    fail::sync_dir(dir)
+    #[cfg(test)]
+    fail::errors::raise(fail::errors::Operation::SyncNumbered)
+        .map_err(CreateNumberedError::Uncertain)?;
+    fail::sync_dir(dir).map_err(CreateNumberedError::Uncertain)
 }
 
 /// Removes a file that may not be there.

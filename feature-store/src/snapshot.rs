@@ -85,6 +85,22 @@ impl SnapshotInner {
         std::iter::once(&self.active).chain(self.levels.iter().rev())
     }
 
+    /// Tells snapshots apart that are made of different files, also where they hold the same
+    /// rows under one id.
+    pub(crate) fn layout(&self) -> u64 {
+        let mut bytes = Vec::new();
+        for level in self.oldest_first() {
+            let (kind, id, batches) = match level {
+                Level::Segment(s) => (0u8, s.id(), s.segment.batches()),
+                Level::Log(l) => (1, l.log.incarnation, 0),
+            };
+            bytes.push(kind);
+            bytes.extend_from_slice(&id.to_le_bytes());
+            bytes.extend_from_slice(&(batches as u64).to_le_bytes());
+        }
+        pinion_schemas::key_hash(&bytes)
+    }
+
     /// Every level, oldest commit first.
     pub(crate) fn oldest_first(&self) -> impl Iterator<Item = &Level> {
         self.levels.iter().chain(std::iter::once(&self.active))

@@ -16,6 +16,8 @@ use crate::check::{self, CheckReport};
 use crate::compat::Version;
 use crate::error::{ApplyError, OpenError, UnknownService, UnknownTable};
 use crate::lock::StoreLock;
+use crate::numbered::CreateNumberedError;
+use crate::segment::SegmentWriterOptions;
 use crate::services::{self, Service, ServicePlan, ServiceVersion};
 use crate::table::{Table, TableDirs, open_table};
 use crate::worker::{self, Wake};
@@ -41,6 +43,8 @@ pub struct StoreOptions {
     pub background: bool,
     /// How many put ids a table remembers.
     pub put_ids_kept: usize,
+    /// How segments are written.
+    pub segment: SegmentWriterOptions,
 }
 
 impl Default for StoreOptions {
@@ -55,6 +59,7 @@ impl Default for StoreOptions {
             max_segments: 12,
             background: true,
             put_ids_kept: 16_384,
+            segment: SegmentWriterOptions::default(),
         }
     }
 }
@@ -72,6 +77,8 @@ pub(crate) struct StoreInner {
     ticket_key: [u8; 32],
     pub wake: Arc<Wake>,
     closed: AtomicBool,
+    /// A catalog was published whose name a power cut may take: no number is safe to use.
+    catalog_uncertain: AtomicBool,
     writable: bool,
     _lock: StoreLock,
 }
@@ -136,9 +143,11 @@ impl Store {
                 next_table: 1,
                 ..Catalog::default()
             };
-            catalog
-                .create(&catalog_dir)
-                .map_err(io("write", &catalog_dir))?;
+            catalog.create(&catalog_dir).map_err(|error| match error {
+                CreateNumberedError::NotCreated(e) | CreateNumberedError::Uncertain(e) => {
+                    io("write", &catalog_dir)(e)
+                }
+            })?;
         }
         crate::fail::sync_dir(dir).map_err(io("sync", dir))
     }
@@ -176,6 +185,9 @@ impl Store {
         })?;
         let options = Arc::new(options);
         let wake = Arc::new(Wake::default());
+        if writable {
+            remove_dropped_tables(dir, &catalog);
+        }
         let mut tables = BTreeMap::new();
         for entry in &catalog.tables {
             let table = open_table(dir, entry, &options, &wake, writable)?;
@@ -190,6 +202,7 @@ impl Store {
             ticket_key,
             wake,
             closed: AtomicBool::new(false),
+            catalog_uncertain: AtomicBool::new(false),
             writable,
             _lock: lock,
         });
@@ -246,12 +259,13 @@ impl Store {
         let mut catalog = self.0.catalog.lock();
         let plans = plan_all(&catalog, &definitions, &services)?;
         if plans.change_nothing() {
+            // An earlier apply may have stored them without taking them into use.
+            self.take_into_use(&catalog)?;
             return Ok(plans);
         }
         let write = |e: OpenError| ApplyError::Write(Box::new(e));
         let mut next = catalog.clone();
         next.number += 1;
-        let mut touched: Vec<TableId> = Vec::new();
         services::put(&mut next, services);
         for (definition, plan) in definitions.into_iter().zip(&plans.tables) {
             let definition = Arc::new(definition);
@@ -270,7 +284,6 @@ impl Store {
                             definition,
                         }],
                     });
-                    touched.push(id);
                 }
                 TablePlan::Change { table, .. } => {
                     let entry = next
@@ -290,58 +303,71 @@ impl Store {
                             version,
                             definition,
                         });
-                        touched.push(entry.id);
                     }
                 }
             }
         }
-        let catalog_dir = self.0.dir.join(CATALOG_DIR);
-        next.create(&catalog_dir)
-            .map_err(|e| write(io("write", &catalog_dir)(e)))?;
-        *catalog = next;
-        self.take_into_use(&catalog, &touched)?;
-        self.0
-            .catalog_number
-            .store(catalog.number, Ordering::Release);
+        self.publish_catalog(&mut catalog, next)?;
+        self.take_into_use(&catalog)?;
         Ok(plans)
     }
 
-    /// Brings open tables in line with a published catalog.
-    fn take_into_use(&self, catalog: &Catalog, touched: &[TableId]) -> Result<(), ApplyError> {
-        let write = |e: OpenError| ApplyError::Write(Box::new(e));
+    /// Makes `next` the store's catalog, on disk and in memory.
+    fn publish_catalog(&self, catalog: &mut Catalog, next: Catalog) -> Result<(), ApplyError> {
+        let catalog_dir = self.0.dir.join(CATALOG_DIR);
+        let error = |source| Box::new(io("write", &catalog_dir)(source));
+        if self.0.catalog_uncertain.load(Ordering::Acquire) {
+            let earlier = std::io::Error::other("an earlier sync of the directory failed");
+            return Err(ApplyError::Uncertain(error(earlier)));
+        }
+        match next.create(&catalog_dir) {
+            Ok(()) => {}
+            Err(CreateNumberedError::NotCreated(e)) => return Err(ApplyError::Write(error(e))),
+            Err(CreateNumberedError::Uncertain(e)) => {
+                self.0.catalog_uncertain.store(true, Ordering::Release);
+                return Err(ApplyError::Uncertain(error(e)));
+            }
+        }
+        *catalog = next;
+        self.0
+            .catalog_number
+            .store(catalog.number, Ordering::Release);
+        Ok(())
+    }
+
+    /// Brings open tables in line with the published catalog: those that are not, because
+    /// they are new, changed, or an earlier attempt failed. One that fails keeps no other.
+    fn take_into_use(&self, catalog: &Catalog) -> Result<(), ApplyError> {
         let mut tables = BTreeMap::clone(&self.0.tables.load());
-        for entry in catalog.tables.iter().filter(|t| touched.contains(&t.id)) {
+        let mut failed = None;
+        for entry in &catalog.tables {
             let Some(current) = entry.current() else {
                 continue;
             };
-            match tables
+            let open = tables
                 .get(&current.definition.name)
-                .filter(|t| t.id() == entry.id)
-            {
-                Some(table) => {
-                    let version = Version::new(current.version, Arc::clone(&current.definition))
-                        .map_err(|problem| {
-                            write(OpenError::Damaged {
-                                what: table.name(),
-                                problem,
-                            })
-                        })?;
-                    table.0.change_version(Arc::new(version)).map_err(|e| {
-                        write(OpenError::Damaged {
-                            what: format!("log of table {}", table.name()),
-                            problem: e.to_string(),
-                        })
-                    })?;
-                }
-                None => {
-                    let table = open_table(&self.0.dir, entry, &self.0.options, &self.0.wake, true)
-                        .map_err(write)?;
-                    tables.insert(table.name(), table);
-                }
-            }
+                .filter(|t| t.id() == entry.id);
+            let outcome = match open {
+                Some(table) if table.definition_version() == current.version => Ok(()),
+                Some(table) => Version::new(current.version, Arc::clone(&current.definition))
+                    .and_then(|version| {
+                        let changed = table.0.change_version(Arc::new(version));
+                        changed.map_err(|e| e.to_string())
+                    })
+                    .map_err(|problem| OpenError::Damaged {
+                        what: format!("log of table {}", table.name()),
+                        problem,
+                    }),
+                None => open_table(&self.0.dir, entry, &self.0.options, &self.0.wake, true).map(
+                    |table| {
+                        tables.insert(table.name(), table);
+                    },
+                ),
+            };
+            failed = failed.or(outcome.err());
         }
         self.0.tables.store(Arc::new(tables));
-        Ok(())
+        failed.map_or(Ok(()), |e| Err(ApplyError::NotInUse(Box::new(e))))
     }
 
     /// Removes a table and its files. Running readers finish.
@@ -361,18 +387,14 @@ impl Store {
         let mut next = catalog.clone();
         next.number += 1;
         next.tables.retain(|t| t.id != table.id());
-        let catalog_dir = self.0.dir.join(CATALOG_DIR);
-        next.create(&catalog_dir)
-            .map_err(|e| ApplyError::Write(Box::new(io("write", &catalog_dir)(e))))?;
-        *catalog = next;
+        self.publish_catalog(&mut catalog, next)?;
         let mut tables = BTreeMap::clone(&self.0.tables.load());
         tables.remove(name);
         self.0.tables.store(Arc::new(tables));
         table.0.mark_dropped();
-        self.0
-            .catalog_number
-            .store(catalog.number, Ordering::Release);
-        let _ = fs::remove_dir_all(self.0.dir.join("tables").join(table.id().to_string()));
+        // A merge that runs may still write there; it removes the folder when it is done,
+        // and the next open what is left.
+        table.0.remove_if_dropped();
         Ok(())
     }
 
@@ -393,14 +415,7 @@ impl Store {
         let mut next = catalog.clone();
         next.number += 1;
         next.services.retain(|service| service.name != name);
-        let catalog_dir = self.0.dir.join(CATALOG_DIR);
-        next.create(&catalog_dir)
-            .map_err(|e| ApplyError::Write(Box::new(io("write", &catalog_dir)(e))))?;
-        *catalog = next;
-        self.0
-            .catalog_number
-            .store(catalog.number, Ordering::Release);
-        Ok(())
+        self.publish_catalog(&mut catalog, next)
     }
 
     /// Every service, by name.
@@ -451,6 +466,23 @@ impl Store {
         self.0.wake.now();
         for table in self.tables() {
             table.0.sync();
+        }
+    }
+}
+
+/// Removes the folders of tables that the catalog does not name: a drop that was cut short,
+/// or a creation that never came to be. What cannot be removed is left for the next open.
+fn remove_dropped_tables(dir: &Path, catalog: &Catalog) {
+    let Ok(entries) = fs::read_dir(dir.join("tables")) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let id = name.to_str().and_then(|name| name.parse::<TableId>().ok());
+        if let Some(id) = id
+            && !catalog.tables.iter().any(|t| t.id == id)
+        {
+            let _ = fs::remove_dir_all(entry.path());
         }
     }
 }

@@ -9,9 +9,11 @@
 mod commit;
 mod load;
 mod recover;
+#[cfg(test)]
+mod tests;
 mod work;
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -33,6 +35,8 @@ use crate::level::Level;
 use crate::manifest::{Checkpoint, DeadLetterFile, LogEnd, Manifest};
 use crate::order;
 use crate::positions::Positions;
+use crate::scan::ScanPart;
+use crate::segment::SegmentId;
 use crate::snapshot::{Snapshot, SnapshotId, SnapshotInner, TableName};
 use crate::stats::{SegmentStats, TableStats};
 use crate::store::StoreOptions;
@@ -61,11 +65,20 @@ pub(crate) struct TableInner {
     published: (Mutex<u64>, Condvar),
     /// Signalled when a closed log became a segment.
     drained: (Mutex<()>, Condvar),
-    retained: Mutex<VecDeque<(Instant, Snapshot)>>,
+    retained: Mutex<VecDeque<Retained>>,
+    /// Of each running load, by its segment: the table's greatest event time when it began.
+    running_loads: Mutex<HashMap<SegmentId, Option<i64>>>,
     read_only: Mutex<Option<String>>,
     dropped: AtomicBool,
     wake: Arc<Wake>,
     pub counters: Counters,
+}
+
+/// A snapshot that was handed out by its id.
+struct Retained {
+    snapshot: Snapshot,
+    /// When it was seen to be replaced; its grace counts from then.
+    replaced: Option<Instant>,
 }
 
 /// Figures since the table was opened.
@@ -116,6 +129,13 @@ impl TableDirs {
             }
         }
         Ok(())
+    }
+
+    /// Removes every folder of the table, as far as possible.
+    pub(crate) fn remove(&self) {
+        if let Some(root) = self.segments.parent() {
+            let _ = std::fs::remove_dir_all(root);
+        }
     }
 }
 
@@ -213,23 +233,33 @@ impl TableInner {
         self.dropped.load(Ordering::Acquire)
     }
 
+    /// Removes the files of a dropped table.
+    pub(crate) fn remove_if_dropped(&self) {
+        if self.is_dropped() {
+            self.dirs.remove();
+        }
+    }
+
     /// Forgets retained snapshots past their grace, and the oldest while they hold more
     /// than `retained_max_bytes` of files that the table no longer uses.
     pub(crate) fn expire_retained(&self) {
         let current = self.current.load();
         let in_use: HashSet<u64> = segment_ids(&current).collect();
         let mut retained = self.retained.lock();
-        while retained
-            .front()
-            .is_some_and(|(since, _)| since.elapsed() > self.options.snapshot_grace)
-        {
-            retained.pop_front();
+        let present = (Snapshot(Arc::clone(&current)).id(), current.layout());
+        for entry in retained.iter_mut() {
+            let held = (entry.snapshot.id(), entry.snapshot.0.layout());
+            if entry.replaced.is_none() && held != present {
+                entry.replaced = Some(Instant::now());
+            }
         }
+        let grace = self.options.snapshot_grace;
+        retained.retain(|entry| entry.replaced.is_none_or(|at| at.elapsed() <= grace));
         loop {
             let mut seen = HashSet::new();
             let bytes: u64 = retained
                 .iter()
-                .flat_map(|(_, s)| s.0.levels.iter())
+                .flat_map(|entry| entry.snapshot.0.levels.iter())
                 .filter_map(|level| match level {
                     Level::Segment(s) if !in_use.contains(&s.id()) && seen.insert(s.id()) => {
                         Some(s.segment.file_bytes())
@@ -277,11 +307,20 @@ impl Table {
         Snapshot(self.0.current.load_full())
     }
 
-    /// Keeps a snapshot findable by its id for `snapshot_grace`.
+    /// Keeps a snapshot findable by its id until `snapshot_grace` after it was replaced.
     pub fn retain(&self, snapshot: &Snapshot) {
         let mut retained = self.0.retained.lock();
-        retained.retain(|(_, s)| s.id() != snapshot.id());
-        retained.push_back((Instant::now(), snapshot.clone()));
+        // A merge leaves the id and changes the files: parts of a scan need theirs.
+        let (id, layout) = (snapshot.id(), snapshot.0.layout());
+        if !retained
+            .iter()
+            .any(|e| e.snapshot.id() == id && e.snapshot.0.layout() == layout)
+        {
+            retained.push_back(Retained {
+                snapshot: snapshot.clone(),
+                replaced: None,
+            });
+        }
         drop(retained);
         self.0.expire_retained();
     }
@@ -292,14 +331,39 @@ impl Table {
     ///
     /// `Lost` if a crash took rows that it held, else `Expired`.
     pub fn snapshot_by_id(&self, id: SnapshotId) -> Result<Snapshot, SnapshotError> {
+        self.find_snapshot(id, |_| true)
+    }
+
+    /// Finds the snapshot that a part of a scan was made on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::snapshot_by_id`]; `Expired` also when only the id is known still, with the
+    /// files of a later merge.
+    pub fn snapshot_of_part(
+        &self,
+        id: SnapshotId,
+        part: &ScanPart,
+    ) -> Result<Snapshot, SnapshotError> {
+        self.find_snapshot(id, |snapshot| snapshot.0.layout() == part.layout())
+    }
+
+    fn find_snapshot(
+        &self,
+        id: SnapshotId,
+        fits: impl Fn(&Snapshot) -> bool,
+    ) -> Result<Snapshot, SnapshotError> {
         let current = self.snapshot();
-        if current.id() == id {
+        if current.id() == id && fits(&current) {
             return Ok(current);
         }
         self.0.expire_retained();
-        if let Some((_, found)) = self.0.retained.lock().iter().find(|(_, s)| s.id() == id) {
+        let retained = self.0.retained.lock();
+        let mut known = retained.iter().map(|entry| &entry.snapshot);
+        if let Some(found) = known.find(|s| s.id() == id && fits(s)) {
             return Ok(found.clone());
         }
+        drop(retained);
         let table = self.name();
         if self
             .0

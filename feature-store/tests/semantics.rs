@@ -3,9 +3,10 @@
 //! Each case draws a table (keys of every type, with and without times, every kind of
 //! history) and steps: records of three partitions in any interleaving that keeps each
 //! partition's order, replays, puts with ids, deletes, late rows, equal times, nulls, any
-//! batch split, flushes, merges (also beside commits), restarts, torn logs, read-only opens,
-//! changed definitions. The answers to lookups, `as_of` lookups and scans, of the present
-//! snapshot and of kept ones, are those of `oracle`.
+//! batch split, bulk loads (also with other steps while they run, and beside commits),
+//! flushes, merges (also beside commits), restarts, torn logs, read-only opens, changed
+//! definitions. The answers to lookups, `as_of` lookups and scans, of the present snapshot
+//! and of kept ones, are those of `oracle`.
 //!
 //! `PINION_CASES` (default 200) sets the number of cases, `PINION_SEED` the first seed. A
 //! failure prints the seed of its case and every step up to it.
@@ -18,7 +19,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use case::World;
+use case::{SPILLED_LOADS, World};
 
 fn setting(name: &str, default: u64) -> u64 {
     match std::env::var(name) {
@@ -71,4 +72,6 @@ fn any_course_of_events_answers_like_a_sorted_list() {
         seeds.is_empty(),
         "cases that differ from the oracle: {seeds:?}"
     );
+    let spilled = SPILLED_LOADS.load(Ordering::Relaxed);
+    assert!(spilled > 0 || cases < 200, "no load was sorted on disk");
 }

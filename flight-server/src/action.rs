@@ -39,7 +39,7 @@ const ACTIONS: &[(&str, &str)] = &[
         "flush",
         r#"{"table"}: writes the log as a segment and waits for it"#,
     ),
-    ("leases", "not served by this release"),
+    ("leases", "{}: who holds mapped files, over the local lane"),
     (
         "merge",
         r#"{"table"}: merges everything into one segment and waits for it"#,
@@ -91,6 +91,10 @@ struct OneTable {
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields)]
+struct Nothing {}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
 struct AnyTable {
     #[serde(default)]
     table: Option<String>,
@@ -112,7 +116,8 @@ pub(crate) async fn act(context: SharedContext, action: Action) -> Result<Value,
         .map_err(|error| Failure::new(Code::Internal, "TASK", error.to_string()))?
 }
 
-fn act_now(context: &SharedContext, action: &Action) -> Result<Value, Failure> {
+/// As [`act`], on this thread: may block for as long as a merge takes.
+pub(crate) fn act_now(context: &SharedContext, action: &Action) -> Result<Value, Failure> {
     let body = &action.body;
     match action.r#type.as_str() {
         "apply" => apply(context, parse("apply", body)?),
@@ -151,7 +156,11 @@ fn act_now(context: &SharedContext, action: &Action) -> Result<Value, Failure> {
             let letters: Vec<Value> = letters.iter().map(dead_letter).collect();
             Ok(json!({"table": table.name(), "dead_letters": letters}))
         }
-        verb @ ("pin" | "unpin" | "pins" | "leases") => Err(Failure::new(
+        "leases" => {
+            let Nothing {} = parse_or_default("leases", body)?;
+            Ok(context.leases.list())
+        }
+        verb @ ("pin" | "unpin" | "pins") => Err(Failure::new(
             Code::Unimplemented,
             "UNIMPLEMENTED",
             format!("action {verb:?} is not served by this release"),

@@ -106,6 +106,10 @@ async fn show_metrics(State(admin): State<Admin>) -> impl IntoResponse {
     }
     let open = admin.context.config.max_scans - admin.context.scans.available_permits();
     gauge!("pinion_scans_open").set(open as f64);
+    let leases = admin.context.leases.totals();
+    gauge!("pinion_leases").set(leases.leases as f64);
+    gauge!("pinion_leases_overdue").set(leases.overdue as f64);
+    gauge!("pinion_leased_bytes").set(leases.bytes as f64);
     let handle = metrics_handle();
     handle.run_upkeep();
     (

@@ -9,13 +9,19 @@ use std::time::Duration;
 use arrow_flight::FlightDescriptor;
 use arrow_flight::flight_descriptor::DescriptorType;
 use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime};
-use pinion_feature_store::{SnapshotId, View};
+use pinion_feature_store::{PartSize, SnapshotId, View};
 use pinion_schemas::valid_name;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// Bytes of a command: room for a few hundred thousand keys.
 const MAX_COMMAND_BYTES: usize = 16 << 20;
+/// Bytes of a part of a scan when the request does not say how many there are to be.
+const ENDPOINT_BYTES: u64 = 256 << 20;
+/// The most parts then.
+const MAX_ENDPOINTS_BY_SIZE: usize = 16;
+/// The most parts that a request may ask for.
+const MAX_ENDPOINTS: usize = 64;
 /// How long a barrier waits when the request does not say.
 const DEFAULT_TIMEOUT_MS: u64 = 5_000;
 
@@ -51,6 +57,9 @@ pub struct ScanCommand {
     /// At most this many rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u64>,
+    /// How many parts GetFlightInfo divides the scan into, at most. By size when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoints: Option<u64>,
     /// A snapshot named by an earlier reply, `<log>-<sequence>`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<String>,
@@ -192,7 +201,11 @@ pub(crate) struct Barrier {
 }
 
 impl Barrier {
-    fn new(at_least: &Option<AtLeast>, token: &Option<Tokens>, timeout_ms: Option<u64>) -> Barrier {
+    pub(crate) fn new(
+        at_least: &Option<AtLeast>,
+        token: &Option<Tokens>,
+        timeout_ms: Option<u64>,
+    ) -> Barrier {
         Barrier {
             at_least: at_least.clone().unwrap_or_default(),
             tokens: token
@@ -211,6 +224,23 @@ impl Barrier {
 impl ScanCommand {
     pub(crate) fn barrier(&self) -> Barrier {
         Barrier::new(&self.at_least, &self.token, self.timeout_ms)
+    }
+
+    /// How to divide the scan.
+    pub(crate) fn part_size(&self) -> Result<PartSize, CommandError> {
+        match self.endpoints {
+            None => Ok(PartSize::Bytes {
+                bytes: ENDPOINT_BYTES,
+                at_most: MAX_ENDPOINTS_BY_SIZE,
+            }),
+            Some(count) => match usize::try_from(count) {
+                Ok(count) if (1..=MAX_ENDPOINTS).contains(&count) => Ok(PartSize::Count(count)),
+                _ => Err(CommandError::member(
+                    "endpoints",
+                    format!("it is {count}; it may be 1 to {MAX_ENDPOINTS}"),
+                )),
+            },
+        }
     }
 
     pub(crate) fn engine_view(&self) -> View {
@@ -372,7 +402,7 @@ mod tests {
     #[test]
     fn the_contract_s_examples_parse() {
         for text in [
-            r#"{"scan": {"table": "weather", "features": ["temp"], "filter": "temp > 3", "view": "latest", "limit": 10, "snapshot": "1-2", "max_message_bytes": 65536}}"#,
+            r#"{"scan": {"table": "weather", "features": ["temp"], "filter": "temp > 3", "view": "latest", "limit": 10, "endpoints": 4, "snapshot": "1-2", "max_message_bytes": 65536}}"#,
             r#"{"lookup": {"features": ["weather:temp"], "keys": {"origin": ["EWR"]}, "as_of": "2013-01-01T00:00:00Z", "status": true, "event_time": true, "full_feature_names": false}}"#,
             r#"{"lookup": {"service": "name@v2", "at_least": {"topic": {"0": 41}}, "timeout_ms": 10}}"#,
             r#"{"put": {"table": "weather", "mode": "delete", "id": "a"}}"#,

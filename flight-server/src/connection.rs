@@ -15,8 +15,14 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::transport::server::Connected;
 
+use crate::authority::Mender;
+use crate::sendfile;
+
 /// How long to wait when no connection can be accepted (no file descriptors left).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Congestion control between processes of one machine. Others pace what they send, which on
+/// loopback only costs throughput: bbr, a common default, halves it.
+const LOOPBACK_CONGESTION: &str = "reno";
 /// Mode of the Unix socket: its owner and group.
 const SOCKET_MODE: u32 = 0o660;
 
@@ -37,18 +43,34 @@ pub(crate) struct Connection {
 #[derive(Debug)]
 enum Transport {
     Tcp(TcpStream),
-    Unix(UnixStream),
+    Unix(UnixStream, Mender),
+}
+
+/// What a request may know about its connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Peer {
+    /// It came over the Unix socket.
+    pub(crate) unix: bool,
 }
 
 impl Listener {
     async fn accept(&self) -> io::Result<Transport> {
         match self {
             Listener::Tcp(listener) => {
-                let (stream, _) = listener.accept().await?;
+                let (stream, peer) = listener.accept().await?;
                 stream.set_nodelay(true)?;
+                if peer.ip().is_loopback()
+                    && let Err(error) =
+                        rustix::net::sockopt::set_tcp_congestion(&stream, LOOPBACK_CONGESTION)
+                {
+                    tracing::debug!(%error, "the system's congestion control stays");
+                }
                 Ok(Transport::Tcp(stream))
             }
-            Listener::Unix(listener) => Ok(Transport::Unix(listener.accept().await?.0)),
+            Listener::Unix(listener) => {
+                let (stream, _) = listener.accept().await?;
+                Ok(Transport::Unix(stream, Mender::new()))
+            }
         }
     }
 
@@ -85,9 +107,13 @@ impl Listener {
 }
 
 impl Connected for Connection {
-    type ConnectInfo = ();
+    type ConnectInfo = Peer;
 
-    fn connect_info(&self) -> Self::ConnectInfo {}
+    fn connect_info(&self) -> Peer {
+        Peer {
+            unix: matches!(self.transport, Transport::Unix(..)),
+        }
+    }
 }
 
 impl AsyncRead for Connection {
@@ -98,7 +124,7 @@ impl AsyncRead for Connection {
     ) -> Poll<io::Result<()>> {
         match &mut self.transport {
             Transport::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
-            Transport::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Transport::Unix(stream, mender) => mender.poll_read(Pin::new(stream), cx, buf),
         }
     }
 }
@@ -111,7 +137,7 @@ impl AsyncWrite for Connection {
     ) -> Poll<io::Result<usize>> {
         match &mut self.transport {
             Transport::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
-            Transport::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+            Transport::Unix(stream, _) => Pin::new(stream).poll_write(cx, buf),
         }
     }
 
@@ -122,7 +148,7 @@ impl AsyncWrite for Connection {
     ) -> Poll<io::Result<usize>> {
         match &mut self.transport {
             Transport::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-            Transport::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Transport::Unix(stream, _) => sendfile::poll_write_vectored(stream, cx, bufs),
         }
     }
 
@@ -133,14 +159,14 @@ impl AsyncWrite for Connection {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.transport {
             Transport::Tcp(stream) => Pin::new(stream).poll_flush(cx),
-            Transport::Unix(stream) => Pin::new(stream).poll_flush(cx),
+            Transport::Unix(stream, _) => Pin::new(stream).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.transport {
             Transport::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Transport::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Transport::Unix(stream, _) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }
@@ -192,6 +218,13 @@ pub(crate) fn bind_unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
+}
+
+impl SocketFile {
+    /// The name.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
 }
 
 impl Drop for SocketFile {

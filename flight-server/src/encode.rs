@@ -1,9 +1,7 @@
-//! Batches into Flight messages, each below a size that the client accepts.
+//! Batches into Flight messages of tonic's, for replies that are small (DoExchange).
 //!
-//! Batches that come from a mapped segment are slices of very large buffers, and the usual
-//! encoder splits by the size of the buffers behind a slice: two rows a message. Here a
-//! batch is split by the bytes its own rows take, and what the IPC writer would send whole
-//! (the data of views) is compacted first, so `limit 10` sends ten rows' bytes.
+//! What the IPC writer would send whole (the data of views) is compacted first. DoGet does not
+//! come here: see `wire`.
 
 use std::sync::Arc;
 
@@ -20,13 +18,6 @@ use crate::error::Failure;
 
 /// Room in a message for the gRPC and protobuf framing and the app_metadata.
 const FRAMING_BYTES: usize = 16 << 10;
-
-/// What a message holds. Some clients show the metadata of a message with rows only.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
-    Dictionary,
-    Rows,
-}
 
 /// Encodes the batches of one stream.
 pub(crate) struct Encoder {
@@ -56,58 +47,6 @@ impl Encoder {
             &mut self.dictionaries,
             &self.options,
         ))
-    }
-
-    /// Encodes `batch` into as many messages as the limit asks for, in row order.
-    ///
-    /// # Errors
-    ///
-    /// `RESOURCE_EXHAUSTED` when a single row or a dictionary does not fit; the messages
-    /// already in `out` are good.
-    pub(crate) fn batch(
-        &mut self,
-        batch: &RecordBatch,
-        out: &mut impl FnMut(FlightData, Kind) -> Result<(), Failure>,
-    ) -> Result<(), Failure> {
-        let rows = batch.num_rows();
-        let estimate = batch.columns().iter().map(rows_bytes).sum::<usize>();
-        let room = self.max_message_bytes.saturating_sub(FRAMING_BYTES).max(1);
-        let pieces = estimate.div_ceil(room).clamp(1, rows.max(1));
-        if pieces > 1 {
-            let step = rows.div_ceil(pieces);
-            for start in (0..rows).step_by(step) {
-                self.batch(&batch.slice(start, step.min(rows - start)), out)?;
-            }
-            return Ok(());
-        }
-        let compact = compact(batch)?;
-        let (dictionaries, encoded) = self
-            .generator
-            .encode(
-                &compact,
-                &mut self.dictionaries,
-                &self.options,
-                &mut self.context,
-            )
-            .map_err(internal)?;
-        for dictionary in dictionaries {
-            let bytes = dictionary.ipc_message.len() + dictionary.arrow_data.len();
-            if bytes + FRAMING_BYTES > self.max_message_bytes {
-                return Err(self.too_large("a dictionary", bytes));
-            }
-            out(message(dictionary), Kind::Dictionary)?;
-        }
-        let bytes = encoded.ipc_message.len() + encoded.arrow_data.len();
-        if bytes + FRAMING_BYTES <= self.max_message_bytes {
-            return out(message(encoded), Kind::Rows);
-        }
-        // The header was larger than the room left for it: many columns, or skewed rows.
-        if rows <= 1 {
-            return Err(self.too_large("a single row", bytes));
-        }
-        let half = rows / 2;
-        self.batch(&batch.slice(0, half), out)?;
-        self.batch(&batch.slice(half, rows - half), out)
     }
 
     /// Encodes `batch` as exactly one message.
@@ -250,7 +189,7 @@ fn views_bytes(views: &[u128]) -> usize {
 
 /// Copies the values of view columns together when the writer would send far more than the
 /// rows need. Every other type the writer cuts to the slice itself.
-fn compact(batch: &RecordBatch) -> Result<RecordBatch, Failure> {
+pub(crate) fn compact(batch: &RecordBatch) -> Result<RecordBatch, Failure> {
     let wasteful = |total: usize, used: usize| total > used.saturating_mul(2) + 4096;
     let mut changed = false;
     let columns: Vec<ArrayRef> = batch
@@ -295,10 +234,7 @@ mod tests {
     fn encode(batch: &RecordBatch, limit: usize) -> Result<Vec<FlightData>, Failure> {
         let mut encoder = Encoder::new(limit);
         let mut messages = vec![encoder.schema(&batch.schema())];
-        encoder.batch(batch, &mut |message, _| {
-            messages.push(message);
-            Ok(())
-        })?;
+        messages.extend(encoder.whole(batch)?);
         Ok(messages)
     }
 
@@ -333,14 +269,10 @@ mod tests {
     }
 
     #[test]
-    fn messages_stay_below_the_limit_and_together_equal_the_batch() {
-        let batch = mixed(20_000);
-        let messages = encode(&batch, 100_000).unwrap();
-        assert!(messages.len() > 20);
-        assert!(messages.iter().all(|m| size(m) <= 100_000));
-        let back = flight_data_to_batches(&messages).unwrap();
-        let back = arrow_select::concat::concat_batches(&batch.schema(), &back).unwrap();
-        assert_eq!(back, batch);
+    fn a_reply_is_one_message_that_reads_back_equal() {
+        let batch = mixed(500);
+        let messages = encode(&batch, 4 << 20).unwrap();
+        assert_eq!(flight_data_to_batches(&messages).unwrap(), vec![batch]);
     }
 
     #[test]
@@ -353,33 +285,10 @@ mod tests {
     }
 
     #[test]
-    fn a_row_over_the_limit_is_refused_with_its_size() {
+    fn a_reply_over_the_limit_is_refused_with_its_size() {
         let long: ArrayRef = Arc::new(StringArray::from(vec!["y".repeat(200_000)]));
         let batch = RecordBatch::try_from_iter(vec![("long", long)]).unwrap();
         let error = encode(&batch, 100_000).unwrap_err();
         assert_eq!(error.code(), Code::ResourceExhausted);
-    }
-
-    #[test]
-    fn one_long_row_among_short_ones_does_not_hurt_its_neighbours() {
-        let values: Vec<String> = (0..1000)
-            .map(|i| {
-                if i == 500 {
-                    "z".repeat(60_000)
-                } else {
-                    "s".into()
-                }
-            })
-            .collect();
-        let column: ArrayRef = Arc::new(StringArray::from(values));
-        let batch = RecordBatch::try_from_iter(vec![("s", column)]).unwrap();
-        let messages = encode(&batch, 80_000).unwrap();
-        assert!(messages.iter().all(|m| size(m) <= 80_000));
-        let rows: usize = flight_data_to_batches(&messages)
-            .unwrap()
-            .iter()
-            .map(RecordBatch::num_rows)
-            .sum();
-        assert_eq!(rows, 1000);
     }
 }

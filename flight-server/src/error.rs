@@ -10,8 +10,8 @@ use std::error::Error;
 use bytes::Bytes;
 use pinion_feature_store::ipc_gate::GateError;
 use pinion_feature_store::{
-    ApplyError, CommitError, FilterError, ReadError, SnapshotError, UnknownService, UnknownTable,
-    WorkError,
+    ApplyError, CommitError, FilterError, LendError, ReadError, SnapshotError, UnknownService,
+    UnknownTable, WorkError,
 };
 use pinion_schemas::DefinitionError;
 use serde_json::{Map, Value, json};
@@ -62,6 +62,13 @@ impl Failure {
     /// The gRPC code.
     pub(crate) fn code(&self) -> Code {
         self.code
+    }
+
+    /// The details with the message among them, as the local lane sends them.
+    pub(crate) fn to_json(&self) -> Value {
+        let mut members = self.details.clone();
+        members.insert("message".to_owned(), self.message.clone().into());
+        Value::Object(members)
     }
 }
 
@@ -152,6 +159,8 @@ impl From<ApplyError> for Failure {
             ApplyError::UnknownService(unknown) => unknown.into(),
             ApplyError::ReadOnly => Failure::of(Code::FailedPrecondition, "READ_ONLY", &error),
             ApplyError::Write(_) => Failure::of(Code::Internal, "CATALOG_WRITE", &error),
+            ApplyError::NotInUse(_) => Failure::of(Code::Unavailable, "NOT_IN_USE", &error),
+            ApplyError::Uncertain(_) => Failure::of(Code::FailedPrecondition, "READ_ONLY", &error),
         }
     }
 }
@@ -168,6 +177,9 @@ impl From<CommitError> for Failure {
             } => Failure::of(Code::InvalidArgument, "ROW", &error)
                 .with("table", table.clone())
                 .with("row", *row as u64),
+            CommitError::EmptyPutId { ref table } => {
+                Failure::of(Code::InvalidArgument, "PUT_ID", &error).with("table", table.clone())
+            }
             CommitError::TooLarge {
                 ref bytes,
                 ref limit_bytes,
@@ -209,6 +221,10 @@ impl From<ReadError> for Failure {
                 Failure::of(Code::InvalidArgument, "KEYS", &error).with("table", table.clone())
             }
             ReadError::Filter(_) => Failure::of(Code::InvalidArgument, "FILTER", &error),
+            ReadError::Part { table } => {
+                Failure::of(Code::FailedPrecondition, "TICKET_STALE", &error)
+                    .with("table", table.clone())
+            }
             ReadError::Segment { table, .. } => {
                 Failure::of(Code::DataLoss, "SEGMENT_DAMAGED", &error).with("table", table.clone())
             }
@@ -235,6 +251,21 @@ impl From<SnapshotError> for Failure {
                 Failure::of(Code::FailedPrecondition, "SNAPSHOT_LOST", &error)
                     .with("table", table.clone())
                     .with("snapshot", id.to_string())
+            }
+        }
+    }
+}
+
+impl From<LendError> for Failure {
+    fn from(error: LendError) -> Failure {
+        match error {
+            LendError::Read(read) => read.into(),
+            LendError::Gone { ref table, .. } => {
+                Failure::of(Code::FailedPrecondition, "SNAPSHOT_EXPIRED", &error)
+                    .with("table", table.clone())
+            }
+            LendError::Open { ref table, .. } => {
+                Failure::of(Code::Unavailable, "LEND", &error).with("table", table.clone())
             }
         }
     }
@@ -329,6 +360,11 @@ pub(crate) fn from_request_stream(status: Status, limit_bytes: usize) -> Status 
     if !too_large {
         return status;
     }
+    too_large_request(limit_bytes).into()
+}
+
+/// What a request message over the limit is told.
+pub(crate) fn too_large_request(limit_bytes: usize) -> Failure {
     Failure::new(
         Code::ResourceExhausted,
         "REQUEST_TOO_LARGE",
@@ -337,7 +373,6 @@ pub(crate) fn from_request_stream(status: Status, limit_bytes: usize) -> Status 
         ),
     )
     .with("limit_bytes", json!(limit_bytes))
-    .into()
 }
 
 #[cfg(test)]

@@ -4,12 +4,14 @@
 //! schema; then each batch of keys is answered with one batch, in order. Each batch is a
 //! request of its own: it reads the newest snapshots, and the barrier holds for it.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
 use arrow_array::RecordBatch;
 use arrow_flight::FlightData;
 use bytes::Bytes;
+use futures::Stream;
 use pinion_feature_store::ipc_gate::{Admitted, Gate, GateLimits};
 use pinion_feature_store::{Positions, Snapshot, SnapshotId};
 use tokio::sync::mpsc;
@@ -24,7 +26,6 @@ use crate::lookup::{BoundLookup, IpcMessage, LookupPlan, Reply, Scratch};
 use crate::measure;
 use crate::put::{admit, next};
 use crate::reply::{Shares, metadata, snapshots_json};
-use crate::scan::Messages;
 use crate::service::SharedContext;
 
 /// Lookups of up to this many keys take microseconds and run where they are; larger ones
@@ -32,6 +33,9 @@ use crate::service::SharedContext;
 const INLINE_ROWS: usize = 1_000;
 /// Replies that wait for a slow reader.
 const WINDOW_MESSAGES: usize = 4;
+
+/// A stream of reply messages.
+type Messages = Pin<Box<dyn Stream<Item = Result<FlightData, Status>> + Send>>;
 
 /// Serves one stream.
 pub(crate) async fn exchange(

@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use arrow_flight::{FlightDescriptor, FlightEndpoint, FlightInfo, Ticket as WireTicket};
 use arrow_schema::Schema;
-use pinion_feature_store::{Snapshot, Table};
+use pinion_feature_store::segment::ipc::Storage;
+use pinion_feature_store::{ScanBatch, ScanPart, Snapshot, Table};
 use tonic::Code;
 
 use crate::barrier::await_barrier;
@@ -12,9 +13,10 @@ use crate::command::{Command, CommandError, LookupCommand, ScanCommand, Target};
 use crate::error::Failure;
 use crate::lookup::LookupPlan;
 use crate::reply::{metadata, snapshots_json};
-use crate::scan::{self, Messages};
+use crate::scan;
 use crate::service::Context;
 use crate::ticket::{Ticket, TicketRequest, TicketTable};
+use crate::wire::{Opened, Reply};
 
 /// Number of rows or bytes when it is not known without reading.
 const UNKNOWN: i64 = -1;
@@ -97,12 +99,19 @@ fn scan_info(
     } else {
         (UNKNOWN, UNKNOWN)
     };
+    let parts = snapshot.scan_parts(&plan.request, command.part_size()?)?;
+    let parts: Vec<Option<ScanPart>> = match parts.as_slice() {
+        // The whole: a ticket for it does not depend on how the table is stored.
+        [_] => vec![None],
+        parts => parts.iter().copied().map(Some).collect(),
+    };
     table.retain(&snapshot);
     // The snapshot is settled: DoGet need not wait again.
     let command = ScanCommand {
         at_least: None,
         token: None,
         timeout_ms: None,
+        endpoints: None,
         ..command
     };
     info(
@@ -110,9 +119,8 @@ fn scan_info(
         descriptor,
         &schema,
         &[&snapshot],
-        Command::Scan(command),
-        rows,
-        bytes,
+        (Command::Scan(command), &parts),
+        (rows, bytes),
     )
 }
 
@@ -157,9 +165,8 @@ async fn describe_lookup(
         descriptor,
         bound.schema(),
         &snapshots,
-        Command::Lookup(command),
-        rows,
-        UNKNOWN,
+        (Command::Lookup(command), &[None]),
+        (rows, UNKNOWN),
     )
 }
 
@@ -168,11 +175,10 @@ fn info(
     descriptor: FlightDescriptor,
     schema: &Schema,
     snapshots: &[&Snapshot],
-    command: Command,
-    rows: i64,
-    bytes: i64,
+    (command, parts): (Command, &[Option<ScanPart>]),
+    (rows, bytes): (i64, i64),
 ) -> Result<FlightInfo, Failure> {
-    let tables = snapshots
+    let tables: Vec<TicketTable> = snapshots
         .iter()
         .map(|snapshot| TicketTable {
             id: snapshot.table_id(),
@@ -180,36 +186,41 @@ fn info(
             snapshot: snapshot.id(),
         })
         .collect();
-    let ticket = Ticket { tables, command }.seal(&context.store.ticket_key())?;
-    let endpoint = FlightEndpoint {
-        ticket: Some(WireTicket { ticket }),
-        // No location: read it where the ticket came from.
-        ..FlightEndpoint::default()
-    };
-    FlightInfo::new()
+    let mut info = FlightInfo::new()
         .try_with_schema(schema)
-        .map(|info| {
-            info.with_descriptor(descriptor)
-                .with_endpoint(endpoint)
-                .with_total_records(rows)
-                .with_total_bytes(bytes)
-                .with_ordered(true)
-                .with_app_metadata(metadata(snapshots_json(snapshots)))
-        })
-        .map_err(|error| Failure::new(Code::Internal, "ENCODE", error.to_string()))
+        .map_err(|error| Failure::new(Code::Internal, "ENCODE", error.to_string()))?
+        .with_descriptor(descriptor)
+        .with_total_records(rows)
+        .with_total_bytes(bytes)
+        .with_ordered(true)
+        .with_app_metadata(metadata(snapshots_json(snapshots)));
+    for part in parts {
+        let ticket = Ticket {
+            tables: tables.clone(),
+            command: command.clone(),
+            part: *part,
+        };
+        let ticket = ticket.seal(&context.store.ticket_key())?;
+        info = info.with_endpoint(FlightEndpoint {
+            ticket: Some(WireTicket { ticket }),
+            // No location: read it where the ticket came from.
+            ..FlightEndpoint::default()
+        });
+    }
+    Ok(info)
 }
 
-/// Starts the stream that a ticket stands for.
-pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Messages, Failure> {
+/// The reply that a ticket stands for.
+pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Reply, Failure> {
     match TicketRequest::open(ticket, &context.store.ticket_key())? {
         TicketRequest::Command(Command::Scan(command)) => {
-            scan::plan(context, &command).await?.stream(context)
+            Ok(scan::plan(context, &command).await?.reply())
         }
         TicketRequest::Command(Command::Lookup(command)) => {
             let plan = LookupPlan::new(context, &command)?;
             let tables = plan.tables();
             let snapshots = await_barrier(&tables, &command.barrier(), context).await?;
-            lookup_stream(context, plan, &command, snapshots)
+            lookup_reply(context, plan, &command, snapshots)
         }
         TicketRequest::Command(Command::Asof(_)) => Err(no_asof()),
         TicketRequest::Command(Command::Put(_)) => Err(CommandError::Descriptor {
@@ -217,11 +228,13 @@ pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Messages, F
         }
         .into()),
         TicketRequest::Issued(ticket) => {
-            let pinned = resolve(context, &ticket.tables)?;
+            let pinned = resolve(context, &ticket.tables, ticket.part.as_ref())?;
             match &ticket.command {
                 Command::Scan(command) => match pinned.into_iter().next() {
                     Some((table, snapshot)) => {
-                        scan::plan_at(context, command, table, snapshot)?.stream(context)
+                        let mut plan = scan::plan_at(context, command, table, snapshot)?;
+                        plan.request.part = ticket.part;
+                        Ok(plan.reply())
                     }
                     None => Err(unusable()),
                 },
@@ -236,7 +249,7 @@ pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Messages, F
                         return Err(unusable());
                     }
                     let snapshots = pinned.into_iter().map(|(_, snapshot)| snapshot).collect();
-                    lookup_stream(context, plan, command, snapshots)
+                    lookup_reply(context, plan, command, snapshots)
                 }
                 Command::Put(_) | Command::Asof(_) => Err(unusable()),
             }
@@ -245,7 +258,11 @@ pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Messages, F
 }
 
 /// The tables and snapshots of a ticket, if they can still be had.
-fn resolve(context: &Context, tables: &[TicketTable]) -> Result<Vec<(Table, Snapshot)>, Failure> {
+fn resolve(
+    context: &Context,
+    tables: &[TicketTable],
+    part: Option<&ScanPart>,
+) -> Result<Vec<(Table, Snapshot)>, Failure> {
     tables
         .iter()
         .map(|entry| {
@@ -259,7 +276,10 @@ fn resolve(context: &Context, tables: &[TicketTable]) -> Result<Vec<(Table, Snap
                     ),
                 )
             })?;
-            let snapshot = table.snapshot_by_id(entry.snapshot)?;
+            let snapshot = match part {
+                Some(part) => table.snapshot_of_part(entry.snapshot, part)?,
+                None => table.snapshot_by_id(entry.snapshot)?,
+            };
             if snapshot.definition_version() != entry.definition_version {
                 return Err(unusable());
             }
@@ -268,12 +288,12 @@ fn resolve(context: &Context, tables: &[TicketTable]) -> Result<Vec<(Table, Snap
         .collect()
 }
 
-fn lookup_stream(
+fn lookup_reply(
     context: &Context,
     plan: LookupPlan,
     command: &LookupCommand,
     snapshots: Vec<Snapshot>,
-) -> Result<Messages, Failure> {
+) -> Result<Reply, Failure> {
     let Some(keys) = &command.keys else {
         return Err(CommandError::member(
             "keys",
@@ -284,19 +304,31 @@ fn lookup_stream(
     let keys = plan.keys_from_json(keys)?;
     let bound = plan.bind(keys.schema_ref(), &snapshots)?;
     let max_message_bytes = context.message_limit(command.max_message_bytes)?;
+    let named: Vec<&Snapshot> = snapshots.iter().collect();
+    let members = snapshots_json(&named);
+    let tables: Vec<&str> = named.iter().map(|snapshot| snapshot.table()).collect();
+    let tables = tables.join(",");
     let arrived = Instant::now();
-    scan::stream(context, move |outlet| {
-        let (reply, partial) = bound.answer(&keys, &snapshots, arrived)?;
-        let mut encoder = crate::encode::Encoder::new(max_message_bytes);
-        let snapshots: Vec<&Snapshot> = snapshots.iter().collect();
-        let mut members = snapshots_json(&snapshots);
-        if partial {
-            members.insert("partial".to_owned(), true.into());
-        }
-        outlet.start(encoder.schema(bound.schema()), members)?;
-        outlet.batch(&mut encoder, &reply, false)?;
-        outlet.finish()
-    })
+    let open = move || {
+        let (batch, partial) = bound.answer(&keys, &snapshots, arrived)?;
+        let answer = ScanBatch {
+            batch,
+            mapped: false,
+            storage: Storage::None,
+        };
+        let batches = std::iter::once(Ok(answer));
+        Ok(Opened {
+            schema: bound.schema().clone(),
+            batches: Box::new(batches),
+            partial,
+        })
+    };
+    Ok(Reply::new(
+        Box::new(open),
+        tables,
+        max_message_bytes,
+        members,
+    ))
 }
 
 fn known(value: u64) -> i64 {

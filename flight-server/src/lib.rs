@@ -11,16 +11,17 @@
 //!
 //! Inside: `command` (JSON), `ticket` (what GetFlightInfo hands out), `barrier` (waiting for
 //! rows), `scan`, `lookup`, `exchange`, `put`, `action`,
-//! `info` (one file per kind of request), `keys` (JSON keys), `encode`
-//! (batches to messages), `error` (the only place that chooses codes), `service` (the Flight
-//! trait), `serve` and `connection` (sockets), `admin` (HTTP), `metrics`.
+//! `info` (one file per kind of request), `keys` (JSON keys), `wire` (DoGet's replies, below
+//! tonic), `lane` (the local lane, beside Flight), `intake` (messages of a put), `encode` (batches
+//! to messages of tonic's), `error` (the only place that chooses codes), `service` (the Flight
+//! trait), `serve`, `connection`, `authority` and `sendfile` (sockets), `admin` (HTTP), `metrics`.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
 mod action;
 mod admin;
+mod authority;
 mod barrier;
-mod cancel;
 mod command;
 mod config;
 mod connection;
@@ -29,21 +30,25 @@ mod error;
 mod exchange;
 mod hooks;
 mod info;
+mod intake;
 mod keys;
+mod lane;
 mod lookup;
 mod measure;
 mod put;
 mod reply;
 mod scan;
+mod sendfile;
 mod serve;
 mod service;
 mod ticket;
+mod wire;
 
 pub use admin::install_metrics;
 pub use command::{
     Command, LookupCommand, PutCommand, PutMode, ScanCommand, Token, ViewName, parse_time_nanos,
 };
-pub use config::{ConfigError, ServerConfig};
+pub use config::{ConfigError, LaneConfig, Sendfile, ServerConfig};
 pub use error::ERROR_DETAILS_KEY;
 pub use hooks::{Hooks, SourceControl};
 pub use serve::{BoundAddresses, ServeError, serve};

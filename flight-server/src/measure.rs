@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use metrics::{counter, gauge, histogram};
+use metrics::{Gauge, counter, gauge, histogram};
+use pinion_feature_store::{ReadError, Scan, ScanBatch};
 use tonic::Code;
 
 /// One request while it runs. Dropping it without [`Request::finish`] counts as cancelled.
@@ -52,12 +53,48 @@ pub(crate) fn sent(method: &'static str, table: &str, rows: u64, bytes: u64) {
         .increment(bytes);
 }
 
+/// Body bytes of DoGet replies, by how they left.
+pub(crate) fn handed_over(referenced: u64, copied: u64) {
+    counter!("pinion_scan_body_bytes_total", "how" => "referenced").increment(referenced);
+    counter!("pinion_scan_body_bytes_total", "how" => "copied").increment(copied);
+}
+
+/// Bytes of DoGet replies that were handed to HTTP/2 and are not written yet.
+pub(crate) fn bytes_in_flight() -> Gauge {
+    gauge!("pinion_scan_bytes_in_flight")
+}
+
+/// A scan that counts what it looked at once it is over, finished or not.
+pub(crate) struct CountedScan(pub(crate) Scan);
+
+impl Iterator for CountedScan {
+    type Item = Result<ScanBatch, ReadError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.next()
+    }
+}
+
+impl Drop for CountedScan {
+    fn drop(&mut self) {
+        let table = self.0.snapshot().table().to_owned();
+        let figures = self.0.figures();
+        counter!("pinion_scan_batches_read_total", "table" => table.clone())
+            .increment(figures.batches_read);
+        counter!("pinion_scan_batches_skipped_total", "table" => table.clone())
+            .increment(figures.batches_skipped);
+        counter!("pinion_scan_rows_examined_total", "table" => table)
+            .increment(figures.rows_examined);
+    }
+}
+
 /// Rows that a put committed.
 pub(crate) fn put(table: &str, rows: u64) {
     counter!("pinion_put_rows_total", "table" => table.to_owned()).increment(rows);
 }
 
-fn code_name(code: Code) -> &'static str {
+/// The name of a code in labels.
+pub(crate) fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
         Code::Cancelled => "CANCELLED",

@@ -18,12 +18,12 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Status, Streaming};
 
-use crate::cancel::Cancelled;
 use crate::command::{
     Command, CommandError, PutCommand, PutMode, Target, Token, checked_table_name,
 };
 use crate::encode::rows_bytes;
 use crate::error::{Failure, from_request_stream};
+use crate::intake::Intake;
 use crate::measure;
 use crate::service::Context;
 
@@ -37,13 +37,9 @@ const MAX_BATCHES: usize = 100_000;
 const MAX_ID_BYTES: usize = 256;
 
 /// Takes a put.
-pub(crate) async fn put(
-    context: &Context,
-    mut incoming: Streaming<FlightData>,
-    cancelled: Cancelled,
-) -> Result<PutResults, Failure> {
-    let limit = context.config.max_request_bytes;
-    let first = next(&mut incoming, limit)
+pub(crate) async fn put(context: &Context, mut incoming: Intake) -> Result<PutResults, Failure> {
+    let first = incoming
+        .next()
         .await?
         .ok_or_else(|| CommandError::Descriptor {
             problem: "the put ended before its descriptor".to_owned(),
@@ -64,13 +60,9 @@ pub(crate) async fn put(
     tokio::spawn(async move {
         // Dropping the receiver is how a cancelled call ends this task.
         let taken = tokio::select! {
-            taken = take(&table, &command, incoming, first, limit, max_bytes, &sender) => taken,
+            taken = take(&table, &command, incoming, first, max_bytes, &sender) => taken,
             () = sender.closed() => return,
         };
-        if cancelled.is_set() {
-            // The stream of a cancelled call ends like that of a finished one.
-            return;
-        }
         let last = match taken {
             Ok(batches) => commit(table, command, batches).await,
             Err(status) => Err(status),
@@ -105,9 +97,8 @@ fn command_of(first: &FlightData) -> Result<PutCommand, Failure> {
 async fn take(
     table: &Table,
     command: &PutCommand,
-    mut incoming: Streaming<FlightData>,
+    mut incoming: Intake,
     first: FlightData,
-    limit: usize,
     max_bytes: u64,
     results: &mpsc::UnboundedSender<Result<PutResult, Status>>,
 ) -> Result<Vec<RecordBatch>, Status> {
@@ -136,7 +127,7 @@ async fn take(
                 }
             }
         }
-        message = next(&mut incoming, limit).await.map_err(Status::from)?;
+        message = incoming.next().await?;
     }
     if gate.schema().is_none() {
         return Err(Failure::invalid("ARROW_MALFORMED", "the put ended before its schema").into());

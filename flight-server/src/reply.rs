@@ -36,26 +36,29 @@ pub(crate) fn snapshots_json(snapshots: &[&Snapshot]) -> Map<String, Value> {
     members
 }
 
-/// Body bytes of a stream, by how they left.
+/// Body bytes of a stream without padding, by how they left.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Shares {
-    /// Row bytes sent.
+    /// All of them.
     pub(crate) bytes: u64,
-    /// Of those, bytes of batches that lay in a segment's map, unfiltered.
+    /// Of those, bytes handed over by reference, as they are stored.
+    pub(crate) referenced_bytes: u64,
+    /// Of those, bytes of a segment's map; the others lay in a log's memory.
     pub(crate) mapped_bytes: u64,
 }
 
 impl Shares {
-    /// Adds the shares to a reply's metadata. This encoder copies every body once, so the
-    /// zero-copy share is 0; the mapped share says what could have gone out by reference.
+    /// Adds the shares to a reply's metadata: 0 when nothing was sent.
     pub(crate) fn write(self, members: &mut Map<String, Value>) {
-        let mapped = if self.bytes == 0 {
-            0.0
-        } else {
-            self.mapped_bytes as f64 / self.bytes as f64
+        let share = |part: u64| match self.bytes {
+            0 => 0.0,
+            bytes => part as f64 / bytes as f64,
         };
-        members.insert("zero_copy_share".to_owned(), json!(0.0));
-        members.insert("mapped_share".to_owned(), json!(mapped));
+        members.insert(
+            "zero_copy_share".to_owned(),
+            json!(share(self.referenced_bytes)),
+        );
+        members.insert("mapped_share".to_owned(), json!(share(self.mapped_bytes)));
     }
 }
 

@@ -17,11 +17,12 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::admin;
-use crate::cancel::WatchCancel;
 use crate::config::{ConfigError, ServerConfig};
 use crate::connection::{Listener, SocketFile, bind_unix};
 use crate::hooks::Hooks;
+use crate::lane::Lane;
 use crate::service::{Context, Service};
+use crate::wire::Layer;
 
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -38,6 +39,8 @@ pub struct BoundAddresses {
     pub flight: Vec<SocketAddr>,
     /// Flight over a Unix socket.
     pub uds: Option<PathBuf>,
+    /// The local lane's Unix socket.
+    pub lane: Option<PathBuf>,
     /// The HTTP admin port.
     pub admin: Option<SocketAddr>,
 }
@@ -122,7 +125,10 @@ pub async fn serve(
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .http2_max_header_list_size(MAX_HEADER_BYTES)
             .add_service(health)
-            .add_service(WatchCancel(flight))
+            .add_service(Layer {
+                inner: flight,
+                context: Arc::clone(&context),
+            })
             .serve_with_incoming_shutdown(
                 listener.incoming(Arc::clone(&permits)),
                 until_stopped(stopped.clone()),
@@ -134,6 +140,18 @@ pub async fn serve(
             })
         });
     }
+
+    let lane = match bound.lane {
+        None => None,
+        Some((listener, file)) => {
+            let lane = Lane::start(Arc::clone(&context), listener, file.path());
+            let lane = lane.map_err(|source| ServeError::Serve {
+                what: "local lane",
+                source: source.into(),
+            })?;
+            Some((lane, file))
+        }
+    };
 
     is_ready.store(true, Ordering::Release);
     set_health(&health, ServingStatus::Serving).await;
@@ -147,14 +165,21 @@ pub async fn serve(
     set_health(&health, ServingStatus::NotServing).await;
     // The receivers live in the servers; when all are gone there is nobody left to tell.
     let _ = stop.send(true);
+    if let Some((lane, _)) = &lane {
+        lane.stop();
+    }
     let drained = tokio::time::timeout(drain, async {
         let mut ended = ended;
         while let Some(next) = servers.join_next().await {
             ended = ended.and(flatten(next));
         }
+        if let Some((lane, _)) = &lane {
+            lane.drained().await;
+        }
         ended
     })
     .await;
+    drop(lane);
     drop(bound.socket_file);
     drained.unwrap_or_else(|_| {
         tracing::warn!(
@@ -192,6 +217,7 @@ struct Bound {
     admin: Option<TcpListener>,
     addresses: BoundAddresses,
     socket_file: Option<SocketFile>,
+    lane: Option<(std::os::unix::net::UnixListener, SocketFile)>,
 }
 
 impl Bound {
@@ -221,11 +247,22 @@ impl Bound {
             flight.push(Listener::Unix(listener));
             socket_file = Some(file);
         }
+        let mut lane = None;
+        if let Some(path) = &config.lane.path {
+            let refused = |source| ServeError::Bind {
+                address: path.display().to_string(),
+                source,
+            };
+            let (listener, file) = bind_unix(path).map_err(refused)?;
+            lane = Some((listener.into_std().map_err(refused)?, file));
+            addresses.lane = Some(path.clone());
+        }
         Ok(Bound {
             flight,
             admin,
             addresses,
             socket_file,
+            lane,
         })
     }
 }

@@ -11,14 +11,15 @@ use arrow_flight::{
 };
 use futures::{Stream, StreamExt, stream};
 use pinion_feature_store::Store;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use crate::cancel::Cancelled;
 use crate::command::CommandError;
 use crate::config::ServerConfig;
 use crate::error::Failure;
 use crate::hooks::Hooks;
+use crate::intake::Received;
+use crate::lane::Leases;
 use crate::{action, exchange, info, measure, put};
 
 /// Smallest message size a request may ask for.
@@ -31,8 +32,12 @@ pub(crate) struct Context {
     pub(crate) config: ServerConfig,
     /// One permit per open DoGet stream.
     pub(crate) scans: Arc<Semaphore>,
+    /// One permit per step of a DoGet stream that is being worked off.
+    pub(crate) turns: Arc<Semaphore>,
     /// One permit per request that waits for a barrier.
     pub(crate) waiters: Semaphore,
+    /// Who holds which mapped files.
+    pub(crate) leases: Arc<Leases>,
 }
 
 pub(crate) type SharedContext = Arc<Context>;
@@ -40,13 +45,31 @@ pub(crate) type SharedContext = Arc<Context>;
 impl Context {
     pub(crate) fn new(store: Store, hooks: Hooks, config: ServerConfig) -> SharedContext {
         let scans = Arc::new(Semaphore::new(config.max_scans));
+        let turns = Arc::new(Semaphore::new(config.scan_threads));
         let waiters = Semaphore::new(config.max_waiters);
+        let leases = Leases::new(config.lane.leased_max_bytes, config.lane.lease_term);
         Arc::new(Context {
             store,
             hooks,
             config,
             scans,
+            turns,
             waiters,
+            leases,
+        })
+    }
+
+    /// The permit of one more DoGet stream.
+    pub(crate) fn scan_permit(&self) -> Result<OwnedSemaphorePermit, Failure> {
+        Arc::clone(&self.scans).try_acquire_owned().map_err(|_| {
+            Failure::new(
+                Code::ResourceExhausted,
+                "TOO_MANY_SCANS",
+                format!(
+                    "{} DoGet streams are open, the most allowed (max_scans); read or close some, or try again",
+                    self.config.max_scans
+                ),
+            )
         })
     }
 
@@ -131,6 +154,15 @@ async fn answer_stream<T: Send + 'static>(
     }
 }
 
+/// Where the service is called without `wire::Layer` around it.
+fn unlayered() -> Failure {
+    Failure::new(
+        Code::Internal,
+        "UNLAYERED",
+        "the layer around the service, which handles the bodies of this method, is missing",
+    )
+}
+
 fn list<T: Send + 'static>(items: Vec<T>) -> Replies<T> {
     Box::pin(stream::iter(items.into_iter().map(Ok)))
 }
@@ -206,26 +238,22 @@ impl FlightService for Service {
 
     async fn do_get(
         &self,
-        request: Request<Ticket>,
+        _request: Request<Ticket>,
     ) -> Result<Response<Self::DoGetStream>, Status> {
-        let ticket = request.into_inner().ticket;
-        answer_stream("DoGet", info::open(&self.context, &ticket)).await
+        Err(unlayered().into())
     }
 
     async fn do_put(
         &self,
         request: Request<Streaming<FlightData>>,
     ) -> Result<Response<Self::DoPutStream>, Status> {
-        // Absent only where the service is called without a server around it.
-        let cancelled = request
-            .extensions()
-            .get::<Cancelled>()
-            .cloned()
-            .unwrap_or_default();
-        answer_stream(
-            "DoPut",
-            put::put(&self.context, request.into_inner(), cancelled),
-        )
+        let incoming = request.extensions().get().and_then(Received::take);
+        answer_stream("DoPut", async {
+            match incoming {
+                Some(incoming) => put::put(&self.context, incoming).await,
+                None => Err(unlayered()),
+            }
+        })
         .await
     }
 

@@ -3,13 +3,15 @@
 //! A ticket holds everything DoGet needs (table ids, definition versions, snapshots, the
 //! command), so the server keeps nothing about it. It is authenticated with a key kept in the
 //! data directory: a client cannot make one that names a table or snapshot it was not given.
-//! Layout: `PINT`, one version byte, HMAC-SHA256 over all the rest, then JSON.
+//! Layout: `PINT`, one version byte, HMAC-SHA256 over all the rest, then JSON. The ticket of a
+//! part of a scan has version 2, so that earlier releases, which would read the whole, refuse
+//! it; all others have version 1.
 //!
 //! A ticket that starts with `{` is a command in JSON, written by hand.
 
 use bytes::Bytes;
 use hmac::{Hmac, Mac};
-use pinion_feature_store::{SnapshotId, TableId};
+use pinion_feature_store::{ScanPart, SnapshotId, TableId};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 
@@ -17,7 +19,10 @@ use crate::command::{Command, CommandError};
 use crate::error::Failure;
 
 const MAGIC: &[u8; 4] = b"PINT";
-const VERSION: u8 = 1;
+/// Of tickets that any release reads.
+const FIRST_VERSION: u8 = 1;
+/// Of tickets for a part of a scan, and the newest that is read.
+const VERSION: u8 = 2;
 const MAC_BYTES: usize = 32;
 
 /// What a ticket stands for.
@@ -26,6 +31,9 @@ pub(crate) struct Ticket {
     /// One per table, in the order the command names them.
     pub(crate) tables: Vec<TicketTable>,
     pub(crate) command: Command,
+    /// Only this part of a scan.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) part: Option<ScanPart>,
 }
 
 /// One table as it was when the ticket was made.
@@ -72,8 +80,12 @@ impl Ticket {
         })?;
         let mut bytes = Vec::with_capacity(MAGIC.len() + 1 + MAC_BYTES + body.len());
         bytes.extend_from_slice(MAGIC);
-        bytes.push(VERSION);
-        bytes.extend_from_slice(&mac(key, &body).finalize().into_bytes());
+        let version = match self.part {
+            Some(_) => VERSION,
+            None => FIRST_VERSION,
+        };
+        bytes.push(version);
+        bytes.extend_from_slice(&mac(key, version, &body).finalize().into_bytes());
         bytes.extend_from_slice(&body);
         Ok(bytes.into())
     }
@@ -92,7 +104,7 @@ impl TicketRequest {
         else {
             return Err(not_a_ticket.into());
         };
-        if *version != VERSION {
+        if !(FIRST_VERSION..=VERSION).contains(version) {
             let error = TicketError::NewerVersion {
                 found: *version,
                 supported: VERSION,
@@ -103,7 +115,7 @@ impl TicketRequest {
             return Err(not_a_ticket.into());
         };
         // Constant time.
-        mac(key, body)
+        mac(key, *version, body)
             .verify_slice(code)
             .map_err(|_| TicketError::Forged)?;
         let ticket: Ticket =
@@ -114,7 +126,7 @@ impl TicketRequest {
     }
 }
 
-fn mac(key: &[u8; 32], body: &[u8]) -> Hmac<Sha256> {
+fn mac(key: &[u8; 32], version: u8, body: &[u8]) -> Hmac<Sha256> {
     let block: [u8; 64] = {
         let mut block = [0u8; 64];
         block[..32].copy_from_slice(key);
@@ -123,7 +135,7 @@ fn mac(key: &[u8; 32], body: &[u8]) -> Hmac<Sha256> {
     // A key padded with zeros to the hash's block is the same HMAC key.
     let mut mac = <Hmac<Sha256> as Mac>::new(&block.into());
     mac.update(MAGIC);
-    mac.update(&[VERSION]);
+    mac.update(&[version]);
     mac.update(body);
     mac
 }
@@ -149,6 +161,7 @@ mod tests {
                 table: "weather".into(),
                 ..Default::default()
             }),
+            part: None,
         }
     }
 
@@ -157,6 +170,22 @@ mod tests {
         let sealed = ticket().seal(&KEY).unwrap();
         match TicketRequest::open(&sealed, &KEY).unwrap() {
             TicketRequest::Issued(opened) => assert_eq!(opened, ticket()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_ticket_of_a_part_has_a_version_that_earlier_releases_refuse() {
+        assert_eq!(ticket().seal(&KEY).unwrap()[4], 1);
+        let part = serde_json::from_str(r#"{"layout": 7, "from_unit": 1, "end_unit": 3}"#);
+        let part = Ticket {
+            part: Some(part.unwrap()),
+            ..ticket()
+        };
+        let sealed = part.seal(&KEY).unwrap();
+        assert_eq!(sealed[4], 2);
+        match TicketRequest::open(&sealed, &KEY).unwrap() {
+            TicketRequest::Issued(opened) => assert_eq!(opened, part),
             other => panic!("{other:?}"),
         }
     }
@@ -191,7 +220,7 @@ mod tests {
             found: 9,
             supported: VERSION,
         };
-        assert!(error.to_string().contains('9') && error.to_string().contains('1'));
+        assert!(error.to_string().contains('9') && error.to_string().contains('2'));
         assert_eq!(
             TicketRequest::open(&sealed, &KEY).unwrap_err().code(),
             Code::InvalidArgument

@@ -49,6 +49,9 @@ async fn flights_are_listed_with_schema_rows_and_a_ticket_that_reads_them() {
     assert_eq!(read.rows(), 4);
     assert_eq!(read.metadata[0]["table"], "weather");
     assert_eq!(read.metadata[0]["zero_copy_share"], 0.0);
+    let last = read.metadata.last().unwrap();
+    assert!(last["zero_copy_share"].is_f64());
+    assert_eq!(last["mapped_share"], 0.0);
     server.stop().await;
 }
 
@@ -398,5 +401,108 @@ async fn paths_that_are_no_table_names_never_reach_the_store() {
         client.get_flight_info(two).await.err().unwrap().code(),
         Code::InvalidArgument
     );
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn endpoints_are_together_the_table_in_order_also_after_a_merge() {
+    let server = TestServer::with_rows().await;
+    let mut client = server.client().await;
+    for first in [0, 150_000] {
+        let names: Vec<String> = (first..first + 150_000)
+            .map(|i| format!("N{i:06}"))
+            .collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        put(&mut client, "planes", planes(&names)).await.unwrap();
+        act(&mut client, "flush", &json!({"table": "planes"}))
+            .await
+            .unwrap();
+    }
+    put(&mut client, "planes", planes(&["N000007", "X"]))
+        .await
+        .unwrap();
+    let members = json!({"table": "planes", "features": ["seats", "tailnum"]});
+    let whole = get_json(&mut client, json!({"scan": members}))
+        .await
+        .unwrap()
+        .one();
+
+    let mut asked = members.clone();
+    asked["endpoints"] = json!(4);
+    let info = client
+        .get_flight_info(command(json!({"scan": asked})))
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(info.ordered);
+    assert_eq!(info.endpoint.len(), 4);
+    let mut parts = Vec::new();
+    for (number, endpoint) in info.endpoint.iter().enumerate() {
+        if number == 2 {
+            act(&mut client, "merge", &json!({"table": "planes"}))
+                .await
+                .unwrap();
+            // Takes the place of no snapshot that tickets need.
+            client
+                .get_flight_info(command(json!({"scan": asked})))
+                .await
+                .unwrap();
+        }
+        let ticket = endpoint.ticket.clone().unwrap().ticket;
+        let read = get(&mut client, ticket).await.unwrap();
+        assert!(read.rows() > 0 && read.rows() < whole.num_rows());
+        parts.push(read.one());
+    }
+    let parts = arrow_select::concat::concat_batches(&whole.schema(), &parts).unwrap();
+    assert_eq!(parts, whole);
+
+    // By its size the table is one.
+    let info = client
+        .get_flight_info(command(json!({"scan": members})))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(info.endpoint.len(), 1);
+    // A limit is of the whole, so it is not divided.
+    asked["limit"] = json!(10);
+    let info = client
+        .get_flight_info(command(json!({"scan": asked})))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(info.endpoint.len(), 1);
+    for wrong in [0, 65] {
+        asked["endpoints"] = json!(wrong);
+        let refused = client
+            .get_flight_info(command(json!({"scan": asked})))
+            .await
+            .unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert!(refused.message().contains("endpoints"), "{refused}");
+    }
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_percent_of_the_rows_by_a_key_range_is_one_percent_of_the_bytes() {
+    let server = TestServer::with_rows().await;
+    let mut client = server.client().await;
+    let names: Vec<String> = (0..200_000).map(|i| format!("N{i:06}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    put(&mut client, "planes", planes(&names)).await.unwrap();
+    act(&mut client, "merge", &json!({"table": "planes"}))
+        .await
+        .unwrap();
+    let filter = "tailnum between 'N070000' and 'N071999'";
+    let scan =
+        json!({"scan": {"table": "planes", "features": ["seats", "temp"], "filter": filter}});
+    let read = get_json(&mut client, scan).await.unwrap();
+    assert_eq!(read.rows(), 2000);
+    let sent: usize = read.message_bytes.iter().sum();
+    let ideal = 2000 * 16;
+    // Headers and metadata are some 1 KiB, which 1 % of a large table hides.
+    assert!(sent < ideal * 105 / 100 + 2048, "{sent} bytes for {ideal}");
+    let last = read.metadata.last().unwrap();
+    assert_eq!(last["mapped_share"], 1.0, "{last}");
     server.stop().await;
 }

@@ -339,6 +339,7 @@ fn problem_of(error: &CommitError) -> FeedProblem {
         CommitError::ReadOnly { .. }
         | CommitError::Dropped { .. }
         | CommitError::TooLarge { .. }
+        | CommitError::EmptyPutId { .. }
         | CommitError::Row { .. } => FeedProblem::Stop(text),
     }
 }

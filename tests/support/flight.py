@@ -5,14 +5,11 @@ import json
 import pyarrow as pa
 from pyarrow import flight
 
-# gRPC's C++ client sends a socket's path as :authority, percent-encoded; see docs/protocol.md.
-UDS_OPTIONS = [("grpc.default_authority", "localhost")]
-
 
 def connect(server, uds=False):
     """A client over TCP, or over the Unix socket."""
     if uds:
-        return flight.connect(f"grpc+unix://{server.uds}", generic_options=UDS_OPTIONS)
+        return flight.connect(f"grpc+unix://{server.uds}")
     return flight.connect(server.flight)
 
 

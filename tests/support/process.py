@@ -72,6 +72,7 @@ class Server:
         self.folder = Path(tempfile.mkdtemp(prefix="pinion-"))
         self.log = self.folder / "log"
         self.uds = self.folder / "flight.sock"
+        self.lane = self.folder / "lane.sock"
         self.process = None
         self.addresses = {}
         self.start_seconds = None
@@ -84,7 +85,7 @@ class Server:
         ready = self.folder / "ready.json"
         ready.unlink(missing_ok=True)
         command = [str(binary()), "serve", "--data", str(self.data), "--flight", "127.0.0.1:0"]
-        command += ["--uds", str(self.uds), "--admin", "127.0.0.1:0", "--ready-file", str(ready)]
+        command += ["--uds", str(self.uds), "--lane", str(self.lane), "--admin", "127.0.0.1:0", "--ready-file", str(ready)]
         if self.brokers:
             command += ["--brokers", self.brokers]
         began = time.monotonic()

@@ -15,6 +15,8 @@ use crate::output::{print_json, write_table};
     [serve]\n  \
     flight = [\"127.0.0.1:8815\"]\n  \
     uds = \"/run/pinion.sock\"\n\n  \
+    [lane]\n  \
+    path = \"/run/pinion-lane.sock\"\n\n  \
     [kafka]\n  \
     brokers = \"broker-1:9092,broker-2:9092\"\n\n  \
     [kafka.options]                  # handed to librdkafka as they are\n  \

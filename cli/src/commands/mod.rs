@@ -10,6 +10,7 @@ pub mod describe;
 pub mod flush;
 pub mod get;
 pub mod init;
+pub mod leases;
 pub mod load;
 pub mod ls;
 pub mod merge;

@@ -19,12 +19,15 @@ use crate::target::Place;
 #[command(
     after_help = "The server is ready when gRPC health says SERVING; it then prints one line with its\n\
     addresses and writes the ready file. Nobody is authenticated yet, so it listens on loopback\n\
-    and a 0660 Unix socket only, unless --insecure allows more.\n\n\
+    and 0660 Unix sockets only, unless --insecure allows more.\n\n\
+    --lane is a second socket for programs on this machine: lookups in tens of microseconds, and\n\
+    whole tables mapped instead of sent (see docs/local-lane.md; Python: package pinion).\n\n\
     Every table with a [source.kafka] is fed while the server runs, tables applied later too.\n\
     On SIGTERM health says NOT_SERVING, open streams drain, logs are synced, and it exits 0.\n\n\
     EXAMPLES:\n  \
     pinion serve --data features\n  \
     pinion serve --data features --uds /run/pinion.sock --flight none\n  \
+    pinion serve --data features --lane /run/pinion-lane.sock\n  \
     pinion serve --config pinion.toml --brokers localhost:9092 --admin 127.0.0.1:8816"
 )]
 pub struct ServeArgs {
@@ -34,6 +37,9 @@ pub struct ServeArgs {
     /// Unix socket of Arrow Flight
     #[arg(long, value_name = "PATH")]
     uds: Option<PathBuf>,
+    /// Unix socket of the local lane, for programs on this machine
+    #[arg(long, value_name = "PATH")]
+    lane: Option<PathBuf>,
     /// Address of /livez, /readyz and /metrics over HTTP
     #[arg(long, value_name = "HOST:PORT")]
     admin: Option<String>,
@@ -94,6 +100,9 @@ impl ServeArgs {
         if let Some(path) = &self.uds {
             set("serve.uds", "uds", path.to_string_lossy().into_owned());
         }
+        if let Some(path) = &self.lane {
+            set("lane.path", "lane", path.to_string_lossy().into_owned());
+        }
         if let Some(address) = &self.admin {
             set("serve.admin", "admin", address.clone());
         }
@@ -152,6 +161,7 @@ fn addresses_json(bound: &BoundAddresses, dir: &Path) -> Value {
     json!({
         "flight": bound.flight.iter().map(|a| format!("grpc://{a}")).collect::<Vec<_>>(),
         "uds": bound.uds.as_ref().map(|path| format!("grpc+unix://{}", path.display())),
+        "lane": bound.lane.as_ref().map(|path| format!("lane://{}", path.display())),
         "admin": bound.admin.map(|a| format!("http://{a}")),
         "data": dir.display().to_string(),
         "pid": std::process::id(),
@@ -165,9 +175,14 @@ pub fn addresses_text(bound: &BoundAddresses) -> String {
         .uds
         .iter()
         .map(|path| format!("grpc+unix://{}", path.display()));
+    let lane = bound
+        .lane
+        .iter()
+        .map(|path| format!("lane://{}", path.display()));
     let admin = bound.admin.iter().map(|a| format!("admin http://{a}"));
     flight
         .chain(uds)
+        .chain(lane)
         .chain(admin)
         .collect::<Vec<_>>()
         .join(", ")
@@ -190,15 +205,17 @@ mod tests {
         let bound = BoundAddresses {
             flight: vec!["127.0.0.1:8815".parse().unwrap()],
             uds: Some(PathBuf::from("/run/p.sock")),
+            lane: Some(PathBuf::from("/run/lane.sock")),
             admin: Some("127.0.0.1:9000".parse().unwrap()),
         };
         assert_eq!(
             addresses_text(&bound),
-            "grpc://127.0.0.1:8815, grpc+unix:///run/p.sock, admin http://127.0.0.1:9000"
+            "grpc://127.0.0.1:8815, grpc+unix:///run/p.sock, lane:///run/lane.sock, admin http://127.0.0.1:9000"
         );
         let json = addresses_json(&bound, Path::new("d"));
         assert_eq!(json["flight"][0], "grpc://127.0.0.1:8815");
         assert_eq!(json["uds"], "grpc+unix:///run/p.sock");
+        assert_eq!(json["lane"], "lane:///run/lane.sock");
     }
 
     #[test]

@@ -110,6 +110,48 @@ pub const SETTINGS: &[Setting] = &[
         "Largest message sent unless a request asks for more",
     ),
     setting(
+        "serve.sendfile",
+        Kind::Word(&["auto", "on", "off"]),
+        Some("auto"),
+        "Send mapped rows over the Unix socket by sendfile",
+    ),
+    setting(
+        "lane.path",
+        Kind::Path,
+        None,
+        "Unix socket of the local lane: lookups and mapped tables for this machine",
+    ),
+    setting(
+        "lane.max_connections",
+        Kind::Count,
+        None,
+        "Connections of the local lane at once; each holds a thread",
+    ),
+    setting(
+        "lane.max_request_bytes",
+        Kind::Bytes,
+        None,
+        "Largest request over the local lane",
+    ),
+    setting(
+        "lane.spin_micros",
+        Kind::Count,
+        None,
+        "How long a lane connection looks for its next request before it sleeps",
+    ),
+    setting(
+        "lane.lease_term",
+        Kind::Duration,
+        None,
+        "How long a lease of mapped files runs before it is overdue",
+    ),
+    setting(
+        "lane.leased_max_bytes",
+        Kind::Bytes,
+        None,
+        "Disk that leased files may hold",
+    ),
+    setting(
         "store.delta_max_bytes",
         Kind::Bytes,
         None,

@@ -127,6 +127,8 @@ impl LogFileWriter {
 
     /// Appends one record. On error nothing counts as written.
     pub(crate) fn append(&mut self, record: &[u8]) -> io::Result<()> {
+        #[cfg(test)]
+        crate::fail::errors::raise(crate::fail::errors::Operation::AppendToLog)?;
         let end = self.end_bytes + record.len() as u64;
         if end > self.allocated_bytes {
             let step = (end - self.allocated_bytes).next_multiple_of(ALLOCATE_BYTES);

@@ -142,7 +142,10 @@ pub fn load(
     let started = Instant::now();
     let meta = written.writer.finish()?;
     if let Err(error) = table.publish_load(&target, &meta, written.event_range) {
-        remove(&target.segments_dir, &meta);
+        // A manifest of which it is not known whether it holds may name the segment.
+        if table.0.read_only_cause().is_none() {
+            remove(&target.segments_dir, &meta);
+        }
         return Err(error.into());
     }
     report.publishing = started.elapsed();
@@ -384,7 +387,7 @@ fn write_segment(
                 Arc::clone(&target.storage_schema),
                 target.key_columns,
                 target.key_encoder.clone(),
-                target.version.segment_options(),
+                target.version.segment_options(&target.options),
             )?),
         };
         let times = target.version.times_of(&batch)?;

@@ -19,7 +19,7 @@ use crate::compat::Version;
 use crate::error::{ReadError, WorkError};
 use crate::level::Level;
 use crate::order::RowOrder;
-use crate::segment::{SegmentId, SegmentMeta, SegmentWriter};
+use crate::segment::{SegmentId, SegmentMeta, SegmentWriter, SegmentWriterOptions};
 use crate::snapshot::SnapshotInner;
 
 /// Rows per output step.
@@ -248,14 +248,23 @@ pub(crate) struct Written {
     pub event_range: Option<(i64, i64)>,
 }
 
-/// Writes the rows of `levels` as one segment, as seen at `snapshot`. `bottom`: no older
-/// level exists. Returns `None` when nothing is left to keep.
+/// What may still meet the rows of a merge: it decides which deletes it keeps.
+pub(crate) struct Merging {
+    /// No older level exists.
+    pub bottom: bool,
+    /// The greatest event time by which rows still to come are late.
+    pub late_from: Option<i64>,
+}
+
+/// Writes the rows of `levels` as one segment, as seen at `snapshot`. Returns `None` when
+/// nothing is left to keep.
 pub(crate) fn write_segment(
     snapshot: &SnapshotInner,
     levels: &[&Level],
-    bottom: bool,
+    merging: Merging,
     dir: &Path,
     id: SegmentId,
+    options: &SegmentWriterOptions,
 ) -> Result<Option<Written>, WorkError> {
     let version = Arc::clone(&snapshot.version);
     let latest = version.latest();
@@ -274,9 +283,9 @@ pub(crate) fn write_segment(
     };
     // In a latest table a delete at the bottom hides nothing once no older row can come:
     // at once without event time, behind `late_bound` with it.
-    let droppable_before = match (bottom && latest, version.event_time) {
+    let droppable_before = match (merging.bottom && latest, version.event_time) {
         (true, None) => i64::MAX,
-        (true, Some(_)) => version.late_before(snapshot.max_event),
+        (true, Some(_)) => version.late_before(merging.late_from),
         (false, _) => i64::MIN,
     };
     let mut writer: Option<SegmentWriter> = None;
@@ -305,7 +314,7 @@ pub(crate) fn write_segment(
                 Arc::clone(&version.storage_schema),
                 version.key_columns,
                 version.key_encoder.clone(),
-                version.segment_options(),
+                version.segment_options(options),
             )?),
         };
         if step.batch.num_rows() > 0 {

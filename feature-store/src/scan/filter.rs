@@ -21,10 +21,14 @@
 
 mod bind;
 mod evaluate;
+mod key_range;
 mod literal;
 mod parse;
+mod verdict;
 
 pub use bind::BoundFilter;
+pub(super) use key_range::KeyRange;
+pub(super) use verdict::{ColumnBounds, Verdict, Verdicts};
 
 use arrow_schema::Schema;
 use literal::Literal;

@@ -1,27 +1,40 @@
 //! Scans: every row of a snapshot, batch by batch.
 //!
-//! Batches of segments that hold no superseded row go out as they are mapped; only dirty
-//! ones are filtered. Rows come segment by segment, oldest commit first, then from the
-//! logs; within a segment they are sorted by key.
+//! Rows come segment by segment, oldest commit first, then from the logs; within a segment
+//! they are sorted by key. What a filter cannot match is not read: whole segments by their key
+//! and event range, batches by their statistics (`prune`), rows by bisection where the filter is
+//! a range of the key (`filter/key_range.rs`). Of a batch that may match, the columns of the
+//! filter are read first, the others only if a row passes.
+//!
+//! Rows that lie together go out as slices of the mapped batch; only scattered ones are copied
+//! (`select`).
 
 mod filter;
+mod part;
+mod prune;
+mod select;
+mod walk;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use arrow_array::{Array, BooleanArray, RecordBatch, RecordBatchOptions};
+use arrow_array::{Array, RecordBatch, RecordBatchOptions};
+use arrow_buffer::BooleanBuffer;
 use arrow_schema::{ArrowError, Schema, SchemaRef};
-use arrow_select::filter::filter_record_batch;
-use roaring::RoaringBitmap;
 
-use self::filter::BoundFilter;
+use self::filter::{BoundFilter, KeyRange};
 pub use self::filter::{Filter, FilterError};
+pub use self::part::{PartSize, ScanPart};
+use self::select::{Output, picks, read_rows};
+use self::walk::{Piece, Walk};
 
-use crate::compat::{ColumnFrom, Version};
+use crate::compat::Version;
 use crate::error::ReadError;
-use crate::level::Level;
-use crate::lookup::to_user_type;
-use crate::merge::Merged;
+use crate::segment::ipc::Storage;
 use crate::snapshot::Snapshot;
+
+/// Rows that a scan with a limit examines at a time, at least.
+const EXAMINED_ROWS: u64 = 4096;
 
 /// Which rows of a table a scan returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -47,6 +60,8 @@ pub struct ScanRequest {
     pub view: View,
     /// At most this many rows.
     pub limit: Option<u64>,
+    /// Only this part, one of those that [`Snapshot::scan_parts`] gave for the same request.
+    pub part: Option<ScanPart>,
 }
 
 /// One batch of a scan.
@@ -56,30 +71,69 @@ pub struct ScanBatch {
     pub batch: RecordBatch,
     /// True when its buffers point into a mapped segment: nothing was copied.
     pub mapped: bool,
+    /// The memory that the rows were read from. Buffers that lie there are as they are
+    /// stored; others (of widened columns, or of filtered rows) were made for this scan.
+    pub storage: Storage,
+}
+
+/// What a scan has looked at so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ScanFigures {
+    /// Stored batches read, in full or in part.
+    pub batches_read: u64,
+    /// Stored batches of segments that could be left out unread.
+    pub batches_skipped: u64,
+    /// Rows that were filtered or returned.
+    pub rows_examined: u64,
 }
 
 /// A running scan. Holds its snapshot until dropped.
 pub struct Scan {
     snapshot: Snapshot,
     schema: SchemaRef,
-    /// Columns of the current version to read: those returned, then those only filtered on.
+    /// Columns of the current version to return.
     columns: Vec<usize>,
-    returned: usize,
-    read_schema: SchemaRef,
-    filter: Option<BoundFilter>,
+    filter: Option<ScanFilter>,
     rows_left: u64,
-    cut: i64,
-    state: State,
+    walk: Walk,
+    /// What is left of a piece that was cut for the limit.
+    rest: Option<Piece>,
+    ready: VecDeque<ScanBatch>,
+    rows_examined: u64,
 }
 
-enum State {
-    Levels {
-        level: usize,
-        batch: usize,
-        dirty: Option<RoaringBitmap>,
-    },
-    Merged(Box<Merged>),
-    Done,
+/// A filter fitted to a table.
+struct ScanFilter {
+    bound: BoundFilter,
+    /// The columns of the current version that it reads.
+    columns: Vec<usize>,
+    /// Their stored types; any may be null, as in a delete's row in a log.
+    schema: SchemaRef,
+    key_range: Option<KeyRange>,
+}
+
+impl ScanFilter {
+    fn new(filter: &Filter, columns: Vec<usize>, version: &Version) -> Result<Self, FilterError> {
+        let stored = version.storage_schema.fields();
+        let fields: Vec<_> = columns
+            .iter()
+            .map(|&c| stored[c].as_ref().clone().with_nullable(true))
+            .collect();
+        let schema = Arc::new(Schema::new(fields));
+        let bound = filter.bind(&schema)?;
+        let key_range = bound.key_range(version.key_columns, &|position| {
+            columns
+                .get(position)
+                .copied()
+                .filter(|c| *c < version.key_columns)
+        });
+        Ok(ScanFilter {
+            bound,
+            columns,
+            schema,
+            key_range,
+        })
+    }
 }
 
 impl Snapshot {
@@ -87,62 +141,46 @@ impl Snapshot {
     ///
     /// # Errors
     ///
-    /// `UnknownFeature` and `Filter` before anything is read.
+    /// `UnknownFeature`, `Filter` and `Part` before anything is read.
     pub fn scan(&self, request: &ScanRequest) -> Result<Scan, ReadError> {
-        let version = Arc::clone(&self.0.version);
+        let version = &self.0.version;
         let all = version.schema.fields();
-        let index = |name: &str| {
-            version
-                .definition
-                .column_index(name)
-                .ok_or_else(|| self.unknown_feature(name, all.iter().map(|f| f.name().as_str())))
+        let columns = match &request.columns {
+            None => (0..all.len()).collect(),
+            Some(names) => names
+                .iter()
+                .map(|name| self.column_index(name))
+                .collect::<Result<Vec<_>, _>>()?,
         };
-        let mut columns = match &request.columns {
-            None => (0..all.len()).collect::<Vec<_>>(),
-            Some(names) => names.iter().map(|n| index(n)).collect::<Result<_, _>>()?,
-        };
-        let returned = columns.len();
-        if let Some(filter) = &request.filter {
-            for name in filter.columns() {
-                let column = index(name)?;
-                if !columns.contains(&column) {
-                    columns.push(column);
-                }
-            }
-        }
-        let fields = |columns: &[usize]| -> SchemaRef {
-            Arc::new(Schema::new(
-                columns
-                    .iter()
-                    .map(|&c| Arc::clone(&all[c]))
-                    .collect::<Vec<_>>(),
-            ))
-        };
-        let read_schema = fields(&columns);
-        let filter = request
-            .filter
-            .as_ref()
-            .map(|f| f.bind(&read_schema))
-            .transpose()?;
-        let state = if request.view == View::Latest && !version.latest() {
-            State::Merged(Box::new(Merged::latest_of(&self.0)?))
-        } else {
-            State::Levels {
-                level: 0,
-                batch: 0,
-                dirty: None,
-            }
-        };
+        let fields: Vec<_> = columns.iter().map(|&c| Arc::clone(&all[c])).collect();
         Ok(Scan {
-            snapshot: self.clone(),
-            schema: fields(&columns[..returned]),
+            schema: Arc::new(Schema::new(fields)),
             columns,
-            returned,
-            read_schema,
-            filter,
+            filter: self.scan_filter(request)?,
             rows_left: request.limit.unwrap_or(u64::MAX),
-            cut: version.cut(self.0.max_event),
-            state,
+            walk: Walk::new(&self.0, request)?,
+            snapshot: self.clone(),
+            rest: None,
+            ready: VecDeque::new(),
+            rows_examined: 0,
+        })
+    }
+
+    fn scan_filter(&self, request: &ScanRequest) -> Result<Option<ScanFilter>, ReadError> {
+        let Some(filter) = &request.filter else {
+            return Ok(None);
+        };
+        let columns = filter.columns().iter();
+        let columns = columns.map(|name| self.column_index(name));
+        let columns = columns.collect::<Result<_, _>>()?;
+        Ok(Some(ScanFilter::new(filter, columns, &self.0.version)?))
+    }
+
+    fn column_index(&self, name: &str) -> Result<usize, ReadError> {
+        let version = &self.0.version;
+        version.definition.column_index(name).ok_or_else(|| {
+            let known = version.schema.fields().iter().map(|f| f.name().as_str());
+            self.unknown_feature(name, known)
         })
     }
 }
@@ -158,6 +196,16 @@ impl Scan {
         &self.snapshot
     }
 
+    /// What was looked at so far.
+    pub fn figures(&self) -> ScanFigures {
+        let (batches_read, batches_skipped) = self.walk.batches();
+        ScanFigures {
+            batches_read,
+            batches_skipped,
+            rows_examined: self.rows_examined,
+        }
+    }
+
     fn compute(&self, error: ArrowError) -> ReadError {
         ReadError::Compute {
             table: self.snapshot.table().to_owned(),
@@ -165,173 +213,94 @@ impl Scan {
         }
     }
 
-    /// The next stored batch with the version it was written under and the rows to keep.
-    #[allow(clippy::type_complexity)]
-    fn next_stored(
-        &mut self,
-    ) -> Result<Option<(RecordBatch, Arc<Version>, Option<BooleanArray>, bool)>, ReadError> {
-        let inner = Arc::clone(&self.snapshot.0);
-        loop {
-            match &mut self.state {
-                State::Done => return Ok(None),
-                State::Merged(merged) => {
-                    return Ok(merged
-                        .next_batch()?
-                        .map(|batch| (batch, Arc::clone(&inner.version), None, false)));
-                }
-                State::Levels {
-                    level: at,
-                    batch: next,
-                    dirty,
-                } => {
-                    let Some(level) = inner.oldest_first().nth(*at) else {
-                        self.state = State::Done;
-                        continue;
-                    };
-                    let dirty_rows =
-                        dirty.get_or_insert_with(|| level.superseded_below(inner.end_sequence));
-                    let found = match level {
-                        Level::Segment(segment) if *next < segment.segment.batches() => {
-                            let batch = segment.batch(*next)?;
-                            let first_row = segment.segment.batch_start(*next).unwrap_or(u32::MAX);
-                            let keep =
-                                keep_rows(first_row, batch.num_rows(), dirty_rows, |_| false);
-                            let times_keep = time_mask(level.version(), &batch, self.cut)
-                                .map_err(|e| segment.compute(&e))?;
-                            Some((batch, and(keep, times_keep), true))
-                        }
-                        Level::Segment(_) => None,
-                        Level::Log(log) => {
-                            let rows = log.rows()?;
-                            match rows.batches().nth(*next) {
-                                None => None,
-                                Some((first_row, batch)) => {
-                                    let mut failed = None;
-                                    let keep =
-                                        keep_rows(first_row, batch.num_rows(), dirty_rows, |row| {
-                                            log.row_meta(row).map(|m| m.deleted).unwrap_or_else(
-                                                |e| {
-                                                    failed = Some(e);
-                                                    true
-                                                },
-                                            )
-                                        });
-                                    if let Some(error) = failed {
-                                        return Err(error);
-                                    }
-                                    let times_keep = time_mask(level.version(), &batch, self.cut)
-                                        .map_err(|e| ReadError::Compute {
-                                        table: inner.table.name.clone(),
-                                        problem: e.to_string(),
-                                    })?;
-                                    Some((batch, and(keep, times_keep), false))
-                                }
-                            }
-                        }
-                    };
-                    match found {
-                        Some((batch, keep, mapped)) => {
-                            *next += 1;
-                            return Ok(Some((batch, Arc::clone(level.version()), keep, mapped)));
-                        }
-                        None => {
-                            *at += 1;
-                            *next = 0;
-                            *dirty = None;
-                        }
-                    }
-                }
-            }
-        }
-    }
-
     fn next_batch(&mut self) -> Result<Option<ScanBatch>, ReadError> {
         while self.rows_left > 0 {
-            let Some((stored, version, keep, segment)) = self.next_stored()? else {
-                break;
+            if let Some(mut found) = self.ready.pop_front() {
+                let rows = found.batch.num_rows() as u64;
+                if rows > self.rows_left {
+                    // Below the rows of a batch, so it fits.
+                    found.batch = found.batch.slice(0, self.rows_left as usize);
+                }
+                self.rows_left = self.rows_left.saturating_sub(rows);
+                return Ok(Some(found));
+            }
+            let piece = match self.rest.take() {
+                Some(piece) => Some(piece),
+                None => self.walk.next(&self.snapshot.0, self.filter.as_ref())?,
             };
-            if keep.as_ref().is_some_and(|k| k.true_count() == 0) {
-                continue;
+            match piece {
+                Some(piece) => self.examine(piece)?,
+                None => break,
             }
-            let (batch, mut mapped) = self
-                .project(&stored, &version)
-                .map_err(|e| self.compute(e))?;
-            mapped &= segment;
-            let mut batch = batch;
-            let mut keep = keep;
-            if let Some(filter) = &self.filter {
-                let passed = filter.evaluate(&batch).map_err(|e| self.compute(e))?;
-                // Unknown is not true.
-                let passed = match passed.nulls() {
-                    Some(nulls) if nulls.null_count() > 0 => {
-                        BooleanArray::new(passed.values() & nulls.inner(), None)
-                    }
-                    _ => passed,
-                };
-                keep = and(keep, (passed.true_count() < passed.len()).then_some(passed));
-            }
-            if self.columns.len() > self.returned {
-                let kept: Vec<usize> = (0..self.returned).collect();
-                batch = batch.project(&kept).map_err(|e| self.compute(e))?;
-            }
-            if let Some(keep) = keep {
-                batch = filter_record_batch(&batch, &keep).map_err(|e| self.compute(e))?;
-                mapped = false;
-            }
-            if batch.num_rows() == 0 {
-                continue;
-            }
-            if batch.num_rows() as u64 > self.rows_left {
-                batch = batch.slice(0, usize::try_from(self.rows_left).unwrap_or(usize::MAX));
-            }
-            self.rows_left -= batch.num_rows() as u64;
-            return Ok(Some(ScanBatch { batch, mapped }));
         }
-        self.state = State::Done;
+        self.stop();
         Ok(None)
     }
 
-    /// The columns of this scan from a stored batch; whether they are the stored buffers.
-    fn project(
-        &self,
-        stored: &RecordBatch,
-        from: &Version,
-    ) -> Result<(RecordBatch, bool), ArrowError> {
+    /// Makes batches of the rows of a piece that pass.
+    fn examine(&mut self, mut piece: Piece) -> Result<(), ReadError> {
+        let certain = !piece.filtered && piece.live.is_none();
+        let enough = if certain {
+            self.rows_left
+        } else {
+            self.rows_left.max(EXAMINED_ROWS)
+        };
+        if enough < piece.rows.len() as u64 {
+            self.rest = Some(piece.split_off(enough as usize));
+        }
+        self.rows_examined += piece.rows.len() as u64;
+        let mut passed = piece.live.take();
+        if let Some(filter) = self.filter.as_ref().filter(|_| piece.filtered) {
+            let filtered = self.evaluate(filter, &piece).map_err(|e| self.compute(e))?;
+            passed = Some(match passed {
+                Some(live) => &live & &filtered,
+                None => filtered,
+            });
+        }
+        let picks = picks(&piece.rows, passed);
+        if picks.is_empty() {
+            return Ok(());
+        }
+        let output = Output {
+            version: &self.snapshot.0.version,
+            from: &piece.version,
+            columns: &self.columns,
+            schema: &self.schema,
+        };
+        let stored = piece.stored.whole()?;
+        let storage = piece.stored.storage();
+        for pick in &picks {
+            let found = output.batch(&stored, &storage, pick);
+            self.ready.push_back(found.map_err(|e| self.compute(e))?);
+        }
+        Ok(())
+    }
+
+    /// Rows of the piece for which the filter is true; unknown is not.
+    fn evaluate(&self, filter: &ScanFilter, piece: &Piece) -> Result<BooleanBuffer, ArrowError> {
         let version = &self.snapshot.0.version;
-        let mut same = true;
-        let columns = self
+        let columns = filter
             .columns
             .iter()
             .map(|&c| {
-                let how = version.column_from(from, c)?;
-                let column = how.read(stored)?;
-                let user_type = version.schema.field(c).data_type();
-                same &= matches!(how, ColumnFrom::Same(_)) && column.data_type() == user_type;
-                to_user_type(&column, user_type)
+                let how = version.column_from(&piece.version, c)?;
+                read_rows(&how, &|at| piece.stored.column(at), &piece.rows)
             })
             .collect::<Result<Vec<_>, _>>()?;
-        // A delete's row in a log has nulls where the definition refuses them; it is
-        // filtered out after this, so the check waits until then.
-        let schema = if columns
-            .iter()
-            .zip(self.read_schema.fields())
-            .any(|(c, f)| !f.is_nullable() && c.null_count() > 0)
-        {
-            Arc::new(Schema::new(
-                self.read_schema
-                    .fields()
-                    .iter()
-                    .map(|f| f.as_ref().clone().with_nullable(true))
-                    .collect::<Vec<_>>(),
-            ))
-        } else {
-            Arc::clone(&self.read_schema)
-        };
-        let options = RecordBatchOptions::new().with_row_count(Some(stored.num_rows()));
-        Ok((
-            RecordBatch::try_new_with_options(schema, columns, &options)?,
-            same,
-        ))
+        let options = RecordBatchOptions::new().with_row_count(Some(piece.rows.len()));
+        let batch = RecordBatch::try_new_with_options(filter.schema.clone(), columns, &options)?;
+        let passed = filter.bound.evaluate(&batch)?;
+        Ok(match passed.nulls() {
+            Some(nulls) => passed.values() & nulls.inner(),
+            None => passed.values().clone(),
+        })
+    }
+
+    fn stop(&mut self) {
+        self.rows_left = 0;
+        self.rest = None;
+        self.ready.clear();
+        self.walk.stop();
     }
 }
 
@@ -339,80 +308,10 @@ impl Iterator for Scan {
     type Item = Result<ScanBatch, ReadError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        match self.next_batch() {
-            Ok(Some(mut found)) => {
-                if found.batch.schema_ref() != &self.schema {
-                    let options =
-                        RecordBatchOptions::new().with_row_count(Some(found.batch.num_rows()));
-                    match RecordBatch::try_new_with_options(
-                        self.schema(),
-                        found.batch.columns().to_vec(),
-                        &options,
-                    ) {
-                        Ok(batch) => found.batch = batch,
-                        Err(e) => {
-                            self.state = State::Done;
-                            return Some(Err(self.compute(e)));
-                        }
-                    }
-                }
-                Some(Ok(found))
-            }
-            Ok(None) => None,
-            Err(error) => {
-                self.state = State::Done;
-                Some(Err(error))
-            }
+        let found = self.next_batch().transpose();
+        if let Some(Err(_)) = &found {
+            self.stop();
         }
-    }
-}
-
-/// Rows of a batch that are neither in `dirty` nor deletes; `None` when all are kept.
-fn keep_rows(
-    first_row: u32,
-    rows: usize,
-    dirty: &RoaringBitmap,
-    mut deleted: impl FnMut(u32) -> bool,
-) -> Option<BooleanArray> {
-    let end = first_row.saturating_add(rows as u32);
-    let mut keep = vec![true; rows];
-    let mut dropped = false;
-    for row in dirty.range(first_row..end) {
-        keep[(row - first_row) as usize] = false;
-        dropped = true;
-    }
-    for row in first_row..end {
-        if deleted(row) {
-            keep[(row - first_row) as usize] = false;
-            dropped = true;
-        }
-    }
-    dropped.then(|| BooleanArray::from(keep))
-}
-
-/// Rows at or after the retention cut; `None` when all are.
-fn time_mask(
-    version: &Version,
-    batch: &RecordBatch,
-    cut: i64,
-) -> Result<Option<BooleanArray>, ArrowError> {
-    if cut == i64::MIN {
-        return Ok(None);
-    }
-    let times = version.times_of(batch)?;
-    if times.min_event().is_none_or(|min| min >= cut) {
-        return Ok(None);
-    }
-    Ok(Some(
-        (0..batch.num_rows())
-            .map(|row| Some(times.event(row) >= cut))
-            .collect(),
-    ))
-}
-
-fn and(a: Option<BooleanArray>, b: Option<BooleanArray>) -> Option<BooleanArray> {
-    match (a, b) {
-        (Some(a), Some(b)) => Some(BooleanArray::new(a.values() & b.values(), None)),
-        (a, b) => a.or(b),
+        found
     }
 }

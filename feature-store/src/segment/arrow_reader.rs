@@ -11,6 +11,7 @@ use arrow_schema::{Schema, SchemaRef};
 use bytes::Bytes;
 
 use super::arrow_writer::FORMAT_KEY;
+use super::map::MappedFile;
 use super::meta::{ArrowFileMeta, file_name};
 use super::raw::RawColumn;
 use super::{OpenSegmentError, SEGMENT_FORMAT_VERSION, SegmentDamage, SegmentId};
@@ -45,7 +46,9 @@ pub(super) struct ArrowFile {
     id: SegmentId,
     suffix: &'static str,
     map: Bytes,
+    mapped: MappedFile,
     meta: ArrowFileMeta,
+    schema: SchemaRef,
     decoder: FileDecoder,
     blocks: Vec<Block>,
     /// First row of each batch, then the number of rows.
@@ -60,10 +63,11 @@ impl ArrowFile {
     pub(super) fn open(
         id: SegmentId,
         suffix: &'static str,
-        map: Bytes,
+        mapped: MappedFile,
         meta: &ArrowFileMeta,
         schema: &SchemaRef,
     ) -> Result<Self, OpenSegmentError> {
+        let map = mapped.bytes().clone();
         let damaged = |what: &str| OpenSegmentError::FooterDamaged {
             id,
             file: file_name(id, suffix),
@@ -115,14 +119,14 @@ impl ArrowFile {
             return Err(inconsistent("another number of batches than the footer"));
         }
         let starts = starts(meta).ok_or_else(|| inconsistent("an empty batch or too many rows"))?;
-        let decoder =
-            FileDecoder::new(schema.clone(), MetadataVersion::V5).with_require_alignment(true);
         Ok(ArrowFile {
             id,
             suffix,
             map,
+            mapped,
             meta: meta.clone(),
-            decoder,
+            decoder: decoder(schema),
+            schema: schema.clone(),
             decoded: blocks.iter().map(|_| OnceLock::new()).collect(),
             raw: blocks.iter().map(|_| OnceLock::new()).collect(),
             blocks,
@@ -130,8 +134,8 @@ impl ArrowFile {
         })
     }
 
-    pub(super) fn map(&self) -> &Bytes {
-        &self.map
+    pub(super) fn map(&self) -> &MappedFile {
+        &self.mapped
     }
 
     pub(super) fn rows(&self) -> u32 {
@@ -183,7 +187,7 @@ impl ArrowFile {
             Some(cell) => match cell.get() {
                 Some(decoded) => Ok(decoded),
                 None => {
-                    let decoded = self.decode(batch)?;
+                    let decoded = self.decode(batch, &self.decoder)?;
                     Ok(cell.get_or_init(|| decoded))
                 }
             },
@@ -204,7 +208,26 @@ impl ArrowFile {
         }
     }
 
-    fn decode(&self, batch: usize) -> Result<RecordBatch, SegmentDamage> {
+    /// Some columns, by ascending number. Decodes only them, each time, unless the batch was
+    /// decoded before.
+    pub(super) fn batch_columns(
+        &self,
+        batch: usize,
+        columns: &[usize],
+    ) -> Result<RecordBatch, SegmentDamage> {
+        if let Some(decoded) = self.decoded.get(batch).and_then(OnceLock::get) {
+            return decoded
+                .project(columns)
+                .map_err(|error| self.damage(Some(batch), error.to_string()));
+        }
+        if let Some(column) = columns.iter().find(|c| **c >= self.schema.fields().len()) {
+            return Err(self.damage(Some(batch), format!("there is no column {column}")));
+        }
+        let decoder = decoder(&self.schema).with_projection(columns.to_vec());
+        self.decode(batch, &decoder)
+    }
+
+    fn decode(&self, batch: usize, decoder: &FileDecoder) -> Result<RecordBatch, SegmentDamage> {
         let (Some(block), Some(meta)) = (self.blocks.get(batch), self.meta.batches.get(batch))
         else {
             return Err(self.damage(Some(batch), "there is no such batch".to_owned()));
@@ -219,8 +242,7 @@ impl ArrowFile {
             block.metadata_bytes as i32,
             block.body_bytes as i64,
         );
-        let decoded = self
-            .decoder
+        let decoded = decoder
             .read_record_batch(&ipc_block, &Buffer::from(bytes))
             .map_err(|error| self.damage(Some(batch), error.to_string()))?
             .ok_or_else(|| self.damage(Some(batch), "the message is empty".to_owned()))?;
@@ -270,6 +292,10 @@ impl ArrowFile {
             batch,
         }
     }
+}
+
+fn decoder(schema: &SchemaRef) -> FileDecoder {
+    FileDecoder::new(schema.clone(), MetadataVersion::V5).with_require_alignment(true)
 }
 
 fn footer_blocks(footer: &Footer<'_>) -> Vec<Block> {

@@ -7,11 +7,12 @@ use arrow_array::RecordBatch;
 use arrow_ipc::Block;
 use arrow_schema::{ArrowError, SchemaRef};
 
-use super::body::{self, BodyParts, BodyPlan};
+use super::body::{self, BodyParts, BodyPlan, Placing, Views};
 use super::cut::Cutter;
 use super::files::PartialFile;
 use super::message;
 use super::meta::{ArrowFileMeta, BatchMeta};
+use super::statistics::{Statistics, StatisticsBuilder};
 use super::{PAGE_BYTES, SEGMENT_FORMAT_VERSION, SegmentError, SegmentId, SegmentWriterOptions};
 
 /// Footer key: the version of the format.
@@ -31,6 +32,7 @@ pub(super) struct ArrowFileWriter {
     head_crc32: u32,
     blocks: Vec<Block>,
     batches: Vec<BatchMeta>,
+    statistics: StatisticsBuilder,
 }
 
 impl ArrowFileWriter {
@@ -57,6 +59,7 @@ impl ArrowFileWriter {
             head_bytes: head.len() as u64,
             head_crc32: crc32fast::hash(&head),
             file,
+            statistics: StatisticsBuilder::new(&schema),
             schema,
             blocks: Vec::new(),
             batches: Vec::new(),
@@ -77,8 +80,11 @@ impl ArrowFileWriter {
         self.file.position()
     }
 
-    /// Writes what is pending and the footer. The file still has to be sealed and published.
-    pub(super) fn finish(mut self) -> Result<(PartialFile, ArrowFileMeta), SegmentError> {
+    /// Writes what is pending and the footer, and tells what is known of each batch. The file
+    /// still has to be sealed and published.
+    pub(super) fn finish(
+        mut self,
+    ) -> Result<((PartialFile, ArrowFileMeta), Statistics), SegmentError> {
         self.write_cut(true)?;
         let batch_rows = self.cutter.batch_rows();
         let groups = serde_json::to_string(&body::groups(&self.schema, batch_rows))
@@ -99,14 +105,20 @@ impl ArrowFileWriter {
             footer_crc32: crc32fast::hash(&tail),
             batches: self.batches,
         };
-        Ok((self.file, meta))
+        let id = self.id;
+        let statistics = self
+            .statistics
+            .finish()
+            .map_err(|source| SegmentError::Layout { id, source })?;
+        Ok(((self.file, meta), statistics))
     }
 
     fn write_cut(&mut self, end_of_input: bool) -> Result<(), SegmentError> {
         let id = self.id;
         let layout = |source| SegmentError::Layout { id, source };
         while let Some(batch) = self.cutter.next(end_of_input).map_err(layout)? {
-            let parts = body::collect(&batch).map_err(layout)?;
+            self.statistics.push(&batch).map_err(layout)?;
+            let parts = body::collect(batch.columns(), Views::Compact).map_err(layout)?;
             self.write_batch(batch.num_rows(), &parts)?;
         }
         Ok(())
@@ -118,7 +130,7 @@ impl ArrowFileWriter {
             .iter()
             .map(|(class, bytes)| (*class, bytes.len()))
             .collect();
-        let plan = body::place(&lengths);
+        let plan = body::place(&lengths, Placing::Pages);
         let buffers: Vec<_> = plan
             .offsets
             .iter()

@@ -2,10 +2,12 @@
 //!
 //! [`collect`] takes a batch apart, without copying unless an array's offsets must be
 //! rewritten; [`place`] decides, from lengths and classes alone, where the buffers go.
+//! Files and messages on the wire differ in two things only: the alignment of large buffers
+//! ([`Placing`]) and when view columns are compacted ([`Views`]).
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::ByteViewType;
-use arrow_array::{Array, GenericByteViewArray, OffsetSizeTrait, RecordBatch};
+use arrow_array::{Array, ArrayRef, GenericByteViewArray, OffsetSizeTrait};
 use arrow_buffer::{Buffer, OffsetBuffer};
 use arrow_ipc::FieldNode;
 use arrow_schema::{ArrowError, DataType, Field, Schema};
@@ -42,13 +44,33 @@ impl BufferClass {
     }
 }
 
+/// When the values behind a view column are copied together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Views {
+    /// Always: a file holds each value once.
+    Compact,
+    /// Only if more than a twentieth of the bytes would be of no row's value.
+    AsNeeded,
+}
+
+/// Where large buffers and the body's end may lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Placing {
+    /// On pages, for maps and direct reads.
+    Pages,
+    /// Close together: every byte of padding is sent.
+    Close,
+}
+
 /// A batch taken apart, in the order of the IPC format.
-#[derive(Default)]
 pub(super) struct BodyParts {
+    views: Views,
     pub(super) nodes: Vec<FieldNode>,
     pub(super) buffers: Vec<(BufferClass, Buffer)>,
     /// For each view column, the number of its data buffers.
     pub(super) variadic_counts: Vec<i64>,
+    /// The values of each dictionary column, which a message of their own carries.
+    pub(super) dictionaries: Vec<ArrayRef>,
 }
 
 /// Where the buffers of a body lie.
@@ -58,25 +80,33 @@ pub(super) struct BodyPlan {
     pub(super) offsets: Vec<usize>,
     /// The same buffers by ascending offset.
     pub(super) physical_order: Vec<usize>,
-    /// A multiple of [`PAGE_BYTES`].
+    /// A multiple of [`PAGE_BYTES`] or, placed close, of 8.
     pub(super) body_bytes: usize,
 }
 
-/// The room a buffer takes, which is also its pitch in a group of equals.
+/// The room a buffer takes in a file, which is also its pitch in a group of equals.
 pub(super) fn padded_bytes(bytes: usize) -> usize {
-    bytes.next_multiple_of(alignment_bytes(bytes))
+    bytes.next_multiple_of(Placing::Pages.alignment_bytes(bytes))
 }
 
-fn alignment_bytes(bytes: usize) -> usize {
-    if bytes >= PAGE_BYTES {
-        PAGE_BYTES
-    } else {
-        SMALL_ALIGNMENT_BYTES
+impl Placing {
+    fn alignment_bytes(self, bytes: usize) -> usize {
+        match self {
+            Placing::Pages if bytes >= PAGE_BYTES => PAGE_BYTES,
+            Placing::Pages | Placing::Close => SMALL_ALIGNMENT_BYTES,
+        }
+    }
+
+    fn end_alignment_bytes(self) -> usize {
+        match self {
+            Placing::Pages => PAGE_BYTES,
+            Placing::Close => 8,
+        }
     }
 }
 
 /// Decides where buffers of these classes and lengths lie in a body.
-pub(super) fn place(buffers: &[(BufferClass, usize)]) -> BodyPlan {
+pub(super) fn place(buffers: &[(BufferClass, usize)], placing: Placing) -> BodyPlan {
     let widths = widths_in_order(buffers.iter().map(|(class, _)| *class));
     let mut physical_order: Vec<usize> = (0..buffers.len()).collect();
     physical_order.sort_by_key(|&buffer| {
@@ -95,14 +125,14 @@ pub(super) fn place(buffers: &[(BufferClass, usize)]) -> BodyPlan {
     let mut end = 0_usize;
     for &buffer in &physical_order {
         let (_, bytes) = buffers[buffer];
-        let start = end.next_multiple_of(alignment_bytes(bytes));
+        let start = end.next_multiple_of(placing.alignment_bytes(bytes));
         offsets[buffer] = start;
         end = start + bytes;
     }
     BodyPlan {
         offsets,
         physical_order,
-        body_bytes: end.next_multiple_of(PAGE_BYTES),
+        body_bytes: end.next_multiple_of(placing.end_alignment_bytes()),
     }
 }
 
@@ -219,14 +249,20 @@ fn check_field(field: &Field, prefix: &str) -> Result<(), SegmentError> {
     }
 }
 
-/// Takes a batch apart. Arrays may be slices; view columns are compacted.
+/// Takes a batch apart. Arrays may be slices.
 ///
 /// # Errors
 ///
-/// For types that [`check_types`] refuses.
-pub(super) fn collect(batch: &RecordBatch) -> Result<BodyParts, ArrowError> {
-    let mut parts = BodyParts::default();
-    for column in batch.columns() {
+/// For types that [`check_types`] refuses, dictionaries excepted.
+pub(super) fn collect(columns: &[ArrayRef], views: Views) -> Result<BodyParts, ArrowError> {
+    let mut parts = BodyParts {
+        views,
+        nodes: Vec::new(),
+        buffers: Vec::new(),
+        variadic_counts: Vec::new(),
+        dictionaries: Vec::new(),
+    };
+    for column in columns {
         parts.add(column.as_ref(), Some(1))?;
     }
     Ok(parts)
@@ -305,6 +341,12 @@ impl BodyParts {
                     self.add(child.as_ref(), items)?;
                 }
             }
+            DataType::Dictionary(keys, _) => {
+                let dictionary = array.as_any_dictionary();
+                let width = keys.primitive_width().unwrap_or(0);
+                self.add_values(dictionary.keys(), width, items);
+                self.dictionaries.push(dictionary.values().clone());
+            }
             other => match other.primitive_width() {
                 Some(width) => self.add_values(array, width, items),
                 None => {
@@ -368,10 +410,16 @@ impl BodyParts {
     }
 
     fn add_views<T: ByteViewType>(&mut self, array: &GenericByteViewArray<T>) {
-        let compact = array.gc();
+        let all: usize = array.data_buffers().iter().map(Buffer::len).sum();
+        let wasteful = || {
+            let used = array.total_buffer_bytes_used();
+            all > used.saturating_add(used / 20 + PAGE_BYTES)
+        };
+        let compact = (self.views == Views::Compact || wasteful()).then(|| array.gc());
+        let array = compact.as_ref().unwrap_or(array);
         self.buffers
-            .push((BufferClass::Views, compact.views().inner().clone()));
-        let data_buffers = compact.data_buffers();
+            .push((BufferClass::Views, array.views().inner().clone()));
+        let data_buffers = array.data_buffers();
         self.buffers.extend(
             data_buffers
                 .iter()
@@ -399,14 +447,17 @@ mod tests {
 
     #[test]
     fn equal_widths_lie_side_by_side_at_one_pitch_whatever_the_schema_order() {
-        let plan = place(&[
-            (BufferClass::Validity, 0),
-            (W8, 40_000),
-            (BufferClass::Validity, 625),
-            (W4, 20_000),
-            (BufferClass::Validity, 0),
-            (W8, 40_000),
-        ]);
+        let plan = place(
+            &[
+                (BufferClass::Validity, 0),
+                (W8, 40_000),
+                (BufferClass::Validity, 625),
+                (W4, 20_000),
+                (BufferClass::Validity, 0),
+                (W8, 40_000),
+            ],
+            Placing::Pages,
+        );
         assert_eq!(plan.offsets[1], 0);
         assert_eq!(plan.offsets[5], 40_960);
         assert_eq!(plan.offsets[3], 81_920);
@@ -420,13 +471,25 @@ mod tests {
 
     #[test]
     fn small_buffers_are_packed_at_64_bytes() {
-        let plan = place(&[(W8, 80), (W8, 80), (BufferClass::Data, 5)]);
+        let plan = place(
+            &[(W8, 80), (W8, 80), (BufferClass::Data, 5)],
+            Placing::Pages,
+        );
         assert_eq!(plan.offsets, [0, 128, 256]);
         assert_eq!(plan.body_bytes, 4096);
     }
 
     #[test]
+    fn on_the_wire_large_buffers_are_packed_at_64_bytes_too_in_the_order_of_the_file() {
+        let buffers = [(BufferClass::Data, 5000), (W8, 40_008), (W8, 40_008)];
+        let plan = place(&buffers, Placing::Close);
+        assert_eq!(plan.offsets, [80_128, 0, 40_064]);
+        assert_eq!(plan.physical_order, [1, 2, 0]);
+        assert_eq!(plan.body_bytes, 80_128 + 5000);
+    }
+
+    #[test]
     fn an_empty_body_has_no_bytes() {
-        assert_eq!(place(&[]).body_bytes, 0);
+        assert_eq!(place(&[], Placing::Pages).body_bytes, 0);
     }
 }

@@ -88,7 +88,7 @@ impl IndexShape {
     }
 
     fn from_header(header: &[u8]) -> Result<Self, HeaderProblem> {
-        check_header(header, MAGIC, 60)?;
+        check_header(header, MAGIC, 60, SEGMENT_FORMAT_VERSION)?;
         let shape = IndexShape {
             keys: read_u64(header, 16),
             filter_words: read_u64(header, 24),
@@ -105,7 +105,7 @@ impl IndexShape {
 /// Why a companion's header was refused.
 #[derive(Debug)]
 pub(super) enum HeaderProblem {
-    Newer { found: u32 },
+    Newer { found: u32, supported: u32 },
     Damaged(String),
 }
 
@@ -115,6 +115,7 @@ pub(super) fn check_header(
     header: &[u8],
     magic: [u8; 8],
     crc_offset: usize,
+    supported: u32,
 ) -> Result<(), HeaderProblem> {
     if header.len() < crc_offset + 4 {
         return Err(HeaderProblem::Damaged("the file ends inside it".to_owned()));
@@ -123,13 +124,16 @@ pub(super) fn check_header(
         return Err(HeaderProblem::Damaged("wrong magic".to_owned()));
     }
     let version = read_u32(header, 8);
-    if version > SEGMENT_FORMAT_VERSION {
-        return Err(HeaderProblem::Newer { found: version });
+    if version > supported {
+        return Err(HeaderProblem::Newer {
+            found: version,
+            supported,
+        });
     }
     if crc32fast::hash(&header[..crc_offset]) != read_u32(header, crc_offset) {
         return Err(HeaderProblem::Damaged("wrong checksum".to_owned()));
     }
-    if version != SEGMENT_FORMAT_VERSION {
+    if version != supported {
         return Err(HeaderProblem::Damaged(format!("unknown version {version}")));
     }
     Ok(())

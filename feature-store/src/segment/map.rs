@@ -1,40 +1,245 @@
 //! Memory maps, and fetching their bytes ahead of use: the only unsafe code of the engine.
+//!
+//! A [`MappedFile`] is one published file, mapped. It can bring ranges of itself into memory
+//! before somebody who must not wait for the disk reads them, and it can lend out the file
+//! behind a slice, so that `sendfile` may send what would else be copied.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use memmap2::{Mmap, MmapMut};
+use memmap2::{Advice, Mmap, MmapMut};
+use parking_lot::RwLock;
 
-/// Maps all of a published file, read-only. The map lives as long as any clone or slice of
-/// the result.
-pub(super) fn map_published(file: &File) -> io::Result<Bytes> {
-    if file.metadata()?.len() == 0 {
-        return Ok(Bytes::new());
+/// The unit of the kernel's answer about what is in memory.
+const MEMORY_PAGE_BYTES: usize = 4096;
+
+/// Pages asked about in one call.
+const PAGES_A_CALL: usize = 2048;
+
+/// How much of a file is remembered as mapped by one flag.
+const REGION_BYTES: usize = 1 << 20;
+
+/// A published file, mapped read-only. Clones share the map, which lives as long as any of
+/// them, or any slice of [`bytes`](MappedFile::bytes).
+#[derive(Clone)]
+pub struct MappedFile {
+    bytes: Bytes,
+    /// `None` for an empty file.
+    mapping: Option<Arc<Mapping>>,
+}
+
+struct Mapping {
+    map: Mmap,
+    path: PathBuf,
+    /// Device and inode, to know the file again.
+    identity: (u64, u64),
+    /// Per region, whether all its pages were brought in once.
+    populated: Box<[AtomicBool]>,
+    sendable: OnceLock<bool>,
+}
+
+/// Keeps the mapping alive behind a `Bytes`.
+struct Owner(Arc<Mapping>);
+
+impl AsRef<[u8]> for Owner {
+    fn as_ref(&self) -> &[u8] {
+        &self.0.map
     }
-    // SAFETY: mapped bytes must not change or go away. Callers pass files that a manifest
-    // names: their writer synced, closed and renamed them, made them read-only, and no code
-    // of ours opens such a file for writing again; unlinking leaves the mapped bytes alive.
-    // Left over: somebody overwriting the file in place (checksums find that late, and arrow
-    // has validated what it relied on before) or truncating it, which raises SIGBUS.
-    let map = unsafe { Mmap::map(file)? };
-    Ok(Bytes::from_owner(map))
+}
+
+impl MappedFile {
+    /// Maps all of a published file that was opened from `path`.
+    pub(super) fn map(file: &File, path: &Path) -> io::Result<MappedFile> {
+        let metadata = file.metadata()?;
+        if metadata.len() == 0 {
+            return Ok(MappedFile {
+                bytes: Bytes::new(),
+                mapping: None,
+            });
+        }
+        // SAFETY: mapped bytes must not change or go away. Callers pass files that a manifest
+        // names: their writer synced, closed and renamed them, made them read-only, and no code
+        // of ours opens such a file for writing again; unlinking leaves the mapped bytes alive.
+        // Left over: somebody overwriting the file in place (checksums find that late, and arrow
+        // has validated what it relied on before) or truncating it, which raises SIGBUS.
+        let map = unsafe { Mmap::map(file)? };
+        let regions = map.len().div_ceil(REGION_BYTES);
+        let mapping = Arc::new(Mapping {
+            map,
+            path: path.to_owned(),
+            identity: (metadata.dev(), metadata.ino()),
+            populated: (0..regions).map(|_| AtomicBool::new(false)).collect(),
+            sendable: OnceLock::new(),
+        });
+        Ok(MappedFile {
+            bytes: Bytes::from_owner(Owner(Arc::clone(&mapping))),
+            mapping: Some(mapping),
+        })
+    }
+
+    /// All of the file.
+    pub fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
+    /// Where `part` lies in the file, if it is a piece of this map.
+    pub fn position_of(&self, part: &[u8]) -> Option<usize> {
+        position_in(self.bytes.as_ptr() as usize, self.bytes.len(), part)
+    }
+
+    /// Brings a range of the file into memory, and into the page table, if it is not there:
+    /// whoever reads it soon after does not wait for the disk. Blocks while the disk is read.
+    ///
+    /// Where all of it was brought in before and is still there, this costs one cheap call.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be read: it was cut short from outside, or the device failed.
+    pub fn make_resident(&self, range: Range<usize>) -> io::Result<()> {
+        let end = range.end.min(self.bytes.len());
+        let start = range.start / MEMORY_PAGE_BYTES * MEMORY_PAGE_BYTES;
+        let (Some(mapping), true) = (&self.mapping, start < end) else {
+            return Ok(());
+        };
+        let regions = &mapping.populated[start / REGION_BYTES..end.div_ceil(REGION_BYTES)];
+        let known = regions.iter().all(|flag| flag.load(Ordering::Relaxed));
+        if known && mapping.is_resident(start, end) {
+            return Ok(());
+        }
+        mapping.populate(start, end)?;
+        // Regions at the edges may be known only in part. That costs later readers page
+        // faults, never a wait: `is_resident` is asked each time.
+        for flag in regions {
+            flag.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Lets [`file_behind`] find this file, from now until the map is gone. Keeps one file
+    /// descriptor open; false if the file is no longer under its name.
+    pub fn make_sendable(&self) -> bool {
+        let Some(mapping) = &self.mapping else {
+            return false;
+        };
+        *mapping.sendable.get_or_init(|| {
+            let Some(file) = mapping.reopen() else {
+                return false;
+            };
+            let range = (self.bytes.len(), Arc::new(file));
+            SENDABLE.write().insert(self.bytes.as_ptr() as usize, range);
+            true
+        })
+    }
+}
+
+impl std::fmt::Debug for MappedFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MappedFile({} bytes)", self.bytes.len())
+    }
+}
+
+impl Mapping {
+    /// Whether the page cache holds all of a range that starts on a page.
+    fn is_resident(&self, start: usize, end: usize) -> bool {
+        let mut answers = [0_u8; PAGES_A_CALL];
+        let mut at = start;
+        while at < end {
+            let bytes = (end - at).min(PAGES_A_CALL * MEMORY_PAGE_BYTES);
+            let pages = bytes.div_ceil(MEMORY_PAGE_BYTES);
+            // SAFETY: the range lies in this map, which `self` keeps mapped, and starts on a
+            // page of it; `answers` has room for one byte a page, at most `PAGES_A_CALL`. The
+            // call only writes `answers`.
+            let failed = unsafe {
+                libc::mincore(
+                    self.map.as_ptr().add(at).cast_mut().cast(),
+                    bytes,
+                    answers.as_mut_ptr(),
+                )
+            };
+            if failed != 0 || answers[..pages].iter().any(|page| page & 1 == 0) {
+                return false;
+            }
+            at += bytes;
+        }
+        true
+    }
+
+    fn populate(&self, start: usize, end: usize) -> io::Result<()> {
+        match self
+            .map
+            .advise_range(Advice::PopulateRead, start, end - start)
+        {
+            // Kernels before 5.14 do not know the advice: read a byte of every page.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                for page in self.map[start..end].chunks(MEMORY_PAGE_BYTES) {
+                    std::hint::black_box(page[0]);
+                }
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// The file under its name, if it still is the one mapped.
+    fn reopen(&self) -> Option<File> {
+        let file = File::open(&self.path).ok()?;
+        let metadata = file.metadata().ok()?;
+        let same = (metadata.dev(), metadata.ino()) == self.identity
+            && metadata.len() == self.map.len() as u64;
+        same.then_some(file)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // Before the map goes: afterwards other memory may have its address.
+        if self.sendable.get() == Some(&true) {
+            SENDABLE.write().remove(&(self.map.as_ptr() as usize));
+        }
+    }
+}
+
+/// Maps that may be sent by descriptor: address -> length and file. An entry is there only
+/// while the map is, so bytes that somebody can still borrow inside its range are the file's.
+static SENDABLE: RwLock<BTreeMap<usize, (usize, Arc<File>)>> = RwLock::new(BTreeMap::new());
+
+/// The file that `bytes` are a piece of, and where in it they start, if they lie in the map of
+/// a file that was [made sendable](MappedFile::make_sendable).
+pub fn file_behind(bytes: &[u8]) -> Option<(Arc<File>, u64)> {
+    let maps = SENDABLE.read();
+    let (base, (map_bytes, file)) = maps.range(..=bytes.as_ptr() as usize).next_back()?;
+    let position = position_in(*base, *map_bytes, bytes)?;
+    Some((Arc::clone(file), position as u64))
+}
+
+/// Where `part` starts in the `bytes` bytes at address `base`, if all of it lies there.
+fn position_in(base: usize, bytes: usize, part: &[u8]) -> Option<usize> {
+    let position = (part.as_ptr() as usize).checked_sub(base)?;
+    let end = position.checked_add(part.len())?;
+    (end <= bytes).then_some(position)
 }
 
 /// Maps all of a closed log: a file that its writer, an earlier process, will not touch
 /// again, and that the store's lock keeps other writers from.
 ///
 /// All of it is about to be read, so its pages are mapped in one step.
-pub(crate) fn map_file(path: &std::path::Path) -> io::Result<Bytes> {
+pub(crate) fn map_file(path: &Path) -> io::Result<Bytes> {
     let file = File::open(path)?;
     if file.metadata()?.len() == 0 {
         return Ok(Bytes::new());
     }
-    // SAFETY: as in `map_published`; the writer of a log is gone once a later process opens
+    // SAFETY: as in `MappedFile::map`; the writer of a log is gone once a later process opens
     // it, and recovery never truncates.
     let map = unsafe { Mmap::map(&file)? };
     // Only advice: without it every page faults in by itself.
-    let _ = map.advise(memmap2::Advice::PopulateRead);
+    let _ = map.advise(Advice::PopulateRead);
     Ok(Bytes::from_owner(map))
 }
 
@@ -60,4 +265,71 @@ pub(crate) fn prefetch<T>(slice: &[T], index: usize) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (slice, index);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Seek, SeekFrom, Write};
+
+    use super::*;
+
+    fn mapped(bytes: &[u8]) -> (tempfile::TempDir, PathBuf, MappedFile) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        File::create(&path).unwrap().write_all(bytes).unwrap();
+        let map = MappedFile::map(&File::open(&path).unwrap(), &path).unwrap();
+        (dir, path, map)
+    }
+
+    #[test]
+    fn a_slice_of_a_sendable_map_leads_to_its_place_in_the_file_until_the_map_is_gone() {
+        let content: Vec<u8> = (0..100_000_u32).map(|i| i as u8).collect();
+        let (_dir, _path, map) = mapped(&content);
+        let slice = map.bytes().slice(777..9_000);
+        assert!(file_behind(&slice).is_none(), "nobody asked for it yet");
+        assert!(map.make_sendable());
+        let (file, offset) = file_behind(&slice).unwrap();
+        assert_eq!(offset, 777);
+        let mut file = file.try_clone().unwrap();
+        file.seek(SeekFrom::Start(offset)).unwrap();
+        let mut read = vec![0; slice.len()];
+        file.read_exact(&mut read).unwrap();
+        assert_eq!(read, slice);
+        assert!(file_behind(&content).is_none());
+
+        let base = map.bytes().as_ptr() as usize;
+        drop(map);
+        assert!(file_behind(&slice).is_some(), "the slice keeps the map");
+        drop(slice);
+        assert!(!SENDABLE.read().contains_key(&base));
+    }
+
+    #[test]
+    fn a_file_that_was_replaced_under_its_name_is_not_sendable() {
+        let (_dir, path, map) = mapped(b"first");
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, b"other").unwrap();
+        assert!(!map.make_sendable());
+        assert!(file_behind(map.bytes()).is_none());
+    }
+
+    #[test]
+    fn ranges_become_resident_and_a_file_cut_short_is_an_error() {
+        let (_dir, path, map) = mapped(&vec![7; 5 << 20]);
+        map.make_resident(100..3 << 20).unwrap();
+        map.make_resident(100..3 << 20).unwrap();
+        map.make_resident(0..usize::MAX).unwrap();
+        let writable = File::options().write(true).open(&path).unwrap();
+        writable.set_len(1 << 20).unwrap();
+        map.make_resident(0..1 << 20).unwrap();
+        assert!(map.make_resident(0..5 << 20).is_err());
+    }
+
+    #[test]
+    fn an_empty_file_has_no_bytes_and_no_trouble() {
+        let (_dir, _path, map) = mapped(b"");
+        map.make_resident(0..10).unwrap();
+        assert!(!map.make_sendable());
+        assert!(map.bytes().is_empty());
+    }
 }

@@ -6,9 +6,10 @@
 use std::collections::HashMap;
 
 use arrow_ipc::convert::{IpcSchemaEncoder, metadata_to_fb};
+use arrow_ipc::writer::DictionaryTracker;
 use arrow_ipc::{
-    Block, FieldNode, FooterBuilder, MessageBuilder, MessageHeader, MetadataVersion,
-    RecordBatchBuilder,
+    Block, DictionaryBatchBuilder, FieldNode, FooterBuilder, MessageBuilder, MessageHeader,
+    MetadataVersion, RecordBatchBuilder,
 };
 use arrow_schema::Schema;
 use flatbuffers::{FlatBufferBuilder, UnionWIPOffset, WIPOffset};
@@ -22,10 +23,14 @@ pub(super) const END_OF_STREAM: [u8; 8] = [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 /// Continuation marker and length before the flatbuffer.
 const PREFIX_BYTES: usize = 8;
 
-/// A schema message, unframed.
+/// A schema message, unframed. Dictionary columns are numbered from 0, in the order in which
+/// the body of a batch visits them.
 pub(super) fn schema_message(schema: &Schema) -> Vec<u8> {
     let mut builder = FlatBufferBuilder::new();
-    let header = IpcSchemaEncoder::new().schema_to_fb_offset(&mut builder, schema);
+    let mut dictionaries = DictionaryTracker::new(false);
+    let header = IpcSchemaEncoder::new()
+        .with_dictionary_tracker(&mut dictionaries)
+        .schema_to_fb_offset(&mut builder, schema);
     finish_message(builder, MessageHeader::Schema, header.as_union_value(), 0)
 }
 
@@ -39,6 +44,43 @@ pub(crate) fn batch_message(
     body_bytes: usize,
 ) -> Vec<u8> {
     let mut builder = FlatBufferBuilder::new();
+    let header = write_batch(&mut builder, rows, nodes, buffers, variadic_counts);
+    finish_message(
+        builder,
+        MessageHeader::RecordBatch,
+        header.as_union_value(),
+        body_bytes,
+    )
+}
+
+/// The message that replaces dictionary `id` by the values of a batch of one column, unframed.
+/// The rest is as for [`batch_message`].
+pub(super) fn dictionary_message(
+    id: i64,
+    rows: usize,
+    nodes: &[FieldNode],
+    buffers: &[(usize, usize)],
+    variadic_counts: &[i64],
+    body_bytes: usize,
+) -> Vec<u8> {
+    let mut builder = FlatBufferBuilder::new();
+    let data = write_batch(&mut builder, rows, nodes, buffers, variadic_counts);
+    let header = {
+        let mut dictionary = DictionaryBatchBuilder::new(&mut builder);
+        dictionary.add_id(id);
+        dictionary.add_data(data);
+        dictionary.finish().as_union_value()
+    };
+    finish_message(builder, MessageHeader::DictionaryBatch, header, body_bytes)
+}
+
+fn write_batch<'b>(
+    builder: &mut FlatBufferBuilder<'b>,
+    rows: usize,
+    nodes: &[FieldNode],
+    buffers: &[(usize, usize)],
+    variadic_counts: &[i64],
+) -> WIPOffset<arrow_ipc::RecordBatch<'b>> {
     let buffers: Vec<_> = buffers
         .iter()
         .map(|(offset, bytes)| arrow_ipc::Buffer::new(*offset as i64, *bytes as i64))
@@ -47,17 +89,14 @@ pub(crate) fn batch_message(
     let nodes = builder.create_vector(nodes);
     let variadic_counts =
         (!variadic_counts.is_empty()).then(|| builder.create_vector(variadic_counts));
-    let header = {
-        let mut batch = RecordBatchBuilder::new(&mut builder);
-        batch.add_length(rows as i64);
-        batch.add_nodes(nodes);
-        batch.add_buffers(buffers);
-        if let Some(counts) = variadic_counts {
-            batch.add_variadicBufferCounts(counts);
-        }
-        batch.finish().as_union_value()
-    };
-    finish_message(builder, MessageHeader::RecordBatch, header, body_bytes)
+    let mut batch = RecordBatchBuilder::new(builder);
+    batch.add_length(rows as i64);
+    batch.add_nodes(nodes);
+    batch.add_buffers(buffers);
+    if let Some(counts) = variadic_counts {
+        batch.add_variadicBufferCounts(counts);
+    }
+    batch.finish()
 }
 
 fn finish_message(

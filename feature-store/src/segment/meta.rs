@@ -12,6 +12,8 @@ pub(super) const ARROW: &str = "arrow";
 pub(super) const SYS: &str = "sys";
 /// Key index over the rows.
 pub(super) const IDX: &str = "idx";
+/// Statistics of the rows' batches.
+pub(super) const STAT: &str = "stat";
 /// Deletes, an Arrow IPC file.
 pub(super) const DEL: &str = "del";
 /// Key index over the deletes.

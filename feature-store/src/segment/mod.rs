@@ -8,6 +8,7 @@
 //! | `<id>.arrow` | the rows, sorted by (encoded key, event time, created time, sequence): user columns only, an ordinary Arrow IPC file that any reader opens |
 //! | `<id>.sys` | the sequence of each row |
 //! | `<id>.idx` | key index over the rows |
+//! | `<id>.stat` | null counts, least and greatest values of each record batch; segments of earlier releases lack it |
 //! | `<id>.del` | deletes, only if there are any: key columns, `event_time`, `created_time`, `sequence` |
 //! | `<id>.dix` | key index over the deletes |
 //! | `<id>.rows` | the rows again, each in one slot, only if the table asks for it (`lookup = "rows"`) |
@@ -36,8 +37,8 @@
 //! in physical order, of `{"width_bytes", "pitch_bytes", "columns"}`, the pitch being that of
 //! a full batch; a struct's child is named `parent.child`).
 //!
-//! The layouts of the index, of `.sys` and of `.rows` stand in `index.rs`, `sequences.rs` and
-//! `packed.rs`.
+//! The layouts of the index, of `.sys`, of `.stat` and of `.rows` stand in `index.rs`,
+//! `sequences.rs`, `statistics.rs` and `packed.rs`.
 //!
 //! Elsewhere: which segments a reader sees (`snapshot`, `manifest`), which to combine
 //! (`merge`), what an encoded key is (`pinion_schemas::KeyEncoder`).
@@ -53,6 +54,8 @@ mod error;
 mod files;
 mod index;
 mod index_writer;
+pub mod ipc;
+mod lend;
 #[allow(unsafe_code)]
 mod map;
 mod message;
@@ -63,6 +66,7 @@ mod raw;
 mod reader;
 mod sequences;
 mod sorted;
+mod statistics;
 mod verify;
 mod writer;
 
@@ -72,6 +76,7 @@ mod tests;
 pub use arrow_reader::Block;
 pub use error::{OpenSegmentError, SegmentDamage, SegmentError};
 pub(crate) use index::Probe;
+pub use map::{MappedFile, file_behind};
 pub(crate) use map::{map_file, prefetch};
 pub(crate) use message::batch_message;
 pub use meta::{ArrowFileMeta, BatchMeta, FileMeta, SegmentId, SegmentMeta};
@@ -79,6 +84,7 @@ pub(crate) use packed::{Packed, PackedRows};
 pub(crate) use raw::RawColumn;
 pub use reader::{DeleteRow, Segment};
 pub use sorted::Run;
+pub use statistics::{ColumnStatistics, STATISTICS_FORMAT_VERSION, Statistics};
 pub use verify::VerifyReport;
 pub use writer::{SegmentWriter, SegmentWriterOptions};
 
@@ -89,7 +95,8 @@ pub const PAGE_BYTES: usize = 4096;
 /// Buffers smaller than [`PAGE_BYTES`] start at a multiple of this.
 pub const SMALL_ALIGNMENT_BYTES: usize = 64;
 
-/// The version of every file of a segment that this program writes, and the newest it reads.
+/// The version of every file of a segment but `.stat`, which has its own, that this program
+/// writes, and the newest it reads.
 pub const SEGMENT_FORMAT_VERSION: u32 = 1;
 
 /// A segment holds at most this many rows, and at most this many deletes: row numbers are

@@ -268,7 +268,7 @@ impl PackedRows {
         key_columns: usize,
     ) -> Result<PackedRows, HeaderProblem> {
         let header = map.get(..HEADER_BYTES).unwrap_or(map);
-        check_header(header, MAGIC, CRC_OFFSET)?;
+        check_header(header, MAGIC, CRC_OFFSET, SEGMENT_FORMAT_VERSION)?;
         if header.len() < HEADER_BYTES {
             return Err(HeaderProblem::Damaged("the file ends inside it".to_owned()));
         }

@@ -15,14 +15,17 @@ use pinion_schemas::{KeyEncoder, key_hash};
 
 use super::arrow_reader::{ArrowFile, Block};
 use super::index::{HeaderProblem, KeyIndex};
+use super::lend::LendableFile;
+use super::map::MappedFile;
 use super::meta::{
-    ARROW, ArrowFileMeta, DEL, DIX, IDX, ROWS, SYS, SegmentMeta, file_name, from_hex,
+    ARROW, ArrowFileMeta, DEL, DIX, IDX, ROWS, STAT, SYS, SegmentMeta, file_name, from_hex,
 };
 use super::packed::PackedRows;
 use super::raw::RawColumn;
 use super::sorted::{Run, SortedFile};
+use super::statistics::{Statistics, StatisticsFile};
 use super::writer::delete_schema;
-use super::{OpenSegmentError, SEGMENT_FORMAT_VERSION, SegmentDamage, SegmentId, sequences};
+use super::{OpenSegmentError, SegmentDamage, SegmentId, sequences};
 
 /// When a delete says that its key ceased to be, in raw ticks of the table's times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,8 +52,10 @@ pub struct Segment {
     sequences: ScalarBuffer<u64>,
     pub(super) deletes: Option<SortedFile>,
     key_range: Option<(Vec<u8>, Vec<u8>)>,
+    statistics: Option<StatisticsFile>,
     /// Whole companions, for their checksums: suffix and map.
     pub(super) companions: Vec<(&'static str, Bytes)>,
+    file: LendableFile,
 }
 
 impl Segment {
@@ -89,7 +94,7 @@ impl Segment {
             &mut companions,
         )?;
         if meta.files.iter().any(|file| file.suffix == ROWS) {
-            let map = map_file(dir, meta, ROWS)?;
+            let map = map_file(dir, meta, ROWS)?.bytes().clone();
             let packed = PackedRows::open(&map, &schema, key_columns)
                 .map_err(|problem| header_error(id, ROWS, problem))?;
             if packed.rows() != u64::from(rows.file.rows()) {
@@ -98,9 +103,10 @@ impl Segment {
             rows.packed = Some(packed);
             companions.push((ROWS, map));
         }
-        let sys = map_file(dir, meta, SYS)?;
+        let sys = map_file(dir, meta, SYS)?.bytes().clone();
         let sequences = sequences::open(&sys).map_err(|problem| header_error(id, SYS, problem))?;
         companions.push((SYS, sys));
+        let statistics = open_statistics(dir, meta, &mut companions)?;
         let deletes = match &meta.del {
             Some(del) => {
                 let schema = delete_schema(&schema, key_columns);
@@ -116,6 +122,8 @@ impl Segment {
             None => None,
         };
 
+        let path = dir.join(file_name(id, ARROW));
+        let file = LendableFile::new(path, rows.file.map().bytes().len() as u64);
         let row_count = u64::from(rows.file.rows());
         let delete_count = deletes
             .as_ref()
@@ -142,7 +150,9 @@ impl Segment {
             sequences,
             deletes,
             key_range,
+            statistics,
             companions,
+            file,
         })
     }
 
@@ -215,6 +225,48 @@ impl Segment {
     /// As [`batch`](Self::batch).
     pub fn batch_ref(&self, batch: usize) -> Result<&RecordBatch, SegmentDamage> {
         self.rows.file.batch(batch)
+    }
+
+    /// Some columns of a batch, by ascending number, as [`batch`](Self::batch) has them. If the
+    /// batch was not decoded yet, only these are, and their bytes alone are read.
+    ///
+    /// # Errors
+    ///
+    /// As [`batch`](Self::batch); also for a column that is not there.
+    pub fn batch_columns(
+        &self,
+        batch: usize,
+        columns: &[usize],
+    ) -> Result<RecordBatch, SegmentDamage> {
+        self.rows.file.batch_columns(batch, columns)
+    }
+
+    /// What is known of each batch without reading it; `None` for segments that were written
+    /// without. Decoded, and compared with its checksum, once.
+    ///
+    /// # Errors
+    ///
+    /// If the file is damaged. The rows can still be read; a merge writes it anew.
+    pub fn statistics(&self) -> Result<Option<&Statistics>, SegmentDamage> {
+        let Some(file) = &self.statistics else {
+            return Ok(None);
+        };
+        match file.get(&self.schema, self.batches()) {
+            Ok(statistics) => Ok(Some(statistics)),
+            Err(what) => Err(SegmentDamage {
+                segment: self.meta.id,
+                file: file_name(self.meta.id, STAT),
+                what,
+                batch: None,
+            }),
+        }
+    }
+
+    /// The least and the greatest encoded key over rows and deletes.
+    pub fn key_range(&self) -> Option<(&[u8], &[u8])> {
+        self.key_range
+            .as_ref()
+            .map(|(least, greatest)| (least.as_slice(), greatest.as_slice()))
     }
 
     /// The buffers of a record batch, for reading single cells.
@@ -382,7 +434,27 @@ impl Segment {
 
     /// All bytes of `.arrow`.
     pub fn arrow_map(&self) -> &Bytes {
+        self.rows.file.map().bytes()
+    }
+
+    /// The map of `.arrow`, which the buffers of its batches are slices of.
+    pub fn arrow_file(&self) -> &MappedFile {
         self.rows.file.map()
+    }
+
+    /// A read-only descriptor of `.arrow`, for another process to map.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if it was unlinked without [`keep_file`](Self::keep_file).
+    pub fn open_file(&self) -> io::Result<File> {
+        self.file.open()
+    }
+
+    /// Keeps `.arrow` open from now on. Call it before unlinking the file: a snapshot that
+    /// still reads this segment may still be lent.
+    pub fn keep_file(&self) {
+        self.file.keep();
     }
 
     /// Where a batch's message lies in `.arrow`; `None` if there is no such batch.
@@ -420,7 +492,7 @@ fn open_sorted(
     companions: &mut Vec<(&'static str, Bytes)>,
 ) -> Result<SortedFile, OpenSegmentError> {
     let file = ArrowFile::open(meta.id, suffix, map_file(dir, meta, suffix)?, arrow, schema)?;
-    let index_map = map_file(dir, meta, index_suffix)?;
+    let index_map = map_file(dir, meta, index_suffix)?.bytes().clone();
     let index = KeyIndex::open(&index_map)
         .map_err(|problem| header_error(meta.id, index_suffix, problem))?;
     if index.rows() != u64::from(file.rows()) {
@@ -441,7 +513,23 @@ fn open_sorted(
     })
 }
 
-fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<Bytes, OpenSegmentError> {
+/// Segments of earlier releases have no statistics.
+fn open_statistics(
+    dir: &Path,
+    meta: &SegmentMeta,
+    companions: &mut Vec<(&'static str, Bytes)>,
+) -> Result<Option<StatisticsFile>, OpenSegmentError> {
+    let Some(listed) = meta.files.iter().find(|file| file.suffix == STAT) else {
+        return Ok(None);
+    };
+    let map = map_file(dir, meta, STAT)?.bytes().clone();
+    companions.push((STAT, map.clone()));
+    StatisticsFile::open(map, listed.crc32)
+        .map(Some)
+        .map_err(|problem| header_error(meta.id, STAT, problem))
+}
+
+fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<MappedFile, OpenSegmentError> {
     let id = meta.id;
     let file = file_name(id, suffix);
     let expected_bytes = meta
@@ -453,7 +541,8 @@ fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<Bytes, OpenS
             id,
             what: format!("it lists no {suffix}"),
         })?;
-    let opened = File::open(dir.join(&file)).and_then(|opened| {
+    let path = dir.join(&file);
+    let opened = File::open(&path).and_then(|opened| {
         let bytes = opened.metadata()?.len();
         Ok((opened, bytes))
     });
@@ -472,17 +561,17 @@ fn map_file(dir: &Path, meta: &SegmentMeta, suffix: &str) -> Result<Bytes, OpenS
             actual_bytes,
         });
     }
-    super::map::map_published(&opened).map_err(|source| OpenSegmentError::Io { id, file, source })
+    MappedFile::map(&opened, &path).map_err(|source| OpenSegmentError::Io { id, file, source })
 }
 
 fn header_error(id: SegmentId, suffix: &str, problem: HeaderProblem) -> OpenSegmentError {
     let file = file_name(id, suffix);
     match problem {
-        HeaderProblem::Newer { found } => OpenSegmentError::NewerVersion {
+        HeaderProblem::Newer { found, supported } => OpenSegmentError::NewerVersion {
             id,
             file,
             found,
-            supported: SEGMENT_FORMAT_VERSION,
+            supported,
         },
         HeaderProblem::Damaged(what) => OpenSegmentError::HeaderDamaged { id, file, what },
     }

@@ -74,7 +74,7 @@ impl SequenceWriter {
 /// The sequences through the map. Checks the header and the length; reads nothing else.
 pub(super) fn open(map: &Bytes) -> Result<ScalarBuffer<u64>, HeaderProblem> {
     let header = map.get(..HEADER_BYTES).unwrap_or(map);
-    check_header(header, MAGIC, CRC_OFFSET)?;
+    check_header(header, MAGIC, CRC_OFFSET, SEGMENT_FORMAT_VERSION)?;
     let rows = read_u64(header, 16);
     let expected_bytes = rows
         .checked_mul(8)

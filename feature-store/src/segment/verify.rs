@@ -3,8 +3,9 @@
 use pinion_schemas::{KeyEncoder, key_hash};
 
 use super::index::COUNT_LIMIT;
-use super::meta::{ROWS, SYS, file_name};
+use super::meta::{ROWS, STAT, SYS, file_name};
 use super::sorted::{Run, SortedFile};
+use super::statistics::StatisticsBuilder;
 use super::{Segment, SegmentDamage};
 
 /// What [`Segment::verify`] has read and found whole.
@@ -25,7 +26,7 @@ pub struct VerifyReport {
 impl Segment {
     /// Reads all files: every byte against its checksum, every batch against its schema, keys
     /// in ascending order and within the segment's range, each found by the index with the
-    /// right run, sequences within their range.
+    /// right run, sequences within their range, statistics that are those of the batches.
     ///
     /// # Errors
     ///
@@ -42,6 +43,7 @@ impl Segment {
             Some(deletes) => self.verify_sorted(deletes)?,
             None => 0,
         };
+        self.verify_statistics()?;
         let sequences = self.meta().min_sequence..=self.meta().max_sequence;
         if let Some(row) = self
             .all_sequences()
@@ -58,6 +60,24 @@ impl Segment {
             delete_keys,
             file_bytes: self.file_bytes(),
         })
+    }
+
+    /// A bound that is too narrow would hide rows from scans.
+    fn verify_statistics(&self) -> Result<(), SegmentDamage> {
+        let Some(stored) = self.statistics()? else {
+            return Ok(());
+        };
+        let mut builder = StatisticsBuilder::new(self.schema());
+        for batch in 0..self.batches() {
+            builder
+                .push(self.batch_ref(batch)?)
+                .map_err(|error| self.companion_damage(STAT, error.to_string()))?;
+        }
+        match builder.finish() {
+            Ok(known) if known == *stored => Ok(()),
+            Ok(_) => Err(self.companion_damage(STAT, "it is not of these batches".to_owned())),
+            Err(error) => Err(self.companion_damage(STAT, error.to_string())),
+        }
     }
 
     /// Returns the number of distinct keys.

@@ -13,7 +13,7 @@ use super::index_writer::IndexBuilder;
 use super::meta::{ARROW, ArrowFileMeta, DEL, DIX, FileMeta, IDX, SegmentMeta, to_hex};
 use super::packed_writer::PackedWriter;
 use super::sequences::SequenceWriter;
-use super::{SegmentError, SegmentId};
+use super::{SegmentError, SegmentId, statistics};
 
 /// Limits on record batches.
 #[derive(Debug, Clone)]
@@ -23,6 +23,8 @@ pub struct SegmentWriterOptions {
     pub max_body_bytes: usize,
     /// The most rows of a batch; rounded down to a power of two.
     pub max_batch_rows: usize,
+    /// Whether to write what scans skip batches by. Segments of releases before it have none.
+    pub statistics: bool,
     /// Whether to write the rows packed too (`.rows`).
     pub packed_rows: bool,
 }
@@ -32,6 +34,7 @@ impl Default for SegmentWriterOptions {
         SegmentWriterOptions {
             max_body_bytes: 4 * 1024 * 1024 - 64 * 1024,
             max_batch_rows: 65_536,
+            statistics: true,
             packed_rows: false,
         }
     }
@@ -257,15 +260,19 @@ impl SegmentWriter {
         let (rows, deletes) = (self.rows(), self.deletes());
 
         let mut files = Files::default();
-        let arrow = files.add_arrow(self.rows.finish()?);
+        let (rows_file, known) = self.rows.finish()?;
+        let arrow = files.add_arrow(rows_file);
         files.add(self.sequences.finish()?);
         files.add(self.index.finish()?);
+        if self.options.statistics {
+            files.add(statistics::write(&self.dir, self.id, &known)?);
+        }
         if let Some(packed) = self.packed {
             files.add(packed.finish()?);
         }
         let mut del = None;
         if let Some(deletes) = self.deletes {
-            del = Some(files.add_arrow(deletes.rows.finish()?));
+            del = Some(files.add_arrow(deletes.rows.finish()?.0));
             files.add(deletes.index.finish()?);
         }
         let files = files.publish(&self.dir)?;

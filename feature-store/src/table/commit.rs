@@ -208,6 +208,11 @@ impl TableInner {
                 table: self.name.name.clone(),
             });
         }
+        if commit.put_id.as_deref() == Some("") {
+            return Err(CommitError::EmptyPutId {
+                table: self.name.name.clone(),
+            });
+        }
         let rows = prepared.deleted.len();
         let seen = commit
             .put_id

@@ -17,7 +17,7 @@ use crate::delta::record::Place;
 use crate::error::{CommitError, ReadError, WorkError};
 use crate::level::{Level, SegmentLevel};
 use crate::order::RowOrder;
-use crate::segment::{SegmentId, SegmentMeta};
+use crate::segment::{SegmentId, SegmentMeta, SegmentWriterOptions};
 use crate::snapshot::SnapshotInner;
 use crate::superseded::Superseded;
 
@@ -35,10 +35,34 @@ pub(crate) struct LoadTarget {
     pub key_columns: usize,
     /// The definition it is written under.
     pub version: Arc<Version>,
+    pub options: SegmentWriterOptions,
+    _running: RunningLoad,
+}
+
+/// While it lives, merges keep the deletes that rows of its load may still meet.
+struct RunningLoad {
+    table: Arc<TableInner>,
+    segment_id: SegmentId,
+}
+
+impl Drop for RunningLoad {
+    fn drop(&mut self) {
+        self.table.running_loads.lock().remove(&self.segment_id);
+    }
 }
 
 impl TableInner {
-    fn begin_load(&self) -> Result<LoadTarget, WorkError> {
+    /// The greatest event time by which rows that come after `snapshot` are late: its own, or
+    /// the table's when the oldest running load began, which has taken rows in since. A load
+    /// that begins after this call judges by no less than the snapshot's.
+    pub(super) fn late_from(&self, snapshot: &SnapshotInner) -> Option<i64> {
+        let running = self.running_loads.lock();
+        running
+            .values()
+            .fold(snapshot.max_event, |least, &began| least.min(began))
+    }
+
+    fn begin_load(self: &Arc<Self>) -> Result<LoadTarget, WorkError> {
         if let Some(cause) = self.read_only_cause() {
             return Err(WorkError::ReadOnly {
                 table: self.name.name.clone(),
@@ -54,6 +78,11 @@ impl TableInner {
                 break id;
             }
         };
+        {
+            // Read under the lock: see `late_from`.
+            let mut running = self.running_loads.lock();
+            running.insert(segment_id, self.current.load().max_event);
+        }
         Ok(LoadTarget {
             segments_dir: self.dirs.segments.clone(),
             temporary_dir: self.dirs.temporary.clone(),
@@ -62,6 +91,11 @@ impl TableInner {
             key_encoder: version.key_encoder.clone(),
             key_columns: version.key_columns,
             version,
+            options: self.options.segment.clone(),
+            _running: RunningLoad {
+                table: Arc::clone(self),
+                segment_id,
+            },
         })
     }
 
@@ -258,7 +292,7 @@ impl Table {
 
     /// Makes a load's segment part of the table: readers see all of it or none. Its stored
     /// sequences must be `0..rows` in load order. On error the segment's files are the
-    /// caller's to remove.
+    /// caller's to remove, unless the table is read-only: then a manifest may name them.
     pub(crate) fn publish_load(
         &self,
         target: &LoadTarget,

@@ -30,7 +30,7 @@ use crate::level::{Level, SegmentLevel};
 use crate::manifest::{
     Checkpoint, ClosedLog, DeadLetterFile, FORMAT_VERSION, KIND, LogEnd, Manifest,
 };
-use crate::numbered;
+use crate::numbered::{self, CreateNumberedError};
 use crate::positions::Positions;
 use crate::segment::OpenSegmentError;
 use crate::snapshot::{SnapshotInner, TableName};
@@ -413,7 +413,12 @@ pub(crate) fn open_table(
             manifest.superseded_sequence = end_sequence;
             manifest
                 .create(&dirs.manifest, &superseded)
-                .map_err(io("publish the manifest in", &dirs.manifest))?;
+                .map_err(|error| match error {
+                    // The next open decides, with whatever is there then.
+                    CreateNumberedError::NotCreated(e) | CreateNumberedError::Uncertain(e) => {
+                        io("publish the manifest in", &dirs.manifest)(e)
+                    }
+                })?;
             crate::fail::point("recovery.manifest");
         }
         if !fell_back {
@@ -471,6 +476,7 @@ pub(crate) fn open_table(
         published: Default::default(),
         drained: Default::default(),
         retained: Default::default(),
+        running_loads: Default::default(),
         read_only: Mutex::new((!writable).then(|| "the store is open read-only".to_owned())),
         dropped: AtomicBool::new(false),
         wake: Arc::clone(wake),

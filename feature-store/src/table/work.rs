@@ -14,10 +14,10 @@ use crate::delta::file::log_path;
 use crate::delta::record::Place;
 use crate::error::{CommitError, ReadError, WorkError};
 use crate::level::{Level, SegmentLevel};
-use crate::manifest::{Checkpoint, DeadLetterFile, KIND, Manifest, SegmentEntry};
+use crate::manifest::{Checkpoint, DeadLetterFile, Manifest, SegmentEntry};
 use crate::merge::plan::{MergeLimits, SegmentSize, plan_merge};
-use crate::merge::{Written, write_segment};
-use crate::numbered;
+use crate::merge::{Merging, Written, write_segment};
+use crate::numbered::CreateNumberedError;
 use crate::segment::{Segment, SegmentId};
 use crate::snapshot::SnapshotInner;
 use crate::superseded::Superseded;
@@ -141,7 +141,17 @@ impl TableInner {
         let inputs: Vec<&Level> = snapshot.levels[range.clone()].iter().collect();
         let id = SegmentId(work.manifest.next_segment);
         work.manifest.next_segment += 1;
-        let written = write_segment(snapshot, &inputs, range.start == 0, &self.dirs.segments, id)?;
+        let written = write_segment(
+            snapshot,
+            &inputs,
+            Merging {
+                bottom: range.start == 0,
+                late_from: self.late_from(snapshot),
+            },
+            &self.dirs.segments,
+            id,
+            &self.options.segment,
+        )?;
         let made = written
             .map(|w| self.open_written(&snapshot.version, w, 0))
             .transpose()?;
@@ -177,10 +187,10 @@ impl TableInner {
             out
         };
         let levels = new_levels(&self.current.load().levels);
+        let retired = self.retired_rows(snapshot, &inputs, level.as_deref())?;
         if let Err(error) = self.publish_manifest(work, &levels, upto, done.as_ref(), &[]) {
-            // Nobody names the new segment, unless the number was taken before the error.
-            let next = work.manifest.number + 1;
-            if !numbered::path(&self.dirs.manifest, KIND, next).exists() {
+            // Nobody names the new segment, unless the manifest may exist after all.
+            if self.read_only_cause().is_none() {
                 remove_segment(&self.dirs.segments, id);
             }
             return Err(error);
@@ -196,11 +206,36 @@ impl TableInner {
         if let Some(done) = &done {
             writer.closed.retain(|c| c.incarnation != done.incarnation);
         }
+        writer.live_rows = writer.live_rows.saturating_sub(retired);
         let levels = Arc::new(new_levels(&self.current.load().levels));
         self.publish(self.snapshot_of(&writer, levels));
         drop(writer);
+        for level in &inputs {
+            if let Level::Segment(s) = level {
+                s.segment.keep_file();
+            }
+        }
         self.remove_unused(work, &places);
+        self.remove_if_dropped();
         Ok(())
+    }
+
+    /// Rows of a history table that a merge left out because they are past its history.
+    fn retired_rows(
+        &self,
+        snapshot: &SnapshotInner,
+        inputs: &[&Level],
+        output: Option<&SegmentLevel>,
+    ) -> Result<u64, ReadError> {
+        let version = &snapshot.version;
+        if version.latest() || version.cut(snapshot.max_event) == i64::MIN {
+            return Ok(0);
+        }
+        let mut rows = 0u64;
+        for input in inputs {
+            rows += input.stored_rows()?;
+        }
+        Ok(rows.saturating_sub(output.map_or(0, |o| o.segment.rows())))
     }
 
     /// Opens a segment just written, counting its bytes.
@@ -301,9 +336,16 @@ impl TableInner {
             manifest.checkpoint = done.checkpoint.clone();
             manifest.next_log = manifest.next_log.max(done.incarnation + 1);
         }
-        manifest
-            .create(&self.dirs.manifest, &superseded)
-            .map_err(|e| self.manifest_error(e))?;
+        match manifest.create(&self.dirs.manifest, &superseded) {
+            Ok(()) => {}
+            Err(CreateNumberedError::NotCreated(e)) => return Err(self.manifest_error(e)),
+            Err(CreateNumberedError::Uncertain(e)) => {
+                // Whether this manifest or the one before is found after a power cut is open,
+                // so nothing that rests on either may happen.
+                self.set_read_only(&format!("syncing the manifest's folder failed: {e}"));
+                return Err(self.manifest_error(e));
+            }
+        }
         *self.published_files.lock() = (manifest.number, manifest.dead_letter_files.clone());
         work.manifest = manifest;
         Ok(())

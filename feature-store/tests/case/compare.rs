@@ -146,8 +146,12 @@ fn scans(rng: &mut Rng, spec: &Spec, snapshot: &Snapshot, oracle: View<'_>) {
             "rows of a scan {view:?} limited to {limit}"
         );
     }
-    if spec.keep == crate::oracle::Keep::Latest {
-        assert_eq!(snapshot.rows(), latest.len() as u64, "rows of {snapshot:?}");
+    if !matches!(spec.keep, crate::oracle::Keep::For(_)) {
+        assert_eq!(
+            snapshot.rows(),
+            history.len() as u64,
+            "rows of {snapshot:?}"
+        );
     }
 }
 

@@ -2,11 +2,13 @@
 //! every answer with the oracle's.
 
 mod compare;
+mod loads;
 mod restarts;
 mod rng;
 mod table;
-mod values;
+pub mod values;
 mod world;
 
+pub use loads::SPILLED_LOADS;
 pub use rng::Rng;
 pub use world::World;

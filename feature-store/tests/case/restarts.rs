@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use pinion_feature_store::{Commit, CommitError, OpenError, Store, StoreOptions, Table};
 
 use super::world::{Mark, PARTITIONS, TOPIC, World, position};
+use crate::oracle::Event;
 
 impl World {
     /// Notes the state by which a torn log may be cut.
@@ -25,6 +26,30 @@ impl World {
             sequence: id.sequence,
             oracle: self.oracle.clone(),
         });
+    }
+
+    /// Adds the rows of a load behind the first `place` events: it ended at `sequence`. It
+    /// is durable, so that no cut goes back before it.
+    pub(super) fn mark_load(&mut self, place: usize, sequence: u64, rows: &[Event]) {
+        let before = |mark: &&Mark| mark.oracle.events.len() <= place;
+        let before = self.marks.iter().take_while(before).count();
+        self.marks.drain(..before.saturating_sub(1));
+        for mark in &mut self.marks {
+            if mark.oracle.events.len() == place {
+                mark.sequence = sequence;
+            }
+            let rows = rows.iter().cloned();
+            mark.oracle.events.splice(place..place, rows);
+        }
+        self.oracle
+            .events
+            .splice(place..place, rows.iter().cloned());
+        let log = self.table().snapshot().id().log;
+        if self.log != log {
+            self.log = log;
+            self.synced.1 = 0;
+        }
+        self.note_synced();
     }
 
     /// A manifest stands only for what is on disk: when there is a new one, a power cut can

@@ -307,6 +307,16 @@ impl Spec {
         }
     }
 
+    /// An event that is no delete.
+    pub fn draw_row(&self, rng: &mut Rng, keys: &[Vec<Cell>]) -> Event {
+        loop {
+            let event = self.draw_event(rng, keys);
+            if event.values.is_some() {
+                return event;
+            }
+        }
+    }
+
     /// Key columns of some keys, in the order of the entity.
     pub fn key_arrays(&self, keys: &[&[Cell]]) -> Vec<ArrayRef> {
         let column = |i: usize| keys.iter().map(|k| k[i].clone()).collect::<Vec<_>>();

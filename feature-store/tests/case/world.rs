@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use pinion_feature_store::{
-    Change, Commit, CommitError, Position, RowProblem, Snapshot, SnapshotId, Store, StoreOptions,
-    Table,
+    Change, Commit, CommitError, Position, Receipt, RowProblem, Snapshot, SnapshotId, Store,
+    StoreOptions, Table,
 };
 
 use super::Rng;
@@ -37,8 +37,8 @@ pub struct World {
     pub(super) dir: tempfile::TempDir,
     pub(super) options: StoreOptions,
     pub(super) store: Option<Store>,
-    spec: Spec,
-    keys: Vec<Vec<Cell>>,
+    pub(super) spec: Spec,
+    pub(super) keys: Vec<Vec<Cell>>,
     pub(super) oracle: Oracle,
     /// Records of each partition, and where its reader stands.
     pub(super) partitions: Vec<(Vec<Event>, usize)>,
@@ -102,10 +102,7 @@ impl World {
             self.step();
         }
         self.compare_all();
-        self.table()
-            .merge()
-            .unwrap_or_else(|e| panic!("merge: {e}"));
-        self.steps.push("merge".to_owned());
+        self.merge();
         self.compare_all();
         let report = self.store().check();
         assert!(report.problems.is_empty(), "check: {:?}", report.problems);
@@ -124,25 +121,18 @@ impl World {
     fn step(&mut self) {
         match self.rng.below(100) {
             0..45 => self.consume(),
-            45..58 => self.put(),
-            58..64 => {
-                self.steps.push("flush".to_owned());
-                self.table()
-                    .flush()
-                    .unwrap_or_else(|e| panic!("flush: {e}"));
+            45..58 => {
+                self.put();
             }
-            64..69 => {
-                self.steps.push("merge".to_owned());
-                self.table()
-                    .merge()
-                    .unwrap_or_else(|e| panic!("merge: {e}"));
-            }
+            58..64 => self.flush(),
+            64..69 => self.merge(),
             69..72 => self.commit_during_merge(),
             72..77 => self.restart(),
             77..80 => self.tear(),
             80..82 => self.read_only(),
             82..86 => self.change_definition(),
             86..91 => self.keep(),
+            91..96 => self.load(),
             _ => self.compare_all(),
         }
         if self.rng.chance(25) {
@@ -150,8 +140,22 @@ impl World {
         }
     }
 
+    pub(super) fn flush(&mut self) {
+        self.steps.push("flush".to_owned());
+        self.table()
+            .flush()
+            .unwrap_or_else(|e| panic!("flush: {e}"));
+    }
+
+    pub(super) fn merge(&mut self) {
+        self.steps.push("merge".to_owned());
+        self.table()
+            .merge()
+            .unwrap_or_else(|e| panic!("merge: {e}"));
+    }
+
     /// Reads some records of the topic and commits them, as ingest does.
-    fn consume(&mut self) {
+    pub(super) fn consume(&mut self) {
         if self.rng.chance(15) {
             // Delivered again: a reader starts over from some earlier offset.
             let at = self.rng.below(PARTITIONS);
@@ -198,7 +202,7 @@ impl World {
         self.commit(taken, positions, None);
     }
 
-    fn put(&mut self) {
+    pub(super) fn put(&mut self) -> Receipt {
         let count = self.rng.between(1, 6);
         let events: Vec<Event> = (0..count)
             .map(|_| self.spec.draw_event(&mut self.rng, &self.keys))
@@ -209,20 +213,25 @@ impl World {
             .chance(60)
             .then(|| format!("put-{}", self.rng.below(12)));
         self.steps.push(format!("put {id:?} {}", shown(&events)));
-        self.commit(events, Vec::new(), id);
+        self.commit(events, Vec::new(), id)
     }
 
-    /// Drops what the table's `late_bound` refuses, and sees that the table refuses it.
-    fn without_late(&mut self, events: Vec<Event>) -> Vec<Event> {
+    /// What the table's `late_bound` lets in now, and what it refuses.
+    pub(super) fn by_lateness(&self, events: Vec<Event>) -> (Vec<Event>, Vec<Event>) {
         let greatest = self.oracle.events.iter().map(|e| e.event).max();
         let bound = self
             .spec
             .late_bound
             .zip(greatest)
             .map(|(bound, greatest)| greatest - bound);
-        let (on_time, late): (Vec<Event>, Vec<Event>) = events
+        events
             .into_iter()
-            .partition(|e| bound.is_none_or(|bound| e.event >= bound));
+            .partition(|e| bound.is_none_or(|bound| e.event >= bound))
+    }
+
+    /// Drops what the table's `late_bound` refuses, and sees that the table refuses it.
+    fn without_late(&mut self, events: Vec<Event>) -> Vec<Event> {
+        let (on_time, late) = self.by_lateness(events);
         let rows: Vec<Event> = late.into_iter().filter(|e| e.values.is_some()).collect();
         if !rows.is_empty() {
             let batch = self.spec.batch(&mut self.rng, &rows);
@@ -253,7 +262,12 @@ impl World {
         on_time
     }
 
-    fn commit(&mut self, events: Vec<Event>, positions: Vec<Position>, put_id: Option<String>) {
+    fn commit(
+        &mut self,
+        events: Vec<Event>,
+        positions: Vec<Position>,
+        put_id: Option<String>,
+    ) -> Receipt {
         let mut changes = Vec::new();
         let mut rest = events.as_slice();
         while let Some(first) = rest.first() {
@@ -293,6 +307,7 @@ impl World {
             self.oracle.put_ids.extend(put_id.filter(|_| !empty));
         }
         self.mark();
+        receipt
     }
 
     fn commit_during_merge(&mut self) {
@@ -314,7 +329,7 @@ impl World {
         self.compare_all();
     }
 
-    fn change_definition(&mut self) {
+    pub(super) fn change_definition(&mut self) {
         self.spec.evolve(&mut self.rng);
         let names: Vec<String> = self
             .spec
@@ -334,7 +349,7 @@ impl World {
         self.compare_now();
     }
 
-    fn keep(&mut self) {
+    pub(super) fn keep(&mut self) {
         let snapshot = self.table().snapshot();
         self.steps.push(format!("keep {}", snapshot.id()));
         let findable = self.rng.chance(60);
@@ -406,7 +421,7 @@ impl World {
 }
 
 /// A folder in memory where there is such a thing: the cases are about order, not disks.
-fn fast_dir() -> tempfile::TempDir {
+pub(super) fn fast_dir() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
 }
 
@@ -419,7 +434,7 @@ pub(super) fn position(partition: i32, next_offset: i64) -> Position {
     }
 }
 
-fn shown(events: &[Event]) -> String {
+pub(super) fn shown(events: &[Event]) -> String {
     let events = events.iter().map(|e| {
         let created = if e.created == NO_CREATED_TIME {
             "-".to_owned()

@@ -1,6 +1,8 @@
 //! A server in this process, over a store in a temporary directory, and clients for it.
 #![allow(dead_code)]
 
+pub mod lane;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -109,6 +111,11 @@ impl TestServer {
             .await
             .unwrap();
         server
+    }
+
+    /// Holds the data directory, `data`, and the socket.
+    pub fn dir(&self) -> &std::path::Path {
+        self.dir.path()
     }
 
     pub async fn client(&self) -> FlightServiceClient<Channel> {

@@ -1,6 +1,7 @@
 //! What a load promises, from files to rows read back.
 
 mod formats;
+mod meanwhile;
 mod refusals;
 mod sorting;
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
 use arrow_array::{
-    ArrayRef, BinaryArray, BooleanArray, FixedSizeBinaryArray, Float16Array, Float32Array,
-    Float64Array, Scalar, StringArray, make_array,
+    Array, ArrayRef, BinaryArray, BooleanArray, FixedSizeBinaryArray, Float16Array, Float32Array,
+    Float64Array, Scalar, StringArray, make_array, new_empty_array,
 };
 use arrow_buffer::{Buffer, i256};
 use arrow_data::ArrayData;
@@ -41,8 +41,17 @@ pub(super) enum Bound {
     /// The same for every value of the column; null where it is null.
     Constant(usize, bool),
     Compare(usize, CompareOp, Scalar<ArrayRef>),
-    /// True where the value's bytes are in the set.
-    Member(usize, Arc<HashSet<Box<[u8]>>>),
+    /// True where the value is in the list.
+    Member(usize, Arc<Members>),
+}
+
+/// The values of a long `in` list.
+#[derive(Debug)]
+pub(super) struct Members {
+    /// The bytes of each.
+    pub(super) bytes: HashSet<Box<[u8]>>,
+    /// In ascending order.
+    pub(super) sorted: ArrayRef,
 }
 
 /// A comparison with one literal, before it is tied to a column position.
@@ -99,7 +108,7 @@ fn bind(
                     .map(|l| compare(index, name, data_type, CompareOp::Eq, l));
                 Bound::Or(tests.collect::<Result<_, _>>()?)
             } else {
-                Bound::Member(index, Arc::new(member_set(name, data_type, &list)?))
+                Bound::Member(index, Arc::new(members(name, data_type, &list)?))
             }
         }
     })
@@ -370,14 +379,11 @@ fn test_point(data_type: &DataType, op: CompareOp, point: Point) -> Result<Test,
     Ok(Test::Compare(op, make_array(data)))
 }
 
-/// The bytes of every value that equals a literal of the list.
-fn member_set(
-    name: &str,
-    data_type: &DataType,
-    list: &[&Literal],
-) -> Result<HashSet<Box<[u8]>>, FilterError> {
+/// Every value that equals a literal of the list.
+fn members(name: &str, data_type: &DataType, list: &[&Literal]) -> Result<Members, FilterError> {
     let data_type = value_type(data_type);
-    let mut set = HashSet::with_capacity(list.len());
+    let mut bytes = HashSet::with_capacity(list.len());
+    let mut all = Vec::with_capacity(list.len());
     for literal in list {
         let zeros = float_zeros(data_type, literal);
         let values = match zeros {
@@ -389,10 +395,25 @@ fn member_set(
             },
         };
         for array in values {
-            for_each_value(array.as_ref(), |bytes| {
-                set.insert(Box::from(bytes));
+            for_each_value(array.as_ref(), |value| {
+                bytes.insert(Box::from(value));
             });
+            all.push(array);
         }
     }
-    Ok(set)
+    let sorted = sorted(data_type, &all).map_err(|error| FilterError::Literal {
+        column: name.to_owned(),
+        data_type: data_type.to_string(),
+        literal: "in (...)".to_owned(),
+        problem: error.to_string(),
+    })?;
+    Ok(Members { bytes, sorted })
+}
+
+fn sorted(data_type: &DataType, arrays: &[ArrayRef]) -> Result<ArrayRef, ArrowError> {
+    if arrays.is_empty() {
+        return Ok(new_empty_array(data_type));
+    }
+    let arrays: Vec<&dyn Array> = arrays.iter().map(AsRef::as_ref).collect();
+    arrow_ord::sort::sort(&arrow_select::concat::concat(&arrays)?, None)
 }

@@ -126,10 +126,12 @@ fn evaluate(bound: &Bound, batch: &RecordBatch) -> Result<Ternary, ArrowError> {
             }?;
             Ternary::new(result.values(), result.nulls())
         }
-        Bound::Member(index, set) => {
+        Bound::Member(index, members) => {
             let column = plain(batch.column(*index))?;
             let mut found = Vec::with_capacity(rows);
-            for_each_value(column.as_ref(), |bytes| found.push(set.contains(bytes)));
+            for_each_value(column.as_ref(), |bytes| {
+                found.push(members.bytes.contains(bytes))
+            });
             Ternary::new(&BooleanBuffer::from(found), column.nulls())
         }
     })

@@ -44,6 +44,7 @@ fn poke(segment: &Segment) {
         let _ = segment.find(&key, key_hash(&key));
         let _ = segment.find_deletes(&key, key_hash(&key));
     }
+    let _ = segment.statistics();
     for row in 0..2 {
         let _ = segment.delete_at(row);
         let _ = segment.delete_key(row);

@@ -28,6 +28,7 @@ fn finished_files_are_read_only_and_as_long_as_the_meta_says() {
     let names = [
         "0000000000000007.arrow",
         "0000000000000007.idx",
+        "0000000000000007.stat",
         "0000000000000007.sys",
     ];
     assert_eq!(fixture.file_names(), names);

@@ -1,0 +1,259 @@
+//! What is true after a step failed half-way, and while several things go on at once.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow_array::{ArrayRef, Int64Array, RecordBatch, TimestampSecondArray};
+use pinion_schemas::TableDefinition;
+
+use super::Table;
+use crate::fail::errors::{Operation, during};
+use crate::{
+    ApplyError, Change, Commit, CommitError, LookupRequest, ScanRequest, Store, StoreOptions,
+    TablePlan, WorkError,
+};
+
+fn store(dir: &tempfile::TempDir) -> Store {
+    store_with(dir, StoreOptions::default())
+}
+
+fn store_with(dir: &tempfile::TempDir, options: StoreOptions) -> Store {
+    Store::init(dir.path()).unwrap();
+    let options = StoreOptions {
+        background: false,
+        ..options
+    };
+    Store::open(dir.path(), options).unwrap()
+}
+
+fn definition(name: &str, table: &str, features: &str) -> TableDefinition {
+    TableDefinition::parse_toml(&format!(
+        "[table]\nname = \"{name}\"\nentity = [{{ name = \"k\", type = \"int64\" }}]\n\
+         event_time = {{ name = \"t\", type = \"timestamp[s, tz=UTC]\" }}\n{table}\n\
+         [features]\n{features}"
+    ))
+    .unwrap()
+}
+
+fn one(name: &str) -> TableDefinition {
+    definition(name, "history = \"latest\"", "v = \"int64\"")
+}
+
+fn rows(rows: &[(i64, i64, i64)]) -> RecordBatch {
+    let ints = |f: fn(&(i64, i64, i64)) -> i64| -> ArrayRef {
+        Arc::new(Int64Array::from_iter_values(rows.iter().map(f)))
+    };
+    let times = TimestampSecondArray::from_iter_values(rows.iter().map(|r| r.1));
+    RecordBatch::try_from_iter([
+        ("k", ints(|r| r.0)),
+        ("t", Arc::new(times.with_timezone("UTC")) as ArrayRef),
+        ("v", ints(|r| r.2)),
+    ])
+    .unwrap()
+}
+
+fn commit(change: Change) -> Commit {
+    Commit {
+        changes: vec![change],
+        ..Commit::default()
+    }
+}
+
+fn put(table: &Table, values: &[(i64, i64, i64)]) {
+    table.commit(commit(Change::Upsert(rows(values)))).unwrap();
+}
+
+fn scanned_rows(table: &Table) -> usize {
+    let scan = table.snapshot().scan(&ScanRequest::default()).unwrap();
+    scan.map(|b| b.unwrap().batch.num_rows()).sum()
+}
+
+#[test]
+fn a_definition_that_could_not_be_taken_into_use_is_when_applied_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir);
+    store.apply(vec![one("a")]).unwrap();
+    let table = store.table("a").unwrap();
+    put(&table, &[(1, 1, 1)]);
+    let grown = definition("a", "history = \"latest\"", "v = \"int64\"\nw = \"int64\"");
+    let both = vec![grown, one("b")];
+
+    let error = during(Operation::AppendToLog, || store.apply(both.clone())).unwrap_err();
+    assert!(matches!(error, ApplyError::NotInUse(_)), "{error}");
+    assert_eq!(table.definition_version(), 1);
+    assert!(
+        store.table("b").is_ok(),
+        "one table's trouble is not the other's"
+    );
+    put(&table, &[(2, 1, 2)]);
+
+    let plans = store.apply(both).unwrap();
+    assert!(
+        plans
+            .iter()
+            .all(|p| matches!(p, TablePlan::Unchanged { .. }))
+    );
+    assert_eq!(table.definition_version(), 2);
+    assert_eq!(scanned_rows(&table), 2);
+}
+
+#[test]
+fn a_catalog_whose_sync_failed_takes_no_more_changes_until_the_store_is_opened_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = store(&dir);
+    first.apply(vec![one("a")]).unwrap();
+    let number = first.catalog_version();
+    let changed = || {
+        definition(
+            "a",
+            "history = \"latest\"\ndescription = \"d\"",
+            "v = \"int64\"",
+        )
+    };
+    let error = during(Operation::SyncNumbered, || first.apply(vec![changed()])).unwrap_err();
+    assert!(matches!(error, ApplyError::Uncertain(_)), "{error}");
+    assert_eq!(first.catalog_version(), number);
+    let error = first.apply(vec![one("c")]).unwrap_err();
+    assert!(matches!(error, ApplyError::Uncertain(_)), "{error}");
+    drop(first);
+    let again = store(&dir);
+    again.apply(vec![changed(), one("c")]).unwrap();
+    assert!(again.table("c").is_ok());
+}
+
+#[test]
+fn a_manifest_whose_sync_failed_makes_the_table_read_only_and_keeps_its_segment() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = store(&dir);
+    first.apply(vec![one("a")]).unwrap();
+    let table = first.table("a").unwrap();
+    put(&table, &[(1, 1, 1), (2, 1, 2)]);
+    table.0.close_log().unwrap();
+    let error = during(Operation::SyncNumbered, || table.0.convert_closed_logs()).unwrap_err();
+    assert!(matches!(error, WorkError::Manifest { .. }), "{error}");
+    let refused = table.commit(commit(Change::Upsert(rows(&[(3, 1, 3)]))));
+    assert!(matches!(refused, Err(CommitError::ReadOnly { .. })));
+    assert!(table.flush().is_err());
+    assert_eq!(scanned_rows(&table), 2);
+    drop((first, table));
+    let again = store(&dir);
+    assert_eq!(scanned_rows(&again.table("a").unwrap()), 2);
+    assert_eq!(again.check().problems, []);
+}
+
+#[test]
+fn a_delete_behind_late_bound_is_kept_while_a_load_with_older_rows_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir);
+    store
+        .apply(vec![definition(
+            "a",
+            "history = \"latest\"\nlate_bound = \"100s\"",
+            "v = \"int64\"",
+        )])
+        .unwrap();
+    let table = store.table("a").unwrap();
+    let delete = RecordBatch::try_from_iter([
+        ("k", Arc::new(Int64Array::from(vec![1])) as ArrayRef),
+        (
+            "t",
+            Arc::new(TimestampSecondArray::from(vec![50]).with_timezone("UTC")) as ArrayRef,
+        ),
+    ])
+    .unwrap();
+    table.commit(commit(Change::Delete(delete))).unwrap();
+    // A load has begun, and may have accepted a row of key 1 at time 40 by now.
+    let load = table.begin_load().unwrap();
+    put(&table, &[(2, 10_000, 2)]);
+    let deletes = |table: &Table| {
+        table
+            .stats()
+            .segments
+            .iter()
+            .map(|s| s.deletes)
+            .sum::<u64>()
+    };
+    table.merge().unwrap();
+    assert_eq!(deletes(&table), 1);
+    drop(load);
+    table.merge().unwrap();
+    assert_eq!(deletes(&table), 0);
+}
+
+#[test]
+fn the_grace_of_a_snapshot_counts_from_its_replacement() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = StoreOptions {
+        snapshot_grace: Duration::from_millis(300),
+        ..StoreOptions::default()
+    };
+    let store = store_with(&dir, options);
+    store.apply(vec![one("a")]).unwrap();
+    let table = store.table("a").unwrap();
+    put(&table, &[(1, 1, 1)]);
+    let held = table.snapshot().id();
+    table.retain(&table.snapshot());
+    // Long after it was handed out it is still the present one.
+    std::thread::sleep(Duration::from_millis(400));
+    put(&table, &[(1, 2, 2)]);
+    assert!(table.snapshot_by_id(held).is_ok());
+    std::thread::sleep(Duration::from_millis(400));
+    assert!(table.snapshot_by_id(held).is_err());
+}
+
+#[test]
+fn rows_of_a_bounded_history_are_those_that_a_merge_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir);
+    store
+        .apply(vec![definition("a", "history = \"100s\"", "v = \"int64\"")])
+        .unwrap();
+    let table = store.table("a").unwrap();
+    put(&table, &[(1, 1, 1), (1, 2, 2), (1, 950, 3)]);
+    table.flush().unwrap();
+    put(&table, &[(1, 1_000, 4)]);
+    assert_eq!(scanned_rows(&table), 2);
+    table.merge().unwrap();
+    assert_eq!(table.snapshot().rows(), 2);
+    assert_eq!(scanned_rows(&table), 2);
+}
+
+#[test]
+fn an_empty_put_id_is_refused_because_the_log_cannot_tell_it_from_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir);
+    store.apply(vec![one("a")]).unwrap();
+    let table = store.table("a").unwrap();
+    let refused = table.commit(Commit {
+        put_id: Some(String::new()),
+        ..commit(Change::Upsert(rows(&[(1, 1, 1)])))
+    });
+    assert!(matches!(refused, Err(CommitError::EmptyPutId { .. })));
+    let request = LookupRequest {
+        keys: vec![Arc::new(Int64Array::from(vec![1]))],
+        features: vec!["v".into()],
+        ..LookupRequest::default()
+    };
+    assert_eq!(
+        table.snapshot().lookup(&request).unwrap().status[0].value(0),
+        3
+    );
+}
+
+#[test]
+fn folders_of_tables_that_no_catalog_names_go_with_the_next_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = store(&dir);
+    first.apply(vec![one("a"), one("b")]).unwrap();
+    put(&first.table("b").unwrap(), &[(1, 1, 1)]);
+    let tables = dir.path().join("tables");
+    let dropped = first.table("a").unwrap();
+    first.drop_table("a").unwrap();
+    // As a merge that was running then would: files come back after the drop.
+    dropped.0.dirs.create().unwrap();
+    drop((first, dropped));
+    assert_eq!(std::fs::read_dir(&tables).unwrap().count(), 2);
+    let again = store(&dir);
+    assert_eq!(std::fs::read_dir(&tables).unwrap().count(), 1);
+    assert_eq!(scanned_rows(&again.table("b").unwrap()), 1);
+}

@@ -1,0 +1,690 @@
+//! One peer: its frames in, the answers out, on one thread.
+
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arrow_flight::Action;
+use pinion_feature_store::{Snapshot, Table};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::runtime::Handle as Runtime;
+use tokio::sync::watch;
+use tonic::Code;
+
+use super::frame::{
+    HEADER_BYTES, Header, RELEASE_LEASE, Reply, Request, WANT_JSON, hello, padded_json,
+    push_message_head, push_schema, reply_header, split_json,
+};
+use super::handles::{Handles, Prepared, encode, snapshot_members};
+use super::leases::Holder;
+use super::map::{MAX_FILES, MapCommand, write_mapped};
+use super::meter::Meter;
+use crate::barrier::await_barrier;
+use crate::command::Barrier;
+use crate::error::{Failure, escape};
+use crate::service::SharedContext;
+
+/// Room for requests before a larger one makes the buffer grow.
+const BUFFER_BYTES: usize = 64 << 10;
+/// A larger buffer is given back once its request is answered.
+const KEPT_BUFFER_BYTES: usize = 1 << 20;
+/// A PING's payload.
+const MAX_PING_BYTES: usize = 64 << 10;
+/// How long a peer may take to say HELLO.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection that was let in.
+pub(super) struct Connection {
+    pub(super) context: SharedContext,
+    pub(super) socket: Arc<UnixStream>,
+    pub(super) holder: Holder,
+    pub(super) runtime: Runtime,
+    /// True once the server stops.
+    pub(super) stopped: watch::Receiver<bool>,
+}
+
+/// Why a connection ended.
+enum Ended {
+    /// The peer hung up, between frames or not.
+    HungUp,
+    /// It cannot go on; the peer was told.
+    Refused(Failure),
+    /// The socket failed, or the peer read nothing for too long.
+    Io(io::Error),
+}
+
+impl From<io::Error> for Ended {
+    fn from(error: io::Error) -> Ended {
+        Ended::Io(error)
+    }
+}
+
+/// Serves a connection until it ends.
+pub(super) fn serve(connection: Connection) {
+    let Connection {
+        context,
+        socket,
+        holder,
+        runtime,
+        stopped,
+    } = connection;
+    let peer = holder.peer;
+    let mut session = Session {
+        incoming: Incoming::new(Arc::clone(&socket), context.config.lane.spin),
+        outgoing: Outgoing {
+            socket,
+            frame: Vec::with_capacity(4096),
+        },
+        handles: Handles::new(context.config.lane.max_handles),
+        meter: Meter::new(),
+        context,
+        holder,
+        runtime,
+        stopped,
+    };
+    match session.run() {
+        Ended::HungUp => tracing::debug!(pid = peer.pid, "local lane: hung up"),
+        Ended::Refused(failure) => {
+            tracing::info!(pid = peer.pid, uid = peer.uid, error = %failure.to_json(), "local lane: refused");
+        }
+        Ended::Io(error) => {
+            tracing::info!(pid = peer.pid, uid = peer.uid, %error, "local lane: connection lost");
+        }
+    }
+}
+
+struct Session {
+    context: SharedContext,
+    incoming: Incoming,
+    outgoing: Outgoing,
+    handles: Handles,
+    meter: Meter,
+    holder: Holder,
+    runtime: Runtime,
+    stopped: watch::Receiver<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ActionBody {
+    action: String,
+    #[serde(default)]
+    body: Option<Value>,
+}
+
+impl Session {
+    fn run(&mut self) -> Ended {
+        match self.greet().and_then(|()| self.answer_all()) {
+            Ok(never) => match never {},
+            Err(ended) => ended,
+        }
+    }
+
+    /// The first frame must be HELLO.
+    fn greet(&mut self) -> Result<(), Ended> {
+        let timeout = self.context.config.reader_idle;
+        self.outgoing.socket.set_write_timeout(Some(timeout))?;
+        self.outgoing.socket.set_read_timeout(Some(HELLO_TIMEOUT))?;
+        let header = self.next()?;
+        let answered = match header.request {
+            Request::Hello => hello(self.incoming.payload(&header)),
+            _ => Err(Failure::invalid(
+                "LANE_FRAME",
+                "the first frame is not HELLO",
+            )),
+        };
+        let (version, about) = match answered {
+            Ok(answered) => answered,
+            Err(failure) => return Err(self.refuse(header.request_id, failure)),
+        };
+        // For the log only, and whatever it is.
+        let about = escape(&String::from_utf8_lossy(about.get(..256).unwrap_or(about)));
+        tracing::debug!(
+            pid = self.holder.peer.pid,
+            client = about.trim_end(),
+            "local lane: connected"
+        );
+        let config = &self.context.config;
+        let welcome = json!({
+            "server": concat!("pinion ", env!("CARGO_PKG_VERSION")),
+            "max_request_bytes": config.lane.max_request_bytes,
+            "lookup_max_rows": config.lookup_max_rows,
+            "max_handles": config.lane.max_handles,
+        });
+        self.outgoing
+            .begin()
+            .extend_from_slice(&padded_json(&welcome, 0));
+        self.incoming.consume(&header);
+        self.outgoing.send(
+            Reply::Welcome,
+            header.request_id,
+            u32::from(version),
+            &[],
+            &[],
+        )?;
+        self.outgoing.socket.set_read_timeout(None)?;
+        Ok(())
+    }
+
+    fn answer_all(&mut self) -> Result<std::convert::Infallible, Ended> {
+        loop {
+            let header = self.next()?;
+            let started = Instant::now();
+            let answered = self.answer(&header);
+            self.incoming.consume(&header);
+            let code = match answered {
+                Ok(()) => Code::Ok,
+                Err(Unanswered::Failed(failure)) => {
+                    let code = failure.code();
+                    self.outgoing.fail(header.request_id, &failure)?;
+                    code
+                }
+                Err(Unanswered::Ended(ended)) => return Err(ended),
+            };
+            self.meter.count(header.request, code, started);
+        }
+    }
+
+    /// Reads the next frame; one that is refused ends the connection, and the peer is told.
+    fn next(&mut self) -> Result<Header, Ended> {
+        match self
+            .incoming
+            .next(self.context.config.lane.max_request_bytes)
+        {
+            Ok(header) => Ok(header),
+            Err(Unread::Bad(bad)) => Err(self.refuse(bad.request_id, bad.failure)),
+            Err(Unread::Ended(ended)) => Err(ended),
+        }
+    }
+
+    fn refuse(&mut self, request_id: u32, failure: Failure) -> Ended {
+        match self.outgoing.fail(request_id, &failure) {
+            Ok(()) => Ended::Refused(failure),
+            Err(error) => Ended::Io(error),
+        }
+    }
+
+    fn answer(&mut self, header: &Header) -> Result<(), Unanswered> {
+        match header.request {
+            Request::Lookup => self.look_up(header),
+            Request::Prepare => self.prepare(header),
+            Request::Map => self.map(header),
+            Request::Release => {
+                if header.flags & RELEASE_LEASE == 0 {
+                    self.handles.release(header.detail)?;
+                } else {
+                    self.holder.release(header.detail)?;
+                }
+                self.outgoing.begin();
+                self.reply(Reply::Released, header, 0)
+            }
+            Request::Renew => {
+                let lease = self.holder.renew(header.detail)?;
+                let text = padded_json(&json!({"lease": lease}), 0);
+                self.outgoing.begin().extend_from_slice(&text);
+                self.reply(Reply::Renewed, header, 0)
+            }
+            Request::Action => self.act(header),
+            Request::Ping => {
+                let payload = self.incoming.payload(header);
+                if payload.len() > MAX_PING_BYTES {
+                    return Err(Failure::invalid(
+                        "LANE_PAYLOAD",
+                        format!("a PING has at most {MAX_PING_BYTES} bytes"),
+                    )
+                    .into());
+                }
+                self.outgoing.begin().extend_from_slice(payload);
+                self.reply(Reply::Pong, header, 0)
+            }
+            Request::Hello => {
+                Err(Failure::invalid("LANE_FRAME", "HELLO comes once, at the start").into())
+            }
+        }
+    }
+
+    fn reply(&mut self, reply: Reply, header: &Header, detail: u32) -> Result<(), Unanswered> {
+        Ok(self
+            .outgoing
+            .send(reply, header.request_id, detail, &[], &[])?)
+    }
+
+    fn prepare(&mut self, header: &Header) -> Result<(), Unanswered> {
+        let (command, schema) = split_json(self.incoming.payload(header), header.detail)?;
+        let Prepared {
+            json,
+            stored_schema,
+            schema,
+        } = self.handles.prepare(&self.context, command, schema)?;
+        let text = padded_json(&json, 0);
+        let frame = self.outgoing.begin();
+        frame.extend_from_slice(&text);
+        push_schema(frame, &stored_schema);
+        push_schema(frame, &schema);
+        self.reply(Reply::Prepared, header, text.len() as u32)
+    }
+
+    fn look_up(&mut self, header: &Header) -> Result<(), Unanswered> {
+        let arrived = Instant::now();
+        let handle = self.handles.get(header.detail)?;
+        let snapshots = settle(
+            &self.runtime,
+            &mut self.stopped,
+            &self.context,
+            &handle.tables,
+            &handle.barrier,
+        )?;
+        let message = handle.answer(self.incoming.payload(header), &snapshots, arrived)?;
+        let frame = self.outgoing.begin();
+        push_message_head(frame, &message.metadata);
+        let message_bytes = (frame.len() - HEADER_BYTES + message.body.len()) as u32;
+        let json = if header.flags & WANT_JSON == 0 && !message.partial {
+            Vec::new()
+        } else {
+            let mut members = snapshot_members(&snapshots);
+            if message.partial {
+                members.insert("partial".to_owned(), true.into());
+            }
+            padded_json(&Value::Object(members), 0)
+        };
+        Ok(self.outgoing.send(
+            Reply::Rows,
+            header.request_id,
+            message_bytes,
+            &[&message.body, &json],
+            &[],
+        )?)
+    }
+
+    fn map(&mut self, header: &Header) -> Result<(), Unanswered> {
+        let command = MapCommand::parse(self.incoming.payload(header))?;
+        let table = command.table(&self.context)?;
+        let snapshot = match command.named_snapshot(&table)? {
+            Some(snapshot) => snapshot,
+            None => settle(
+                &self.runtime,
+                &mut self.stopped,
+                &self.context,
+                std::slice::from_ref(&table),
+                &command.barrier(),
+            )?
+            .into_iter()
+            .next()
+            .unwrap_or_else(|| table.snapshot()),
+        };
+        let (snapshot, lent) = command.lend(&table, snapshot)?;
+        let mapped = write_mapped(self.outgoing.begin(), &snapshot, lent, &self.holder)?;
+        drop(snapshot);
+        let lease = mapped.lease;
+        let sent = self.send_mapped(header, mapped);
+        if let Err(Unanswered::Failed(_)) = &sent {
+            // An error in the middle ends the reply and the lease.
+            self.holder.release(lease)?;
+        }
+        sent
+    }
+
+    fn send_mapped(
+        &mut self,
+        header: &Header,
+        mapped: super::map::Mapped,
+    ) -> Result<(), Unanswered> {
+        let id = header.request_id;
+        let json_bytes = mapped.json_bytes;
+        self.outgoing
+            .send(Reply::Mapped, id, json_bytes, &[], &mapped.descriptors())?;
+        for (part, rows) in mapped.into_sent() {
+            for batch in rows {
+                let message = encode(&batch.map_err(Failure::from)?)?;
+                push_message_head(self.outgoing.begin(), &message.metadata);
+                self.outgoing
+                    .send(Reply::Batch, id, part, &[&message.body], &[])?;
+            }
+        }
+        self.outgoing.begin();
+        Ok(self.outgoing.send(Reply::End, id, 0, &[], &[])?)
+    }
+
+    fn act(&mut self, header: &Header) -> Result<(), Unanswered> {
+        let payload = self.incoming.payload(header);
+        let ActionBody { action, body } = serde_json::from_slice(payload).map_err(|error| {
+            Failure::invalid(
+                "COMMAND_SYNTAX",
+                format!("ACTION takes {{\"action\": NAME, \"body\": {{…}}}}: {error}"),
+            )
+        })?;
+        let body = body.map_or_else(String::new, |body| body.to_string());
+        let result = crate::action::act_now(&self.context, &Action::new(action, body))?;
+        self.outgoing
+            .begin()
+            .extend_from_slice(&padded_json(&result, 0));
+        self.reply(Reply::Result, header, 0)
+    }
+}
+
+/// The snapshots to read: the newest, once they meet the barrier.
+fn settle(
+    runtime: &Runtime,
+    stopped: &mut watch::Receiver<bool>,
+    context: &SharedContext,
+    tables: &[Table],
+    barrier: &Barrier,
+) -> Result<Vec<Snapshot>, Failure> {
+    if barrier.is_empty() {
+        return Ok(tables.iter().map(Table::snapshot).collect());
+    }
+    runtime.block_on(async {
+        tokio::select! {
+            reached = await_barrier(tables, barrier, context) => reached,
+            _ = stopped.wait_for(|stopped| *stopped) => {
+                Err(Failure::new(Code::Unavailable, "STOPPING", "the server is stopping"))
+            }
+        }
+    })
+}
+
+/// Why a request got no answer.
+enum Unanswered {
+    /// It gets an ERROR instead.
+    Failed(Failure),
+    /// The connection is over.
+    Ended(Ended),
+}
+
+impl From<Failure> for Unanswered {
+    fn from(failure: Failure) -> Unanswered {
+        Unanswered::Failed(failure)
+    }
+}
+
+impl From<SendError> for Unanswered {
+    fn from(error: SendError) -> Unanswered {
+        match error {
+            SendError::TooLarge(failure) => Unanswered::Failed(failure),
+            SendError::Io(error) => Unanswered::Ended(Ended::Io(error)),
+        }
+    }
+}
+
+impl From<SendError> for Ended {
+    fn from(error: SendError) -> Ended {
+        match error {
+            SendError::TooLarge(failure) => Ended::Refused(failure),
+            SendError::Io(error) => Ended::Io(error),
+        }
+    }
+}
+
+/// Frames from the peer. The buffer grows with what has come, never with what is announced.
+struct Incoming {
+    socket: Arc<UnixStream>,
+    spin: Duration,
+    buffer: Vec<u8>,
+    /// Where unread bytes start and end.
+    start: usize,
+    end: usize,
+}
+
+/// Why there is no next frame.
+enum Unread {
+    Bad(super::frame::BadFrame),
+    Ended(Ended),
+}
+
+impl Incoming {
+    fn new(socket: Arc<UnixStream>, spin: Duration) -> Incoming {
+        Incoming {
+            socket,
+            spin,
+            buffer: vec![0; BUFFER_BYTES],
+            start: 0,
+            end: 0,
+        }
+    }
+
+    /// Waits for a whole frame. It stays in the buffer until [`consume`](Self::consume).
+    fn next(&mut self, max_payload_bytes: usize) -> Result<Header, Unread> {
+        self.fill(HEADER_BYTES).map_err(Unread::Ended)?;
+        let first = self.buffer.get(self.start..).and_then(|b| b.first_chunk());
+        let header = match first {
+            Some(bytes) => Header::parse(bytes, max_payload_bytes).map_err(Unread::Bad)?,
+            None => return Err(Unread::Ended(Ended::HungUp)),
+        };
+        self.fill(HEADER_BYTES + header.payload_bytes)
+            .map_err(Unread::Ended)?;
+        Ok(header)
+    }
+
+    fn payload(&self, header: &Header) -> &[u8] {
+        let start = self.start + HEADER_BYTES;
+        self.buffer
+            .get(start..start + header.payload_bytes)
+            .unwrap_or_default()
+    }
+
+    /// Drops the frame that was read last.
+    fn consume(&mut self, header: &Header) {
+        self.start += HEADER_BYTES + header.payload_bytes;
+        if self.start >= self.end {
+            (self.start, self.end) = (0, 0);
+            if self.buffer.len() > KEPT_BUFFER_BYTES {
+                self.buffer = vec![0; BUFFER_BYTES];
+            }
+        }
+    }
+
+    /// Reads until `wanted` unread bytes are there.
+    fn fill(&mut self, wanted: usize) -> Result<(), Ended> {
+        if self.start + wanted > self.buffer.len() && self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        while self.end - self.start < wanted {
+            if self.end == self.buffer.len() {
+                let grown = (self.buffer.len() * 2).min(wanted.max(BUFFER_BYTES));
+                self.buffer.resize(grown, 0);
+            }
+            match self.receive() {
+                Ok(0) => return Err(Ended::HungUp),
+                Ok(got) => self.end += got,
+                Err(error) => return Err(Ended::Io(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> io::Result<usize> {
+        let room = self.buffer.get_mut(self.end..).unwrap_or_default();
+        if !self.spin.is_zero() {
+            let until = Instant::now() + self.spin;
+            while Instant::now() < until {
+                match recv(&*self.socket, &mut *room, RecvFlags::DONTWAIT) {
+                    Err(Errno::AGAIN | Errno::INTR) => std::hint::spin_loop(),
+                    Err(errno) => return Err(errno.into()),
+                    Ok((got, _)) => return Ok(got),
+                }
+            }
+        }
+        loop {
+            match recv(&*self.socket, &mut *room, RecvFlags::empty()) {
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+                Ok((got, _)) => return Ok(got),
+            }
+        }
+    }
+}
+
+/// Frames to the peer, one write each.
+pub(super) struct Outgoing {
+    pub(super) socket: Arc<UnixStream>,
+    frame: Vec<u8>,
+}
+
+/// Why a frame was not sent.
+#[derive(Debug)]
+pub(super) enum SendError {
+    /// It does not fit a frame. Nothing was written.
+    TooLarge(Failure),
+    /// The connection is over.
+    Io(io::Error),
+}
+
+impl Outgoing {
+    pub(super) fn new(socket: Arc<UnixStream>) -> Outgoing {
+        Outgoing {
+            socket,
+            frame: Vec::new(),
+        }
+    }
+
+    /// An empty frame: the header's place. What is appended is payload.
+    fn begin(&mut self) -> &mut Vec<u8> {
+        if self.frame.capacity() > KEPT_BUFFER_BYTES {
+            self.frame = Vec::new();
+        }
+        self.frame.clear();
+        self.frame.resize(HEADER_BYTES, 0);
+        &mut self.frame
+    }
+
+    /// Writes the frame begun, then `more` of its payload; descriptors go with its first byte.
+    fn send(
+        &mut self,
+        reply: Reply,
+        request_id: u32,
+        detail: u32,
+        more: &[&[u8]],
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), SendError> {
+        let payload = self.frame.len() - HEADER_BYTES + more.iter().map(|m| m.len()).sum::<usize>();
+        let header =
+            reply_header(reply, payload, request_id, detail).map_err(SendError::TooLarge)?;
+        if let Some(place) = self.frame.first_chunk_mut() {
+            *place = header;
+        }
+        let mut slices = Vec::with_capacity(1 + more.len());
+        slices.push(IoSlice::new(&self.frame));
+        slices.extend(more.iter().map(|more| IoSlice::new(more)));
+        send_all(&self.socket, &mut slices, descriptors).map_err(SendError::Io)
+    }
+
+    /// Sends an ERROR.
+    pub(super) fn fail(&mut self, request_id: u32, failure: &Failure) -> io::Result<()> {
+        let text = padded_json(&failure.to_json(), 0);
+        self.begin().extend_from_slice(&text);
+        match self.send(Reply::Error, request_id, failure.code() as u32, &[], &[]) {
+            Ok(()) => Ok(()),
+            Err(SendError::Io(error)) => Err(error),
+            Err(SendError::TooLarge(_)) => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+}
+
+fn send_all(
+    socket: &UnixStream,
+    mut slices: &mut [IoSlice<'_>],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    IoSlice::advance_slices(&mut slices, 0);
+    while !slices.is_empty() {
+        match sendmsg(socket, slices, &mut control, SendFlags::NOSIGNAL) {
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+            Ok(sent) => {
+                IoSlice::advance_slices(&mut slices, sent);
+                control.clear();
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    fn pair() -> (Incoming, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Incoming::new(Arc::new(ours), Duration::ZERO), theirs)
+    }
+
+    fn frame(payload: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0; HEADER_BYTES];
+        bytes[..4].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+        bytes[4] = 8;
+        bytes.extend_from_slice(payload);
+        bytes
+    }
+
+    #[test]
+    fn frames_come_whole_however_they_are_cut_and_joined() {
+        let (mut incoming, mut peer) = pair();
+        let payloads: Vec<Vec<u8>> = [0usize, 1, 70_000, 16, 65_520, 200_000, 3]
+            .iter()
+            .map(|n| (0..*n).map(|i| (i % 251) as u8).collect())
+            .collect();
+        let all: Vec<u8> = payloads.iter().flat_map(|p| frame(p)).collect();
+        let writer = std::thread::spawn(move || {
+            for piece in all.chunks(7919) {
+                peer.write_all(piece).unwrap();
+            }
+        });
+        for payload in &payloads {
+            let header = incoming.next(1 << 20).ok().unwrap();
+            assert_eq!(incoming.payload(&header), payload.as_slice());
+            incoming.consume(&header);
+        }
+        writer.join().unwrap();
+        assert!(matches!(
+            incoming.next(1 << 20),
+            Err(Unread::Ended(Ended::HungUp))
+        ));
+    }
+
+    #[test]
+    fn an_announced_length_costs_no_memory_until_bytes_come() {
+        let (mut incoming, mut peer) = pair();
+        let mut header = [0; HEADER_BYTES];
+        header[..4].copy_from_slice(&(1u32 << 30).to_le_bytes());
+        header[4] = 8;
+        peer.write_all(&header).unwrap();
+        peer.write_all(&[1; 1000]).unwrap();
+        drop(peer);
+        assert!(incoming.next(1 << 30).is_err());
+        assert!(incoming.buffer.capacity() <= BUFFER_BYTES);
+    }
+
+    #[test]
+    fn descriptors_go_with_a_frame_that_takes_many_writes() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let reader = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            theirs.read_to_end(&mut all).unwrap();
+            all.len()
+        });
+        let mut outgoing = Outgoing::new(Arc::new(ours));
+        outgoing.begin();
+        let body = vec![7; 3 << 20];
+        let fd = std::os::fd::AsFd::as_fd(&file);
+        outgoing
+            .send(Reply::Mapped, 1, 0, &[&body, b"end"], &[fd])
+            .unwrap();
+        drop(outgoing);
+        assert_eq!(reader.join().unwrap(), HEADER_BYTES + (3 << 20) + 3);
+    }
+}

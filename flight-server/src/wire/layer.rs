@@ -1,0 +1,171 @@
+//! The tower layer that answers DoGet, lends DoPut its request stream, and passes everything
+//! else on.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use arrow_flight::Ticket;
+use bytes::{Buf, Bytes, BytesMut};
+use http::{HeaderValue, Request, Response, header};
+use http_body_util::BodyExt;
+use prost::Message;
+use tonic::body::Body;
+use tonic::server::NamedService;
+use tonic::{Code, Status};
+
+use super::stream::{Limits, WireStream};
+use crate::connection::Peer;
+use crate::error::{Failure, too_large_request};
+use crate::intake::{Intake, Received};
+use crate::service::SharedContext;
+use crate::{info, measure};
+
+const DO_GET: &str = "/arrow.flight.protocol.FlightService/DoGet";
+const DO_PUT: &str = "/arrow.flight.protocol.FlightService/DoPut";
+
+/// Compression flag and length before a gRPC message.
+const PREFIX_BYTES: usize = 5;
+
+/// The Flight service, with DoGet answered here.
+#[derive(Clone)]
+pub(crate) struct Layer<S> {
+    pub(crate) inner: S,
+    pub(crate) context: SharedContext,
+}
+
+impl<S: NamedService> NamedService for Layer<S> {
+    const NAME: &'static str = S::NAME;
+}
+
+impl<S> tower::Service<Request<Body>> for Layer<S>
+where
+    S: tower::Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        match request.uri().path() {
+            DO_GET => {}
+            DO_PUT => {
+                let (mut parts, body) = request.into_parts();
+                let intake = Intake::new(body, self.context.config.max_request_bytes);
+                parts.extensions.insert(Received::new(intake));
+                let request = Request::from_parts(parts, Body::empty());
+                return Box::pin(self.inner.call(request));
+            }
+            _ => return Box::pin(self.inner.call(request)),
+        }
+        let context = Arc::clone(&self.context);
+        Box::pin(async move {
+            let measured = measure::Request::start("DoGet");
+            let unix = request.extensions().get::<Peer>().is_some_and(|p| p.unix);
+            Ok(match open(&context, request.into_body()).await {
+                Ok((mut reply, limits)) => {
+                    if unix && context.config.sendfile.is_on() {
+                        reply.send_by_descriptor();
+                    }
+                    let body = WireStream::start(reply, limits, measured);
+                    let mut response = Response::new(Body::new(body));
+                    response.headers_mut().insert(
+                        header::CONTENT_TYPE,
+                        HeaderValue::from_static("application/grpc"),
+                    );
+                    response
+                }
+                Err(failure) => {
+                    measured.finish(failure.code());
+                    Status::from(failure).into_http()
+                }
+            })
+        })
+    }
+}
+
+async fn open(context: &SharedContext, body: Body) -> Result<(super::Reply, Limits), Failure> {
+    let message = read_message(body, context.config.max_request_bytes).await?;
+    let ticket = Ticket::decode(message).map_err(|error| {
+        Failure::new(
+            Code::Internal,
+            "STREAM",
+            format!("the request is not a Flight ticket: {error}"),
+        )
+    })?;
+    let reply = info::open(context, &ticket.ticket).await?;
+    let permit = context.scan_permit()?;
+    let limits = Limits {
+        permit,
+        turns: Arc::clone(&context.turns),
+        reader_idle: context.config.reader_idle,
+    };
+    Ok((reply, limits))
+}
+
+/// The one message of a request.
+async fn read_message(mut body: Body, limit_bytes: usize) -> Result<Bytes, Failure> {
+    let broken = |problem: String| Failure::new(Code::Internal, "STREAM", problem);
+    let mut received = BytesMut::new();
+    loop {
+        if let Some(prefix) = received.first_chunk::<PREFIX_BYTES>() {
+            let [compressed, length @ ..] = *prefix;
+            if compressed != 0 {
+                return Err(Failure::new(
+                    Code::Unimplemented,
+                    "UNIMPLEMENTED",
+                    "compressed requests are not read; send them as they are",
+                ));
+            }
+            let length = u32::from_be_bytes(length) as usize;
+            if length > limit_bytes {
+                return Err(too_large_request(limit_bytes));
+            }
+            if received.len() >= PREFIX_BYTES + length {
+                received.advance(PREFIX_BYTES);
+                received.truncate(length);
+                return Ok(received.freeze());
+            }
+        }
+        match body.frame().await {
+            Some(Ok(frame)) => {
+                if let Ok(data) = frame.into_data() {
+                    received.extend_from_slice(&data);
+                }
+            }
+            Some(Err(status)) => {
+                return Err(Failure::new(status.code(), "STREAM", status.message()));
+            }
+            None => return Err(broken("the request ended before its ticket".to_owned())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::Full;
+
+    use super::*;
+
+    async fn read(bytes: &[u8]) -> Result<Bytes, Failure> {
+        read_message(Body::new(Full::new(Bytes::copy_from_slice(bytes))), 100).await
+    }
+
+    #[tokio::test]
+    async fn a_request_is_one_message_within_the_limit() {
+        assert_eq!(read(&[0, 0, 0, 0, 2, 7, 8]).await.unwrap(), &[7, 8][..]);
+        assert_eq!(read(&[0, 0, 0, 0, 0]).await.unwrap(), &[][..]);
+        let code = async |bytes: &[u8]| read(bytes).await.unwrap_err().code();
+        assert_eq!(code(&[0, 0, 0, 0, 101, 0]).await, Code::ResourceExhausted);
+        assert_eq!(code(&[0, 0xff, 0, 0, 0]).await, Code::ResourceExhausted);
+        assert_eq!(code(&[0, 0, 0, 0, 9, 1]).await, Code::Internal);
+        assert_eq!(code(&[]).await, Code::Internal);
+        assert_eq!(code(&[1, 0, 0, 0, 0]).await, Code::Unimplemented);
+    }
+}

@@ -1,0 +1,345 @@
+//! The pace of one DoGet stream.
+//!
+//! A driver task makes messages ready on a bounded pool of blocking threads, a window ahead of
+//! the client, and the response's body hands their chunks to HTTP/2. Streams take turns in
+//! the pool in the order in which they ask, one step each, so many share it fairly.
+//!
+//! A stream holds at most [`WINDOW_BYTES`] and one step of chunks; of these only rows that had
+//! to be copied take memory of their own. When the client hangs up, or reads nothing for
+//! `reader_idle`, the snapshot and the permit are released at once.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::Frame;
+use metrics::Gauge;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tonic::{Code, Status};
+
+use super::reply::{Reply, Step};
+use crate::error::Failure;
+use crate::measure;
+
+/// The next step begins when fewer bytes than this wait for the client.
+const WINDOW_BYTES: usize = 2 << 20;
+
+/// The body of a DoGet response.
+pub(crate) struct WireStream {
+    shared: Arc<Shared>,
+    in_flight: Gauge,
+    request: Option<measure::Request>,
+    done: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    /// The body took a chunk, or was dropped.
+    taken: Notify,
+}
+
+#[derive(Default)]
+struct Queue {
+    chunks: VecDeque<Chunk>,
+    bytes: usize,
+    /// How the stream ends once the chunks are taken.
+    end: Option<Result<(), Failure>>,
+    /// The body is gone.
+    closed: bool,
+    reader: Option<Waker>,
+    last_taken: Option<Instant>,
+}
+
+struct Chunk {
+    bytes: Bytes,
+    ends_message: bool,
+}
+
+/// What limits a stream.
+pub(crate) struct Limits {
+    /// Held until the client has taken everything.
+    pub(crate) permit: OwnedSemaphorePermit,
+    /// Turns in the pool of blocking threads, given in the order asked.
+    pub(crate) turns: Arc<Semaphore>,
+    pub(crate) reader_idle: Duration,
+}
+
+impl WireStream {
+    /// Starts a reply. `request` is finished when the last byte or the failure is taken;
+    /// dropping the body before that counts as cancelled.
+    pub(super) fn start(reply: Reply, limits: Limits, request: measure::Request) -> WireStream {
+        let shared = Arc::new(Shared::default());
+        tokio::spawn(drive(Arc::clone(&shared), reply, limits));
+        WireStream {
+            shared,
+            in_flight: measure::bytes_in_flight(),
+            request: Some(request),
+            done: false,
+        }
+    }
+}
+
+impl http_body::Body for WireStream {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.done {
+            return Poll::Ready(None);
+        }
+        let mut queue = self.shared.queue.lock();
+        if let Some(chunk) = queue.chunks.pop_front() {
+            queue.bytes -= chunk.bytes.len();
+            queue.last_taken = Some(Instant::now());
+            drop(queue);
+            self.shared.taken.notify_one();
+            let tracked = InFlight::new(chunk.bytes, &self.in_flight);
+            return Poll::Ready(Some(Ok(Frame::data(Bytes::from_owner(tracked)))));
+        }
+        let Some(end) = queue.end.take() else {
+            queue.reader = Some(cx.waker().clone());
+            return Poll::Pending;
+        };
+        drop(queue);
+        self.done = true;
+        let code = end.as_ref().map_or_else(Failure::code, |()| Code::Ok);
+        if let Some(request) = self.request.take() {
+            request.finish(code);
+        }
+        Poll::Ready(Some(Ok(Frame::trailers(trailers(end)))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.done
+    }
+}
+
+impl Drop for WireStream {
+    fn drop(&mut self) {
+        let mut queue = self.shared.queue.lock();
+        queue.closed = true;
+        queue.chunks.clear();
+        queue.bytes = 0;
+        drop(queue);
+        self.shared.taken.notify_one();
+    }
+}
+
+fn trailers(end: Result<(), Failure>) -> HeaderMap {
+    let status = match end {
+        Ok(()) => Status::new(Code::Ok, ""),
+        Err(failure) => failure.into(),
+    };
+    let mut trailers = HeaderMap::new();
+    if let Err(invalid) = status.add_header(&mut trailers) {
+        tracing::error!(%invalid, "an error's message is no header");
+        trailers.insert(Status::GRPC_STATUS, http::HeaderValue::from_static("13"));
+    }
+    trailers
+}
+
+/// Bytes that HTTP/2 has and the client has not, counted while they live.
+struct InFlight {
+    bytes: Bytes,
+    gauge: Gauge,
+}
+
+impl InFlight {
+    fn new(bytes: Bytes, gauge: &Gauge) -> InFlight {
+        gauge.increment(bytes.len() as f64);
+        InFlight {
+            bytes,
+            gauge: gauge.clone(),
+        }
+    }
+}
+
+impl AsRef<[u8]> for InFlight {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.gauge.decrement(self.bytes.len() as f64);
+    }
+}
+
+async fn drive(shared: Arc<Shared>, mut reply: Reply, limits: Limits) {
+    let Limits {
+        permit: _permit,
+        turns,
+        reader_idle,
+    } = limits;
+    loop {
+        match shared.below(WINDOW_BYTES, reader_idle).await {
+            Wait::Below => {}
+            Wait::Closed => return,
+            Wait::Idle => return shared.cut_off(reader_idle),
+        }
+        // Closed only at the end of the process.
+        let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
+            return;
+        };
+        if shared.queue.lock().closed {
+            return;
+        }
+        let stepped = tokio::task::spawn_blocking(move || {
+            let step = reply.step();
+            drop(turn);
+            (reply, step)
+        });
+        let step = match stepped.await {
+            Ok((back, step)) => {
+                reply = back;
+                step
+            }
+            Err(error) => {
+                let failure = Failure::new(Code::Internal, "TASK", error.to_string());
+                return shared.push(Step {
+                    messages: Vec::new(),
+                    end: Some(Err(failure)),
+                });
+            }
+        };
+        let ended = step.end.is_some();
+        shared.push(step);
+        if ended {
+            break;
+        }
+    }
+    // The snapshot goes now, the permit when the client has everything.
+    drop(reply);
+    if shared.below(1, reader_idle).await == Wait::Idle {
+        shared.cut_off(reader_idle);
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Wait {
+    Below,
+    Closed,
+    Idle,
+}
+
+impl Shared {
+    /// Waits until fewer than `bytes` bytes wait for the client.
+    async fn below(&self, bytes: usize, idle: Duration) -> Wait {
+        let since = Instant::now();
+        loop {
+            let last = {
+                let queue = self.queue.lock();
+                if queue.closed {
+                    return Wait::Closed;
+                }
+                if queue.bytes < bytes {
+                    return Wait::Below;
+                }
+                queue.last_taken.map_or(since, |taken| taken.max(since))
+            };
+            let left = idle.saturating_sub(last.elapsed());
+            if left.is_zero() {
+                return Wait::Idle;
+            }
+            // Timed out or told: the loop looks again.
+            let _ = tokio::time::timeout(left, self.taken.notified()).await;
+        }
+    }
+
+    fn push(&self, step: Step) {
+        let mut queue = self.queue.lock();
+        if queue.closed {
+            return;
+        }
+        for message in step.messages {
+            let chunks = message.len();
+            for (number, bytes) in message.into_iter().enumerate() {
+                queue.bytes += bytes.len();
+                queue.chunks.push_back(Chunk {
+                    bytes,
+                    ends_message: number + 1 == chunks,
+                });
+            }
+        }
+        queue.end = step.end;
+        let reader = queue.reader.take();
+        drop(queue);
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+    }
+
+    /// Gives up on a client that reads nothing. It still gets the rest of the message it is
+    /// in, then the error.
+    fn cut_off(&self, idle: Duration) {
+        let mut queue = self.queue.lock();
+        let rest = queue.chunks.iter().position(|chunk| chunk.ends_message);
+        queue.chunks.truncate(rest.map_or(0, |last| last + 1));
+        queue.bytes = queue.chunks.iter().map(|chunk| chunk.bytes.len()).sum();
+        queue.end = Some(Err(Failure::new(
+            Code::Aborted,
+            "READER_IDLE",
+            format!("the client read nothing for {} s", idle.as_secs()),
+        )));
+        let reader = queue.reader.take();
+        drop(queue);
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(chunks: &[usize]) -> Step {
+        Step {
+            messages: vec![
+                chunks
+                    .iter()
+                    .map(|bytes| Bytes::from(vec![0; *bytes]))
+                    .collect(),
+            ],
+            end: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_takes_nothing_is_idle_and_keeps_only_its_message() {
+        let shared = Shared::default();
+        shared.push(step(&[10, 20]));
+        shared.push(step(&[30]));
+        assert_eq!(shared.below(61, Duration::ZERO).await, Wait::Below);
+        assert_eq!(shared.below(60, Duration::ZERO).await, Wait::Idle);
+        shared.cut_off(Duration::from_secs(7));
+        let queue = shared.queue.lock();
+        assert_eq!((queue.chunks.len(), queue.bytes), (2, 30));
+        let failure = queue.end.as_ref().unwrap().as_ref().unwrap_err();
+        assert_eq!(failure.code(), Code::Aborted);
+    }
+
+    #[test]
+    fn a_failure_becomes_trailers_with_its_details() {
+        let failure = Failure::new(Code::DataLoss, "SEGMENT_DAMAGED", "räum auf");
+        let trailers = trailers(Err(failure));
+        assert_eq!(trailers["grpc-status"], "15");
+        assert_eq!(trailers["grpc-message"], "r%C3%A4um%20auf");
+        assert!(trailers.contains_key(crate::ERROR_DETAILS_KEY));
+        let trailers = super::trailers(Ok(()));
+        assert_eq!(
+            (trailers.len(), &trailers["grpc-status"]),
+            (1, &"0".parse().unwrap())
+        );
+    }
+}
