@@ -20,8 +20,10 @@ from harness import DATA, RESULTS, Server, copy_store, cpu_seconds, directory_by
 from support import flight as calls
 
 
-def store_with(count):
-    """A store of one load of `count` rows, 9 in 10 with a key of their own; kept for the next run, copied for this."""
+def store_with(keys):
+    """A store of one load with at least `keys` keys, one in nine of which came twice; kept for the next run, copied for
+    this."""
+    count = rows_for(keys)
     folder = DATA / f"upsert-{count}"
     data = folder / "data"
     if not (folder / "complete").exists():
@@ -38,9 +40,9 @@ def store_with(count):
     return copy_store(data, DATA / "upsert-work")
 
 
-def keys_of(count):
-    """Distinct keys in a store of `count` loaded rows: 0 and up."""
-    return count - count // 10
+def rows_for(keys):
+    """Rows of a file as bench/load.py loads it, one in ten of which repeats a key, that holds the keys 0 to `keys` and up."""
+    return -(-keys * 10 // 9)
 
 
 def stats_of(client):
@@ -50,32 +52,32 @@ def stats_of(client):
 def cost(sizes, rounds=60, rows_per_put=1_000):
     """Server CPU and wall time per row, after a warm-up."""
     found = {}
-    for count in sizes:
-        data = store_with(count)
-        generator = np.random.default_rng(count)
+    for keys in sizes:
+        data = store_with(keys)
+        generator = np.random.default_rng(keys)
         with Server(data) as server:
             client = calls.connect(server)
             each = []
             for number in range(rounds + 10):
                 batch = gen.rows(
                     generator,
-                    generator.integers(0, keys_of(count), rows_per_put),
+                    generator.integers(0, keys, rows_per_put),
                     gen.START_MICROS + 10**12 + number * rows_per_put,
                 )
                 cpu, wall = cpu_seconds(server.process.pid), time.perf_counter()
                 calls.put(client, "wide", batch)
                 if number >= 10:
                     each.append((time.perf_counter() - wall, cpu_seconds(server.process.pid) - cpu))
-        found[count] = {
+        found[keys] = {
             "wall_micros_per_row": median([w for w, _ in each]) / rows_per_put * 1e6,
             "cpu_micros_per_row": sum(c for _, c in each) / len(each) / rows_per_put * 1e6,
         }
     return found
 
 
-def churn(count, minutes, rows_per_second):
+def churn(keys, minutes, rows_per_second):
     """Samples of the table's figures while uniform updates run."""
-    data = store_with(count)
+    data = store_with(keys)
     generator = np.random.default_rng(3)
     samples = []
     with Server(data) as server:
@@ -85,7 +87,7 @@ def churn(count, minutes, rows_per_second):
         began = time.monotonic()
         sent = 0
         while time.monotonic() - began < minutes * 60:
-            batch = gen.rows(generator, generator.integers(0, keys_of(count), 2_000), gen.START_MICROS + 10**12 + sent)
+            batch = gen.rows(generator, generator.integers(0, keys, 2_000), gen.START_MICROS + 10**12 + sent)
             calls.put(client, "wide", batch)
             sent += 2_000
             ahead = sent / rows_per_second - (time.monotonic() - began)
@@ -108,11 +110,11 @@ def churn(count, minutes, rows_per_second):
         last = samples[-1]
         written = last["segment_bytes_written"] + last["log_bytes_written"]
         return {
-            "keys": keys_of(count),
+            "keys": keys,
             "rows_per_second": sent / last["seconds"],
             "write_amplification": written / (sent * row_bytes),
             "segments_max": max(s["segments"] for s in samples),
-            "space_amplification_max": max(s["bytes_on_disk"] for s in samples) / (keys_of(count) * row_bytes),
+            "space_amplification_max": max(s["bytes_on_disk"] for s in samples) / (keys * row_bytes),
             "merges": last["merges"],
             "samples": samples,
         }
@@ -162,7 +164,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["cost", "churn", "thin"])
     parser.add_argument("--keys", type=int, nargs="+", default=[1_000_000, 30_000_000])
-    parser.add_argument("--churn-rows", type=int, default=10_000_000)
+    parser.add_argument("--churn-keys", type=int, default=10_000_000)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--rows-per-second", type=int, default=20_000)
     parser.add_argument("--thin-seconds", type=int, default=30)
@@ -171,9 +173,9 @@ def main():
     path = RESULTS / "upsert.json"
     raw = json.loads(path.read_text())["measured"] if path.exists() else {}
     if "cost" in options.parts:
-        raw["cost"] = {str(count): found for count, found in cost(options.keys).items()}
+        raw["cost"] = {str(keys): found for keys, found in cost(options.keys).items()}
     if "churn" in options.parts:
-        raw["churn"] = churn(options.churn_rows, options.minutes, options.rows_per_second)
+        raw["churn"] = churn(options.churn_keys, options.minutes, options.rows_per_second)
     if "thin" in options.parts:
         raw["thin"] = thin(options.thin_seconds)
     rows, notes = figures(raw)
@@ -184,10 +186,10 @@ def figures(raw):
     """The rows and notes of the table, for the parts that were ever measured."""
     rows, notes = [], ["puts wait for the disk: wall time is mostly the sync of the log, CPU is the work of the store"]
     if found := raw.get("cost"):
-        for count, each in found.items():
-            rows.append([f"upsert at {keys_of(int(count)):,} keys, wall", f"{each['wall_micros_per_row']:.2f} µs/row"])
+        for keys, each in found.items():
+            rows.append([f"upsert at {int(keys):,} keys, wall", f"{each['wall_micros_per_row']:.2f} µs/row"])
             rows.append(
-                [f"upsert at {keys_of(int(count)):,} keys, server CPU", f"{each['cpu_micros_per_row']:.2f} µs/row"]
+                [f"upsert at {int(keys):,} keys, server CPU", f"{each['cpu_micros_per_row']:.2f} µs/row"]
             )
         small, large = list(found.values())[0], list(found.values())[-1]
         notes.append(
