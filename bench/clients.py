@@ -26,8 +26,7 @@ class Flight:
     def __init__(self, url, table, features, limit=None):
         from pyarrow import flight
 
-        options = [("grpc.default_authority", "localhost")] if url.startswith("grpc+unix") else []
-        self.client = flight.connect(url, generic_options=options)
+        self.client = flight.connect(url)
         asked = {"lookup": {"features": [f"{table}:{name}" for name in features]}}
         self.descriptor = flight.FlightDescriptor.for_command(json.dumps(asked).encode())
         self.writer, self.reader = self.client.do_exchange(self.descriptor)

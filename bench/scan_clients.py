@@ -15,8 +15,7 @@ import pyarrow.compute as pc
 def connect(url):
     from pyarrow import flight
 
-    options = [("grpc.default_authority", "localhost")] if url.startswith("grpc+unix") else []
-    return flight.connect(url, generic_options=options)
+    return flight.connect(url)
 
 
 def ticket(asked):

@@ -15,9 +15,6 @@ from pyarrow import flight
 from pinion import errors
 from pinion.lane import marked
 
-# gRPC's C++ library sends a Unix socket's path as the authority, which not every HTTP/2 server takes.
-_UNIX_OPTIONS = [("grpc.default_authority", "localhost")]
-
 _CODES = {
     "cancelled": 1,
     "invalid argument": 3,
@@ -125,11 +122,8 @@ class Flight:
 
     def __init__(self, url: str, timeout: float | None = None):
         _check_process()
-        options: dict[str, Any] = {"middleware": [_Details()]}
-        if url.startswith("grpc+unix:"):
-            options["generic_options"] = _UNIX_OPTIONS
         with translated():
-            self._connected = flight.connect(url, **options)
+            self._connected = flight.connect(url, middleware=[_Details()])
         self._options = flight.FlightCallOptions(timeout=timeout) if timeout else flight.FlightCallOptions()
 
     @property
