@@ -263,10 +263,15 @@ async fn actions_apply_describe_flush_merge_and_refuse_what_they_do_not_know() {
         .await
         .unwrap();
     assert_eq!(sources, json!({"sources": []}));
+    let leases = act(&mut client, "leases", &json!({})).await.unwrap();
+    assert_eq!(
+        (&leases["leases"], &leases["bytes"]),
+        (&json!([]), &json!(0))
+    );
 
     for (verb, body, code) in [
         ("pin", json!({"table": "planes"}), Code::Unimplemented),
-        ("leases", json!({}), Code::Unimplemented),
+        ("leases", json!({"table": "planes"}), Code::InvalidArgument),
         ("explode", json!({}), Code::InvalidArgument),
         ("flush", json!({"tabel": "planes"}), Code::InvalidArgument),
         ("flush", json!({"table": "nope"}), Code::NotFound),

@@ -54,7 +54,7 @@ fn poke(segment: &Segment) {
 #[test]
 fn every_flipped_byte_is_noticed_and_none_panics() {
     let (fixture, meta, files) = damaged_fixture();
-    assert_eq!(files.len(), 6);
+    assert_eq!(files.len(), 7);
     for (name, bytes) in &files {
         let path = fixture.dir.path().join(name);
         let mut damaged = bytes.clone();
