@@ -28,13 +28,15 @@ use pinion_client::{Client, ClientError, ClientOptions, RecordStream};
 use prost::Message;
 use tokio::net::TcpListener;
 
+type Trailers = Vec<(&'static str, String)>;
+
 /// What a fake server answers to every call.
 #[derive(Clone, Default)]
 struct Reply {
     /// DATA frames.
     chunks: Vec<Vec<u8>>,
     /// Without any, the stream just ends.
-    trailers: Option<Vec<(&'static str, String)>>,
+    trailers: Option<Trailers>,
     reset: bool,
     /// The connection is closed after so many calls.
     calls: Option<usize>,
@@ -396,8 +398,7 @@ async fn replies_that_are_cut_or_contradict_themselves_are_errors() {
         .collect();
     let last = framed(&data[2].encode_to_vec()).len();
     let ok = || Some(vec![("grpc-status", "0".to_owned())]);
-    type Trailers = Option<Vec<(&'static str, String)>>;
-    let broken: Vec<(&str, Vec<u8>, Trailers)> = vec![
+    let broken: Vec<(&str, Vec<u8>, Option<Trailers>)> = vec![
         ("nothing at all", vec![], ok()),
         ("cut in the prefix", whole[..3].to_vec(), ok()),
         (
