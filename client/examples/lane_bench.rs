@@ -25,10 +25,13 @@ const USAGE: &str = "lane_bench: load on the local lane
   --key-column name       key column (default: id)
   --key-from n            least key (default 0)
   --key-to n              first number that is no key
+  --key-step n            keys are numbers of that range times n (default 1)
   --key-format text       keys are strings: {} in it is the number
   --keys k                keys of a request (default 100)
   --connections c         connections, one thread each (default 1)
   --depth d               requests under way on each connection (default 1)
+  --rate r                requests a second, of all connections together, each at its time;
+                          latencies count from that time (default: as fast as they go)
   --seconds s             how long (default 5)
   --warm s                how long before the clock starts (default 1)
   --read batch|columns    how replies are read: as validated record batches, or column by
@@ -49,6 +52,8 @@ struct Load {
     lane: String,
     lookup: Lookup,
     depth: usize,
+    /// Between two requests of a connection.
+    interval: Option<Duration>,
     warm: Duration,
     measured: Duration,
     read: Read,
@@ -73,6 +78,10 @@ fn main() {
         lane: arguments.needed("lane").to_owned(),
         lookup,
         depth: arguments.number("depth", 1),
+        interval: arguments.text("rate").map(|_| {
+            let rate: f64 = arguments.number("rate", 1.0);
+            Duration::from_secs_f64(connections as f64 / rate)
+        }),
         warm: Duration::from_secs_f64(arguments.number("warm", 1.0)),
         measured: Duration::from_secs_f64(arguments.number("seconds", 5.0)),
         read: match arguments.text("read") {
@@ -88,6 +97,7 @@ fn main() {
                 arguments.text("key-column").unwrap_or("id"),
                 arguments.text("key-format"),
                 range.clone(),
+                arguments.number("key-step", 1),
                 keys,
                 number as u64,
             );
@@ -134,6 +144,7 @@ fn key_batches(
     column: &str,
     format: Option<&str>,
     range: std::ops::Range<i64>,
+    step: i64,
     keys: usize,
     seed: u64,
 ) -> Vec<RecordBatch> {
@@ -145,7 +156,7 @@ fn key_batches(
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        range.start + (state % width) as i64
+        (range.start + (state % width) as i64) * step
     };
     let batches = (KEYS_MADE / keys.max(1)).clamp(16, 4096);
     (0..batches)
@@ -176,12 +187,24 @@ fn run(load: &Load, batches: &[RecordBatch], start: &Barrier) -> Outcome {
     };
     let mut next = batches.iter().cycle();
     let mut drive = |until: Instant, outcome: &mut Outcome, record: bool| {
+        let mut due = Instant::now();
         loop {
+            if let Some(interval) = load.interval
+                && sent.is_empty()
+            {
+                wait_until(due.min(until), interval);
+            }
             let now = Instant::now();
-            while now < until && sent.len() < load.depth {
+            while now < until && sent.len() < load.depth && (load.interval.is_none() || due <= now)
+            {
                 let keys = next.next().expect("a cycle does not end");
+                let began = load.interval.map_or_else(Instant::now, |_| due);
                 lane.send(&prepared, keys).expect("cannot send");
-                sent.push_back(Instant::now());
+                sent.push_back(began);
+                due += load.interval.unwrap_or_default();
+            }
+            if sent.is_empty() && now < until {
+                continue;
             }
             let Some(began) = sent.pop_front() else {
                 return;
@@ -211,6 +234,18 @@ fn run(load: &Load, batches: &[RecordBatch], start: &Barrier) -> Outcome {
     drive(Instant::now() + load.measured, &mut outcome, true);
     start.wait();
     outcome
+}
+
+/// Sleeps most of the time and spins the rest: a sleep alone is some 60 µs late.
+fn wait_until(due: Instant, interval: Duration) {
+    let spin = Duration::from_micros(80).min(interval / 4);
+    let left = due.saturating_duration_since(Instant::now());
+    if left > spin {
+        std::thread::sleep(left - spin);
+    }
+    while Instant::now() < due {
+        std::hint::spin_loop();
+    }
 }
 
 /// Reads every value of a reply.
