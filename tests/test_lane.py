@@ -578,3 +578,26 @@ def test_random_bytes_and_hang_ups_leave_nothing(server, client):
     until(lambda: leases(server) == [])
     until(lambda: usage(server) <= (threads, descriptors))
     assert client.lookup(["items:price"], {"item": [1]}).column("price").to_pylist() == [1]
+
+
+@pytest.mark.parametrize("by", ["lane", "flight"])
+def test_a_prepared_lookup_reads_the_table_that_has_the_name_now(server, by):
+    urls = {"lane": {"lane": f"lane://{server.lane}"}, "flight": {"flight": server.flight}}[by]
+    with pinion.connect(**urls) as client, connect(server) as operator:
+        operator.put("items", items(range(5)))
+        prices = client.prepare(["items:price"])
+        assert prices.lookup({"item": [4]})["price"].to_pylist() == [4]
+        act(server, "drop", table="items")
+        act(server, "apply", definitions=[LATEST])
+        operator.put("items", items([4], version=100))
+        assert prices.lookup({"item": [4]})["price"].to_pylist() == [104]
+
+
+def test_a_reply_over_the_limit_is_refused_with_its_size(server, client):
+    client.put("items", items([1]).set_column(3, "name", pa.array(["x" * 100_000])))
+    with pinion.connect(flight=server.flight) as over_flight:
+        names = over_flight.prepare(["items:name"])
+        assert names.lookup({"item": [1] * 5}).num_rows == 5
+        with pytest.raises(pinion.ResourceExhausted, match="1000 keys"):
+            names.lookup({"item": [1] * 1000})
+        assert names.lookup({"item": [1] * 5}).num_rows == 5

@@ -213,6 +213,7 @@ fn main() -> Result<(), Failure> {
             let moment = ReplyRequest {
                 now_nanos: 0,
                 deadline: None,
+                max_body_bytes: usize::MAX,
             };
             let snapshots = [snapshot.clone()];
             let median = measure(seconds, &requests, |request| {

@@ -107,8 +107,9 @@ pub(crate) struct Catalog {
 }
 
 impl Catalog {
-    /// The newest whole catalog; `None` in a folder without one.
-    pub(crate) fn read_newest(dir: &Path) -> Result<Option<Catalog>, OpenError> {
+    /// The newest whole catalog, and whether a newer one is damaged: then there may be tables
+    /// that this one does not know. `None` in a folder without one.
+    pub(crate) fn read_newest(dir: &Path) -> Result<Option<(Catalog, bool)>, OpenError> {
         let numbers = numbered::list(dir, KIND).map_err(|source| OpenError::Io {
             action: "list",
             path: dir.to_owned(),
@@ -118,7 +119,7 @@ impl Catalog {
         for number in numbers.into_iter().rev() {
             match numbered::read(dir, KIND, FORMAT_VERSION, number) {
                 Ok(json) => match serde_json::from_slice::<Catalog>(&json) {
-                    Ok(catalog) => return Ok(Some(catalog)),
+                    Ok(catalog) => return Ok(Some((catalog, damage.is_some()))),
                     Err(e) => {
                         damage = damage.or(Some((numbered::path(dir, KIND, number), e.to_string())))
                     }

@@ -310,6 +310,18 @@ pub enum ReadError {
         /// What is wrong.
         problem: String,
     },
+    /// A reply would be larger than allowed. It was not made.
+    #[error(
+        "the reply to {rows} keys takes {bytes} bytes, over the limit of {limit_bytes} bytes a message: send fewer keys, or raise max_message_bytes"
+    )]
+    ReplyTooLarge {
+        /// Keys asked.
+        rows: usize,
+        /// Bytes of the values.
+        bytes: usize,
+        /// The limit.
+        limit_bytes: usize,
+    },
     /// An Arrow kernel refused; a bug of ours or values out of its range.
     #[error("table {table}: {problem}")]
     Compute {

@@ -74,6 +74,8 @@ pub(crate) struct StoreInner {
     catalog: Mutex<Catalog>,
     catalog_number: std::sync::atomic::AtomicU64,
     tables: ArcSwap<BTreeMap<String, Table>>,
+    /// Those of the catalog, for requests: they do not wait for an apply.
+    services: ArcSwap<Vec<Service>>,
     ticket_key: [u8; 32],
     pub wake: Arc<Wake>,
     closed: AtomicBool,
@@ -172,7 +174,7 @@ impl Store {
             });
         }
         let lock = StoreLock::take(dir, writable)?;
-        let Some(catalog) = Catalog::read_newest(&catalog_dir)? else {
+        let Some((catalog, fell_back)) = Catalog::read_newest(&catalog_dir)? else {
             return Err(OpenError::NotAStore {
                 dir: dir.to_owned(),
             });
@@ -185,7 +187,12 @@ impl Store {
         })?;
         let options = Arc::new(options);
         let wake = Arc::new(Wake::default());
-        if writable {
+        if fell_back {
+            tracing::warn!(
+                catalog = catalog.number,
+                "the newest catalog is damaged; this older one is used, and nothing is swept"
+            );
+        } else if writable {
             remove_dropped_tables(dir, &catalog);
         }
         let mut tables = BTreeMap::new();
@@ -197,10 +204,11 @@ impl Store {
             dir: dir.to_owned(),
             options,
             catalog_number: catalog.number.into(),
-            catalog: Mutex::new(catalog),
             tables: ArcSwap::from_pointee(tables),
+            services: ArcSwap::from_pointee(catalog.services.clone()),
             ticket_key,
             wake,
+            catalog: Mutex::new(catalog),
             closed: AtomicBool::new(false),
             catalog_uncertain: AtomicBool::new(false),
             writable,
@@ -329,6 +337,7 @@ impl Store {
             }
         }
         *catalog = next;
+        self.0.services.store(Arc::new(catalog.services.clone()));
         self.0
             .catalog_number
             .store(catalog.number, Ordering::Release);
@@ -375,8 +384,9 @@ impl Store {
         if !self.0.writable {
             return Err(ApplyError::ReadOnly);
         }
-        let table = self.table(name)?;
+        // Under the lock: another drop and apply may give the name to another table.
         let mut catalog = self.0.catalog.lock();
+        let table = self.table(name)?;
         let services = services::users_of(&catalog, name);
         if !services.is_empty() {
             return Err(ApplyError::TableInUse {
@@ -387,11 +397,20 @@ impl Store {
         let mut next = catalog.clone();
         next.number += 1;
         next.tables.retain(|t| t.id != table.id());
-        self.publish_catalog(&mut catalog, next)?;
+        if let Err(error) = self.publish_catalog(&mut catalog, next) {
+            if matches!(error, ApplyError::Uncertain(_)) {
+                // The next open may find it dropped: no row must be acknowledged any more.
+                table
+                    .0
+                    .set_read_only("whether its drop is on disk is not known");
+            }
+            return Err(error);
+        }
         let mut tables = BTreeMap::clone(&self.0.tables.load());
         tables.remove(name);
         self.0.tables.store(Arc::new(tables));
         table.0.mark_dropped();
+        drop(catalog);
         // A merge that runs may still write there; it removes the folder when it is done,
         // and the next open what is left.
         table.0.remove_if_dropped();
@@ -420,14 +439,14 @@ impl Store {
 
     /// Every service, by name.
     pub fn services(&self) -> Vec<Service> {
-        let mut services = self.0.catalog.lock().services.clone();
+        let mut services = Vec::clone(&self.0.services.load());
         services.sort_by(|a, b| a.name.cmp(&b.name));
         services
     }
 
     /// One version of a service: `ranking@v2`, or the newest for `ranking`.
     pub fn service(&self, reference: &str) -> Result<ServiceVersion, UnknownService> {
-        services::resolve(&self.0.catalog.lock().services, reference)
+        services::resolve(&self.0.services.load(), reference)
     }
 
     /// Every table, by name.

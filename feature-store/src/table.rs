@@ -203,7 +203,7 @@ impl TableInner {
     }
 
     /// The table takes no more writes.
-    fn set_read_only(&self, cause: &str) {
+    pub(crate) fn set_read_only(&self, cause: &str) {
         let mut read_only = self.read_only.lock();
         if read_only.is_none() {
             tracing::error!(table = %self.name.name, cause, "the table is read-only from here on");
@@ -246,10 +246,9 @@ impl TableInner {
         let current = self.current.load();
         let in_use: HashSet<u64> = segment_ids(&current).collect();
         let mut retained = self.retained.lock();
-        let present = (Snapshot(Arc::clone(&current)).id(), current.layout());
-        for entry in retained.iter_mut() {
-            let held = (entry.snapshot.id(), entry.snapshot.0.layout());
-            if entry.replaced.is_none() && held != present {
+        let (present, layout) = (Snapshot(Arc::clone(&current)).id(), current.layout());
+        for entry in retained.iter_mut().filter(|e| e.replaced.is_none()) {
+            if entry.snapshot.id() != present || entry.snapshot.0.layout() != layout {
                 entry.replaced = Some(Instant::now());
             }
         }
@@ -300,6 +299,11 @@ impl Table {
     /// Version of the present definition.
     pub fn definition_version(&self) -> u32 {
         self.0.current.load().version.number
+    }
+
+    /// True once the table was dropped. What is still held of it can be read.
+    pub fn is_dropped(&self) -> bool {
+        self.0.is_dropped()
     }
 
     /// The present snapshot. Takes no lock.

@@ -623,6 +623,7 @@ impl World {
         let moment = ReplyRequest {
             now_nanos: now,
             deadline: passed,
+            max_body_bytes: usize::MAX,
         };
         // The scratch of another plan, and then its own.
         for _ in 0..2 {

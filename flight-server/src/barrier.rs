@@ -17,6 +17,26 @@ use crate::service::Context;
 /// How often a waiting thread looks whether its request is still there.
 const STEP: Duration = Duration::from_millis(200);
 
+/// The newest snapshot of each table.
+///
+/// # Errors
+///
+/// `FAILED_PRECONDITION` when one was dropped since the stream began: another may have its name.
+pub(crate) fn newest(tables: &[Table]) -> Result<Vec<Snapshot>, Failure> {
+    if let Some(dropped) = tables.iter().find(|table| table.is_dropped()) {
+        return Err(Failure::new(
+            Code::FailedPrecondition,
+            "DEFINITION_CHANGED",
+            format!(
+                "table {} was dropped since this stream began: open a new one",
+                dropped.name()
+            ),
+        )
+        .with("table", dropped.name()));
+    }
+    Ok(tables.iter().map(Table::snapshot).collect())
+}
+
 /// Returns a snapshot of each table, all of which meet the barrier.
 ///
 /// # Errors
@@ -29,7 +49,7 @@ pub(crate) async fn await_barrier(
     context: &Context,
 ) -> Result<Vec<Snapshot>, Failure> {
     if barrier.is_empty() {
-        return Ok(tables.iter().map(Table::snapshot).collect());
+        return newest(tables);
     }
     check_names(tables, barrier)?;
     let _waiting = context.waiters.try_acquire().map_err(|_| {
@@ -48,6 +68,7 @@ pub(crate) async fn await_barrier(
     for table in tables {
         snapshots.push(wait_for_table(table, barrier, &context.hooks, deadline, timeout).await?);
     }
+    newest(tables)?;
     Ok(snapshots)
 }
 

@@ -76,6 +76,11 @@ impl Encoder {
         Ok(messages)
     }
 
+    /// The bound of a whole message.
+    pub(crate) fn max_message_bytes(&self) -> usize {
+        self.max_message_bytes
+    }
+
     /// Checks a reply to `rows` keys that was encoded elsewhere, `bytes` of header and body.
     ///
     /// # Errors

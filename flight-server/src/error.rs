@@ -231,6 +231,11 @@ impl From<ReadError> for Failure {
             ReadError::Log { table, log, .. } => Failure::of(Code::DataLoss, "LOG_DAMAGED", &error)
                 .with("table", table.clone())
                 .with("log", *log),
+            ReadError::ReplyTooLarge {
+                bytes, limit_bytes, ..
+            } => Failure::of(Code::ResourceExhausted, "MESSAGE_TOO_LARGE", &error)
+                .with("bytes", *bytes as u64)
+                .with("limit_bytes", *limit_bytes as u64),
             ReadError::Compute { table, .. } => {
                 Failure::of(Code::Internal, "COMPUTE", &error).with("table", table.clone())
             }

@@ -398,6 +398,7 @@ impl BoundLookup {
         let keys = request.num_rows();
         self.check_rows(keys)?;
         let plan = self.reply_plan.as_ref().filter(|_| self.is_plain);
+        let max_bytes = scratch.encoder.max_message_bytes();
         if let Some(plan) = plan {
             // Before it is made.
             scratch
@@ -406,7 +407,7 @@ impl BoundLookup {
         }
         if plan.is_some()
             && let Some(reply) =
-                self.plain_reply(&mut scratch.reply, request, snapshots, arrived)?
+                self.plain_reply(&mut scratch.reply, request, snapshots, arrived, max_bytes)?
         {
             let bytes = reply.header.len() + reply.body.len();
             scratch.encoder.check_reply(keys, bytes)?;
@@ -442,13 +443,14 @@ impl BoundLookup {
     ///
     /// # Errors
     ///
-    /// As [`BoundLookup::reply`]; the size of the message is the caller's to check.
+    /// As [`BoundLookup::reply`]; the size of the whole message is the caller's to check.
     pub(crate) fn plain_reply(
         &self,
         scratch: &mut ReplyScratch,
         request: &RecordBatch,
         snapshots: &[Snapshot],
         arrived: Instant,
+        max_body_bytes: usize,
     ) -> Result<Option<ReplyMessage>, Failure> {
         self.check_rows(request.num_rows())?;
         let Some(plan) = &self.reply_plan else {
@@ -457,6 +459,7 @@ impl BoundLookup {
         let moment = ReplyRequest {
             now_nanos: now_nanos(),
             deadline: self.deadline(arrived),
+            max_body_bytes,
         };
         Ok(plan.fill(scratch, request, snapshots, moment)?)
     }

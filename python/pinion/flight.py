@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,6 +125,7 @@ class Flight:
         _check_process()
         with translated():
             self._connected = flight.connect(url, middleware=[_Details()])
+        self._timeout = timeout
         self._options = flight.FlightCallOptions(timeout=timeout) if timeout else flight.FlightCallOptions()
 
     @property
@@ -165,7 +167,7 @@ class Flight:
 
     def exchange(self, command: bytes, schema: pa.Schema) -> Exchange:
         """An open stream of lookups."""
-        return Exchange(self._client, command, schema, self._options)
+        return Exchange(self._client, command, schema, self._timeout)
 
     def put(self, command: dict[str, Any], rows: pa.Table) -> dict[str, Any]:
         """One commit; returns its acknowledgement, which comes once the rows are on disk."""
@@ -192,9 +194,12 @@ class Flight:
 class Exchange:
     """One DoExchange stream: batches of keys in, batches of features out. Threads take turns."""
 
-    def __init__(self, client: flight.FlightClient, command: bytes, schema: pa.Schema, options: flight.FlightCallOptions):
+    def __init__(self, client: flight.FlightClient, command: bytes, schema: pa.Schema, timeout: float | None):
         self._lock = threading.Lock()
-        self.broken = False
+        self._broken = False
+        # gRPC's deadline is of the whole call, so a stream is replaced before its deadline comes near.
+        self._stale_at = time.monotonic() + timeout if timeout else float("inf")
+        options = flight.FlightCallOptions(timeout=2 * timeout) if timeout else flight.FlightCallOptions()
         with translated():
             self._writer, self._reader = client.do_exchange(flight.FlightDescriptor.for_command(command), options)
             try:
@@ -202,29 +207,36 @@ class Exchange:
             except Exception:
                 self._fail()
 
+    @property
+    def broken(self) -> bool:
+        """Whether a new stream must be opened."""
+        return self._broken or time.monotonic() > self._stale_at
+
     def lookup(self, keys: pa.RecordBatch) -> pa.RecordBatch:
         """Looks keys up."""
         _check_process()
         with self._lock, translated():
+            # Until the reply is in hand: one that nobody read would be taken for the next one (Ctrl-C, say).
+            self._broken = True
             try:
                 self._writer.write_batch(keys)
                 while True:
                     chunk = self._reader.read_chunk()
                     if chunk.data is not None:
+                        self._broken = False
                         about = chunk.app_metadata
                         if about is not None and b'"partial"' in memoryview(about).tobytes():
                             return marked(chunk.data, json.loads(about.to_pybytes()))
                         return chunk.data
             except StopIteration:
-                self.broken = True
                 raise errors.ConnectionLost("the server ended the stream of lookups") from None
-            except Exception:
+            except (flight.FlightError, pa.ArrowException):
                 self._fail()
                 raise
 
     def _fail(self) -> None:
         """A write that failed says little: the reader knows why the stream ended."""
-        self.broken = True
+        self._broken = True
         self._reader.read_chunk()
 
     def close(self) -> None:

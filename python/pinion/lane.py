@@ -8,6 +8,7 @@ restarted) is made again with the next request, and prepared lookups are prepare
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import socket
@@ -256,6 +257,7 @@ class Lane:
         lane may be asked twice.
         """
         with self._lock:
+            self._release_some()
             return self._ask_again(kind, payload, detail, flags)
 
     def _ask_again(self, kind: int, payload: Any, detail: int, flags: int) -> tuple[int, int, int, pa.Buffer]:
@@ -309,15 +311,16 @@ class Lane:
                 self._connect()
                 self._prepare(prepared)
                 kind, detail, size, buffer = self._ask(LOOKUP, payload, prepared.handle, 0, expected)
-            if self._ended:
-                self._release_ended()
+            # Another thread may prepare it anew, for another schema, once the lock is free.
+            stored, result = prepared.stored, prepared.result
+            self._release_some()
         if kind != ROWS:
             raise ProtocolError(f"LOOKUP was answered by a frame of kind {kind}")
         if size + HEADER_BYTES != expected:
             note_size(prepared.sizes, rows, size + HEADER_BYTES)
-        batch = _read_batch(buffer.slice(HEADER_BYTES, detail), prepared.stored)
-        if prepared.result is not None:
-            batch = to_schema(batch, prepared.result)
+        batch = _read_batch(buffer.slice(HEADER_BYTES, detail), stored)
+        if result is not None:
+            batch = to_schema(batch, result)
         if detail < size:
             batch = marked(batch, json.loads(buffer.slice(HEADER_BYTES + detail, size - detail).to_pybytes()))
         return batch
@@ -387,6 +390,12 @@ class Lane:
                 pass  # the connection is gone, and the lease with it
             finally:
                 self._lock.release()
+
+    def _release_some(self) -> None:
+        """Releases what ended meanwhile. If the connection breaks at that, what was asked before still holds."""
+        if self._ended:
+            with contextlib.suppress(errors.PinionError):
+                self._release_ended()
 
     def _release_ended(self) -> None:
         while self._ended:

@@ -61,6 +61,8 @@ pub struct ReplyRequest {
     pub now_nanos: i64,
     /// Keys not looked for by then are answered [`ValueStatus::NotRead`].
     pub deadline: Option<Instant>,
+    /// A reply whose body would be larger is refused before it is made.
+    pub max_body_bytes: usize,
 }
 
 /// An encoded reply: a record batch message of the Arrow IPC format.
@@ -296,6 +298,15 @@ impl ReplyPlan {
             places.push(end);
             end += bytes;
         }
+        let check_bytes = |bytes: usize| match bytes > moment.max_body_bytes {
+            true => Err(ReadError::ReplyTooLarge {
+                rows,
+                bytes,
+                limit_bytes: moment.max_body_bytes,
+            }),
+            false => Ok(()),
+        };
+        check_bytes(end)?;
         if body.capacity() > KEPT_BODY_BYTES {
             *body = BytesMut::new();
         }
@@ -343,6 +354,13 @@ impl ReplyPlan {
             texts.push(part_texts);
         }
 
+        // Nothing was copied of the texts yet.
+        let text_bytes = texts
+            .iter()
+            .flatten()
+            .flatten()
+            .fold(0_usize, |sum, text| sum.saturating_add(text.len()));
+        check_bytes(end.saturating_add(text_bytes))?;
         header.clear();
         header.extend_from_slice(self.template.header());
         let mut writer = Writer {
@@ -371,11 +389,16 @@ impl ReplyPlan {
         }
         let body_bytes = writer.finish();
         self.template.set_message(header, rows, body_bytes);
-        Ok(Some(ReplyMessage {
+        let reply = ReplyMessage {
             header: header.split().freeze(),
             body: body.split().freeze(),
             partial,
-        }))
+        };
+        // What is left of a large allocation would keep all of it.
+        if reply.body.len() > KEPT_BODY_BYTES {
+            *body = BytesMut::new();
+        }
+        Ok(Some(reply))
     }
 
     /// What the body of a reply to so many keys takes at least, before texts and validity: so

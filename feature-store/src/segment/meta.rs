@@ -20,6 +20,8 @@ pub(super) const DEL: &str = "del";
 pub(super) const DIX: &str = "dix";
 /// Packed rows, for lookups.
 pub(super) const ROWS: &str = "rows";
+/// Every file that a segment may have.
+pub(crate) const SUFFIXES: [&str; 7] = [ARROW, SYS, IDX, STAT, DEL, DIX, ROWS];
 
 /// Names a segment within its table; shown, and written in JSON, as 16 hex digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -79,6 +79,7 @@ pub(crate) use index::Probe;
 pub use map::{MappedFile, file_behind};
 pub(crate) use map::{map_file, prefetch};
 pub(crate) use message::batch_message;
+pub(crate) use meta::SUFFIXES;
 pub use meta::{ArrowFileMeta, BatchMeta, FileMeta, SegmentId, SegmentMeta};
 pub(crate) use packed::{Packed, PackedRows};
 pub(crate) use raw::RawColumn;

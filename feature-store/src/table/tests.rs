@@ -257,3 +257,55 @@ fn folders_of_tables_that_no_catalog_names_go_with_the_next_open() {
     assert_eq!(std::fs::read_dir(&tables).unwrap().count(), 1);
     assert_eq!(scanned_rows(&again.table("b").unwrap()), 1);
 }
+
+#[test]
+fn merges_leave_no_file_of_their_inputs_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir);
+    store
+        .apply(vec![definition(
+            "a",
+            "history = \"latest\"\nlookup = \"rows\"",
+            "v = \"int64\"",
+        )])
+        .unwrap();
+    let table = store.table("a").unwrap();
+    for round in 0..4 {
+        put(&table, &[(round, round, round), (round + 1, round, round)]);
+        table.flush().unwrap();
+        table.merge().unwrap();
+    }
+    let segments = table.stats().segments;
+    assert_eq!(segments.len(), 1);
+    for entry in std::fs::read_dir(&table.0.dirs.segments).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        assert!(name.starts_with(&segments[0].id), "{name} was left behind");
+    }
+}
+
+#[test]
+fn a_damaged_newest_catalog_costs_no_table_its_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = store(&dir);
+    first.apply(vec![one("a")]).unwrap();
+    first.apply(vec![one("b")]).unwrap();
+    put(&first.table("b").unwrap(), &[(1, 1, 1)]);
+    let newest = dir
+        .path()
+        .join(format!("catalog/{:012}.catalog", first.catalog_version()));
+    drop(first);
+    let whole = std::fs::read(&newest).unwrap();
+    let mut damaged = whole.clone();
+    *damaged.last_mut().unwrap() ^= 1;
+    let replace = |bytes: &[u8]| {
+        std::fs::remove_file(&newest).unwrap();
+        std::fs::write(&newest, bytes).unwrap();
+    };
+    replace(&damaged);
+    let again = store(&dir);
+    assert!(again.table("b").is_err(), "the older catalog is in use");
+    drop(again);
+    replace(&whole);
+    let repaired = store(&dir);
+    assert_eq!(scanned_rows(&repaired.table("b").unwrap()), 1);
+}

@@ -479,7 +479,7 @@ pub(super) fn open_segment(
 
 /// Removes every file of a segment.
 pub(super) fn remove_segment(dir: &Path, id: SegmentId) {
-    for suffix in ["arrow", "sys", "idx", "del", "dix", "rows"] {
+    for suffix in crate::segment::SUFFIXES {
         let _ = std::fs::remove_file(dir.join(format!("{id}.{suffix}")));
     }
 }

@@ -25,7 +25,7 @@ use super::handles::{Handles, Prepared, encode, snapshot_members};
 use super::leases::Holder;
 use super::map::{MAX_FILES, MapCommand, write_mapped};
 use super::meter::Meter;
-use crate::barrier::await_barrier;
+use crate::barrier::{await_barrier, newest};
 use crate::command::Barrier;
 use crate::error::{Failure, escape};
 use crate::service::SharedContext;
@@ -377,7 +377,7 @@ fn settle(
     barrier: &Barrier,
 ) -> Result<Vec<Snapshot>, Failure> {
     if barrier.is_empty() {
-        return Ok(tables.iter().map(Table::snapshot).collect());
+        return newest(tables);
     }
     runtime.block_on(async {
         tokio::select! {

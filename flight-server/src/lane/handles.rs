@@ -205,7 +205,14 @@ impl Handle {
                 ));
             }
         };
-        let message = reply_message(&self.bound, &mut self.scratch, &keys, snapshots, arrived)?;
+        let message = reply_message(
+            &self.bound,
+            &mut self.scratch,
+            &keys,
+            snapshots,
+            arrived,
+            self.max_reply_bytes,
+        )?;
         let bytes = message.metadata.len() + message.body.len();
         if bytes > self.max_reply_bytes {
             return Err(Failure::new(
@@ -259,8 +266,9 @@ fn reply_message(
     keys: &RecordBatch,
     snapshots: &[Snapshot],
     arrived: Instant,
+    max_bytes: usize,
 ) -> Result<Message, Failure> {
-    if let Some(reply) = bound.plain_reply(scratch, keys, snapshots, arrived)? {
+    if let Some(reply) = bound.plain_reply(scratch, keys, snapshots, arrived, max_bytes)? {
         return Ok(Message {
             metadata: reply.header,
             body: reply.body,

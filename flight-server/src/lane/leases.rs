@@ -17,6 +17,9 @@ use tonic::Code;
 use super::peer::Peer;
 use crate::error::Failure;
 
+/// Leases of one connection: each file counts once in bytes, so bytes alone bound nothing.
+const MAX_LEASES: usize = 1024;
+
 /// Names a file for ever.
 pub(super) type FileId = (TableId, SegmentId);
 
@@ -177,6 +180,19 @@ impl Holder {
                 ),
             )
             .with("lease", *id));
+        }
+        let held = book
+            .leases
+            .values()
+            .filter(|lease| lease.connection == self.connection)
+            .count();
+        if held >= MAX_LEASES {
+            return Err(Failure::new(
+                Code::ResourceExhausted,
+                "TOO_MANY_LEASES",
+                format!("this connection holds {held} leases, the most allowed: release some"),
+            )
+            .with("limit", MAX_LEASES as u64));
         }
         let more: u64 = files
             .iter()
