@@ -581,16 +581,19 @@ def test_random_bytes_and_hang_ups_leave_nothing(server, client):
 
 
 @pytest.mark.parametrize("by", ["lane", "flight"])
-def test_a_prepared_lookup_reads_the_table_that_has_the_name_now(server, by):
+def test_a_dropped_table_ends_its_prepared_lookups_and_one_made_again_is_read(server, by):
     urls = {"lane": {"lane": f"lane://{server.lane}"}, "flight": {"flight": server.flight}}[by]
     with pinion.connect(**urls) as client, connect(server) as operator:
         operator.put("items", items(range(5)))
-        prices = client.prepare(["items:price"])
-        assert prices.lookup({"item": [4]})["price"].to_pylist() == [4]
+        prepared = client.prepare(["items:price"])
+        assert prepared.lookup({"item": [4]})["price"].to_pylist() == [4]
+        assert client.lookup(["items:price"], {"item": [4]})["price"].to_pylist() == [4]
         act(server, "drop", table="items")
         act(server, "apply", definitions=[LATEST])
         operator.put("items", items([4], version=100))
-        assert prices.lookup({"item": [4]})["price"].to_pylist() == [104]
+        with pytest.raises(pinion.DefinitionChanged, match="items was dropped"):
+            prepared.lookup({"item": [4]})
+        assert client.lookup(["items:price"], {"item": [4]})["price"].to_pylist() == [104]
 
 
 def test_a_reply_over_the_limit_is_refused_with_its_size(server, client):

@@ -350,7 +350,7 @@ class Lookup:
         """Looks keys up: see `Client.lookup`.
 
         Fastest with a RecordBatch whose schema does not change between calls. Raises `DefinitionChanged`
-        when a feature changed its type since it was prepared: prepare anew.
+        when a feature changed its type, or its table was dropped, since it was prepared: prepare anew.
         """
         if not isinstance(keys, pa.RecordBatch):
             keys = _key_batch(keys)
