@@ -122,7 +122,7 @@ class Span:
         return self
 
     def __exit__(self, *_):
-        busy, steal, total = (now - then for now, then in zip(self.machine(), self.before))
+        busy, steal, total = (after - before for after, before in zip(self.machine(), self.before))
         ours = family_cpu_seconds(os.getpid()) - self.ours
         self.found = {
             "seconds": round(time.monotonic() - self.began, 1),
