@@ -18,9 +18,15 @@ struct Entry {
     sequence: AtomicU64,
 }
 
-/// Replaced rows: a bitmap fixed when the file was opened, and what came since.
+/// One row and the sequence of the row that replaced it.
+pub(crate) type ReplacedAt = (u32, u64);
+
+/// Replaced rows: a bitmap fixed when the file was opened, what recovery found in the logs,
+/// and what came since.
 pub(crate) struct Superseded {
     base: RoaringBitmap,
+    /// The first entries of the list: see `recover`.
+    recovered: OnceLock<Vec<ReplacedAt>>,
     chunks: [OnceLock<Box<[Entry]>>; CHUNKS],
     len: AtomicUsize,
 }
@@ -36,9 +42,28 @@ impl Superseded {
     pub(crate) fn new(base: RoaringBitmap) -> Superseded {
         Superseded {
             base,
+            recovered: OnceLock::new(),
             chunks: [const { OnceLock::new() }; CHUNKS],
             len: AtomicUsize::new(0),
         }
+    }
+
+    /// Takes over what recovery read from the logs, before anything else is recorded: the
+    /// list stays where it is, so a table with a long log opens without copying it. Called
+    /// once, and sorted by sequence here where the logs do not give it in order.
+    pub(crate) fn recover(&self, mut entries: Vec<ReplacedAt>) {
+        debug_assert_eq!(self.len.load(Ordering::Relaxed), 0);
+        if !entries.is_sorted_by_key(|&(_, sequence)| sequence) {
+            entries.sort_by_key(|&(_, sequence)| sequence);
+        }
+        let len = entries.len();
+        if self.recovered.set(entries).is_ok() {
+            self.len.store(len, Ordering::Release);
+        }
+    }
+
+    fn recovered(&self) -> &[ReplacedAt] {
+        self.recovered.get().map_or(&[], Vec::as_slice)
     }
 
     /// Records that `row` was replaced by the row of `sequence`. Only the table's writer
@@ -46,7 +71,7 @@ impl Superseded {
     /// cannot occur: rows are numbered by u32 and replaced once.
     pub(crate) fn push(&self, row: u32, sequence: u64) {
         let index = self.len.load(Ordering::Relaxed);
-        let (chunk, at) = locate(index);
+        let (chunk, at) = locate(index - self.recovered().len());
         let entries = self.chunks[chunk].get_or_init(|| {
             (0..FIRST_CHUNK << chunk)
                 .map(|_| Entry {
@@ -61,8 +86,12 @@ impl Superseded {
         self.len.store(index + 1, Ordering::Release);
     }
 
-    fn entry(&self, index: usize) -> (u32, u64) {
-        let (chunk, at) = locate(index);
+    fn entry(&self, index: usize) -> ReplacedAt {
+        let recovered = self.recovered();
+        if let Some(&entry) = recovered.get(index) {
+            return entry;
+        }
+        let (chunk, at) = locate(index - recovered.len());
         match self.chunks[chunk].get() {
             Some(entries) => (
                 entries[at].row.load(Ordering::Relaxed),
@@ -104,7 +133,7 @@ impl Superseded {
     }
 
     /// Entries with sequences in `from..end`, oldest first.
-    pub(crate) fn between(&self, from: u64, end: u64) -> impl Iterator<Item = (u32, u64)> + '_ {
+    pub(crate) fn between(&self, from: u64, end: u64) -> impl Iterator<Item = ReplacedAt> + '_ {
         (self.len_below(from)..self.len_below(end)).map(|i| self.entry(i))
     }
 }
@@ -128,5 +157,21 @@ mod tests {
             [(4, 102), (6, 103)]
         );
         assert!(list.is_in_base(7) && !list.is_in_base(0));
+    }
+
+    #[test]
+    fn what_recovery_found_comes_first_and_pushes_follow() {
+        let list = Superseded::new(RoaringBitmap::new());
+        list.recover((0..3000u32).rev().map(|i| (i, u64::from(i))).collect());
+        for i in 3000..5000u32 {
+            list.push(i, u64::from(i));
+        }
+        assert_eq!(list.count_below(2999), 2999);
+        assert_eq!(list.count_below(3001), 3001);
+        assert_eq!(list.below(4000), RoaringBitmap::from_iter(0..4000));
+        assert_eq!(
+            list.between(2999, 3001).collect::<Vec<_>>(),
+            [(2999, 2999), (3000, 3000)]
+        );
     }
 }

@@ -86,16 +86,14 @@ impl Log {
         }
     }
 
+    /// A walked log. What its records replaced, its own rows included, is for the table to
+    /// note: see [`Replayed::replaced`].
     pub(crate) fn replayed(version: std::sync::Arc<Version>, replayed: Replayed) -> Log {
-        let superseded = Superseded::new(Default::default());
-        for &(row, by_sequence) in &replayed.own_superseded {
-            superseded.push(row, by_sequence);
-        }
         Log {
             incarnation: replayed.incarnation,
             base_sequence: replayed.base_sequence,
             version,
-            superseded,
+            superseded: Superseded::new(Default::default()),
             content: Content::Replayed {
                 replayed: Box::new(replayed),
                 warm: OnceLock::new(),

@@ -16,10 +16,11 @@ use crate::compat::Version;
 use crate::error::{OpenError, ReadError};
 use crate::positions::Position;
 use crate::segment::map_file;
+use crate::superseded::ReplacedAt;
 
 use super::file::{HEADER_BYTES, HeaderError, LogHeader, log_path};
 use super::index::LogIndex;
-use super::record::{self, Place, Replaced};
+use super::record::{self, Place};
 use super::rows::LogRows;
 use super::{body, key_equals};
 
@@ -46,8 +47,9 @@ pub(crate) struct Replayed {
     pub max_event: Option<i64>,
     /// In record order: what each record carried beside its rows.
     pub events: Vec<ReplayEvent>,
-    /// Superseded rows of this very log: (row, sequence that replaced it), in order.
-    pub own_superseded: Vec<(u32, u64)>,
+    /// What its records replaced, by the file it lies in, in record order. The log's own
+    /// rows are among it.
+    pub replaced: Vec<(Place, Vec<ReplacedAt>)>,
     table: String,
     bytes: Buffer,
     records: Vec<RecordAt>,
@@ -60,10 +62,6 @@ pub(crate) struct ReplayEvent {
     pub positions: Vec<Position>,
     pub put_id: Option<String>,
     pub dead_letters: Vec<DeadLetter>,
-    /// Sequence of the record's first row.
-    pub first_sequence: u64,
-    /// Rows that it replaced, those of this very log included.
-    pub replaced: Vec<Replaced>,
 }
 
 /// One row, decoded with the rest of its record.
@@ -127,7 +125,7 @@ impl Replayed {
             sealed: false,
             max_event: None,
             events: Vec::new(),
-            own_superseded: Vec::new(),
+            replaced: Vec::new(),
             table: table.to_owned(),
             bytes: bytes.clone(),
             records: Vec::new(),
@@ -160,10 +158,19 @@ impl Replayed {
         }
         let first_sequence = self.base_sequence + u64::from(first_row);
         let own = Place::Log(self.incarnation);
-        for r in view.head.replaced.iter().filter(|r| r.place == own) {
-            self.own_superseded
+        for r in &view.head.replaced {
+            let known = self
+                .replaced
+                .iter()
+                .position(|(place, _)| *place == r.place);
+            let at = known.unwrap_or_else(|| {
+                self.replaced.push((r.place, Vec::new()));
+                self.replaced.len() - 1
+            });
+            self.replaced[at]
+                .1
                 .push((r.row, first_sequence + u64::from(r.by)));
-            if r.row == first_row + r.by {
+            if r.place == own && r.row == first_row + r.by {
                 self.lost_at_birth.insert(r.row);
             }
         }
@@ -181,17 +188,11 @@ impl Replayed {
         self.valid_bytes = (at + view.length) as u64;
         let head = view.head;
         self.max_event = self.max_event.max(head.max_event);
-        if !positions.is_empty()
-            || head.put_id.is_some()
-            || !head.dead_letters.is_empty()
-            || !head.replaced.is_empty()
-        {
+        if !positions.is_empty() || head.put_id.is_some() || !head.dead_letters.is_empty() {
             self.events.push(ReplayEvent {
                 positions,
                 put_id: head.put_id,
                 dead_letters: head.dead_letters,
-                first_sequence,
-                replaced: head.replaced,
             });
         }
     }

@@ -21,7 +21,7 @@ use crate::catalog::{TableEntry, open_error};
 use crate::commit::DeadLetter;
 use crate::compat::Version;
 use crate::delta::file::{list_logs, log_path};
-use crate::delta::record::{Place, Replaced, TopicTable};
+use crate::delta::record::{Place, TopicTable};
 use crate::delta::replay::{Replayed, Walked};
 use crate::delta::rows::LogRows;
 use crate::delta::{Log, LogView};
@@ -35,7 +35,7 @@ use crate::positions::Positions;
 use crate::segment::OpenSegmentError;
 use crate::snapshot::{SnapshotInner, TableName};
 use crate::store::StoreOptions;
-use crate::superseded::Superseded;
+use crate::superseded::{ReplacedAt, Superseded};
 use crate::sync::LogSync;
 use crate::worker::Wake;
 
@@ -304,7 +304,7 @@ pub(crate) fn open_table(
         closed: Vec::new(),
         end_sequence: manifest.checkpoint.next_sequence,
     };
-    let mut moved: Vec<Moved> = Vec::new();
+    let mut replaced: Vec<(Place, Vec<ReplacedAt>)> = Vec::new();
     let mut log_levels: Vec<(ClosedLog, usize)> = Vec::new();
     for (i, mut log) in logs.into_iter().enumerate() {
         let below = manifest.log_levels.get(i).copied().unwrap_or_else(|| {
@@ -330,16 +330,12 @@ pub(crate) fn open_table(
         };
         log_levels.push((closed, taken));
         let mut dead_letters = Vec::new();
-        for event in &mut log.events {
+        for event in &log.events {
             event.positions.iter().for_each(|p| replay.positions.set(p));
             replay.remember_put(event.put_id.as_ref(), options.put_ids_kept);
             dead_letters.extend(event.dead_letters.iter().cloned());
-            moved.push(Moved {
-                by_log: log.incarnation,
-                first_sequence: event.first_sequence,
-                replaced: std::mem::take(&mut event.replaced),
-            });
         }
+        replaced.append(&mut log.replaced);
         let end_bytes = log.valid_bytes;
         let incarnation = log.incarnation;
         replay.max_event = replay.max_event.max(log.max_event);
@@ -359,9 +355,11 @@ pub(crate) fn open_table(
         });
     }
     levels.extend(segments);
-    apply_moved(&levels, &moved, manifest.superseded_sequence).map_err(|e| OpenError::Damaged {
-        what: format!("table {name}"),
-        problem: e.to_string(),
+    apply_replaced(&levels, replaced, manifest.superseded_sequence).map_err(|e| {
+        OpenError::Damaged {
+            what: format!("table {name}"),
+            problem: e.to_string(),
+        }
     })?;
     apply_loaded(
         &levels,
@@ -484,53 +482,29 @@ pub(crate) fn open_table(
     })))
 }
 
-/// The rows that one log record replaced.
-struct Moved {
-    by_log: u64,
-    first_sequence: u64,
-    replaced: Vec<Replaced>,
-}
-
-/// Notes the replaced rows that log records name. Those below `superseded_sequence` are in
-/// the manifest's bitmaps already, as far as they lie in segments. A row of a file that a
-/// merge replaced since is found again by the replacing row's key.
-fn apply_moved(
+/// Notes the replaced rows that log records name, given log by log. Those of segments below
+/// `superseded_sequence` are in the manifest's bitmaps already. A row of a file that a merge
+/// replaced since is found again by the replacing row's key.
+fn apply_replaced(
     levels: &[Level],
-    moved: &[Moved],
+    replaced: Vec<(Place, Vec<ReplacedAt>)>,
     superseded_sequence: u64,
 ) -> Result<(), crate::error::ReadError> {
-    let places: Vec<Place> = levels.iter().map(Level::place).collect();
-    // Entries that count, in sequence order: the level, if it is still there.
-    let counting = || {
-        moved.iter().flat_map(|m| {
-            m.replaced.iter().filter_map(|r| {
-                let at = places.iter().position(|&p| p == r.place);
-                let in_log = at.is_some() && matches!(r.place, Place::Log(_));
-                let sequence = m.first_sequence + u64::from(r.by);
-                // A log's own entries are in its list already.
-                let counts =
-                    r.place != Place::Log(m.by_log) && (in_log || sequence >= superseded_sequence);
-                counts.then_some((at, r.row, sequence))
-            })
-        })
-    };
-    if counting().all(|(at, _, _)| at.is_some()) {
-        for (at, row, sequence) in counting() {
-            if let Some(at) = at {
-                levels[at].superseded().push(row, sequence);
-            }
-        }
-        return Ok(());
-    }
-    let mut entries: Vec<Vec<(u64, u32)>> = vec![Vec::new(); levels.len()];
+    let mut entries: Vec<Vec<ReplacedAt>> = vec![Vec::new(); levels.len()];
     let mut merged_away: Vec<u64> = Vec::new();
-    for (at, row, sequence) in counting() {
+    for (place, mut rows) in replaced {
+        let at = levels.iter().position(|level| level.place() == place);
+        if at.is_none() || matches!(place, Place::Segment(_)) {
+            rows.retain(|&(_, sequence)| sequence >= superseded_sequence);
+        }
         match at {
-            Some(at) => entries[at].push((sequence, row)),
-            None => merged_away.push(sequence),
+            // The usual case is one log: its list is taken as it is.
+            Some(at) if entries[at].is_empty() => entries[at] = rows,
+            Some(at) => entries[at].append(&mut rows),
+            None => merged_away.extend(rows.iter().map(|&(_, sequence)| sequence)),
         }
     }
-    {
+    if !merged_away.is_empty() {
         // Each says that the row of `sequence` replaced something older. What older levels
         // now hold for its key is that row under its new place.
         let mut noted: Vec<RoaringBitmap> = levels
@@ -538,10 +512,11 @@ fn apply_moved(
             .zip(&entries)
             .map(|(level, entries)| {
                 let mut rows = level.superseded_below(u64::MAX);
-                rows.extend(entries.iter().map(|&(_, row)| row));
+                rows.extend(entries.iter().map(|&(row, _)| row));
                 rows
             })
             .collect();
+        merged_away.sort_unstable();
         for sequence in merged_away {
             let holds = |l: &Level| matches!(l, Level::Log(log) if (log.log.base_sequence..log.end_sequence()).contains(&sequence));
             let Some(at) = levels.iter().position(holds) else {
@@ -556,18 +531,15 @@ fn apply_moved(
             for older in (0..at).rev() {
                 if let Some(found) = levels[older].find(&key, hash, i64::MAX, true)? {
                     if !found.deleted && noted[older].insert(found.row) {
-                        entries[older].push((sequence, found.row));
+                        entries[older].push((found.row, sequence));
                     }
                     break;
                 }
             }
         }
     }
-    for (level, mut entries) in levels.iter().zip(entries) {
-        entries.sort_unstable();
-        for (sequence, row) in entries {
-            level.superseded().push(row, sequence);
-        }
+    for (level, entries) in levels.iter().zip(entries) {
+        level.superseded().recover(entries);
     }
     Ok(())
 }
