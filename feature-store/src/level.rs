@@ -63,9 +63,22 @@ impl SegmentLevel {
         }
     }
 
+    /// The sequence of a row in the table.
+    pub(crate) fn sequence(&self, row: u32) -> Result<u64, ReadError> {
+        self.in_table(self.segment.sequence(row))
+    }
+
+    /// A stored sequence, counted in the table. No commit has one that does not fit: the file
+    /// that says so is damaged.
+    fn in_table(&self, stored: u64) -> Result<u64, ReadError> {
+        self.base_sequence
+            .checked_add(stored)
+            .ok_or_else(|| self.error(self.segment.sequence_damage(stored)))
+    }
+
     /// Order of a row.
     pub(crate) fn row_order(&self, row: u32) -> Result<RowOrder, ReadError> {
-        let sequence = self.base_sequence + self.segment.sequence(row);
+        let sequence = self.sequence(row)?;
         if self.version.event_time.is_none() {
             return Ok(RowOrder {
                 event: 0,
@@ -100,7 +113,7 @@ impl SegmentLevel {
         Ok(RowOrder {
             event: delete.event_time,
             created: delete.created_time,
-            sequence: self.base_sequence + delete.sequence,
+            sequence: self.in_table(delete.sequence)?,
         })
     }
 

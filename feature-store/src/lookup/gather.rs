@@ -189,9 +189,13 @@ impl<'a> Sink<'_, 'a> {
         if !map.texts.is_empty() {
             let mut texts = (0..).zip(rows.texts(slot)?);
             let mut last: (usize, &'a [u8]) = texts.next().and_then(|(n, t)| Some((n, t?)))?;
-            for &(number, feature) in &map.texts {
+            for &(number, feature, utf8) in &map.texts {
                 while last.0 < number {
                     last = texts.next().and_then(|(n, t)| Some((n, t?)))?;
+                }
+                // Clients trust the type of a reply, and nobody validated these bytes before.
+                if utf8 && !last.1.is_ascii() && std::str::from_utf8(last.1).is_err() {
+                    return None;
                 }
                 self.text(row, feature, last.1);
             }

@@ -153,8 +153,8 @@ pub(super) struct PackedMap {
     pub(super) bits: Vec<(usize, usize)>,
     /// Offset, whether a bit per item follows, feature.
     pub(super) lists: Vec<(usize, bool, usize)>,
-    /// Text number and feature, ascending.
-    pub(super) texts: Vec<(usize, usize)>,
+    /// Text number, feature, and whether the text must be UTF-8; ascending.
+    pub(super) texts: Vec<(usize, usize, bool)>,
     /// Offset of a null byte, and its bits that belong to a feature asked.
     pub(super) null_bytes: Vec<(usize, u8)>,
     /// Offset and bit of each feature.
@@ -222,7 +222,13 @@ impl LevelMap {
                     });
                     continue;
                 }
-                (Some(Packed::Text { number }), None) => map.texts.push((number, feature)),
+                (Some(Packed::Text { number }), None) => {
+                    let utf8 = matches!(
+                        self.schema.field(column).data_type(),
+                        DataType::Utf8 | DataType::LargeUtf8
+                    );
+                    map.texts.push((number, feature, utf8));
+                }
                 (Some(Packed::Fixed { offset, width }), Some(widen)) => {
                     map.widened.push((offset, width, widen, feature));
                 }

@@ -379,6 +379,16 @@ impl Segment {
         self.rows.packed_damage(row)
     }
 
+    /// The error for a stored sequence that no commit can have.
+    pub(crate) fn sequence_damage(&self, sequence: u64) -> SegmentDamage {
+        SegmentDamage {
+            segment: self.id(),
+            file: file_name(self.id(), SYS),
+            what: format!("it has sequence {sequence}"),
+            batch: None,
+        }
+    }
+
     /// Appends the encoded key of a row.
     ///
     /// # Errors

@@ -442,7 +442,7 @@ fn carry(
             key.clear();
             input.key_at(row, &mut key)?;
             let was = match input {
-                Level::Segment(s) => s.base_sequence + s.segment.sequence(row),
+                Level::Segment(s) => s.sequence(row)?,
                 Level::Log(l) => l.log.base_sequence + u64::from(row),
             };
             let run = segment
