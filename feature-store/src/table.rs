@@ -27,7 +27,7 @@ use pinion_schemas::TableDefinition;
 use crate::catalog::TableId;
 use crate::commit::{Commit, DeadLetter, Receipt, WriteToken};
 use crate::delta::file::LogFileWriter;
-use crate::delta::record::TopicTable;
+use crate::delta::record::{Place, TopicTable};
 use crate::delta::rows::LogRows;
 use crate::delta::{Log, LogView};
 use crate::error::{CommitError, OpenError, ReadError, RowProblem, SnapshotError};
@@ -241,10 +241,11 @@ impl TableInner {
     }
 
     /// Forgets retained snapshots past their grace, and the oldest while they hold more
-    /// than `retained_max_bytes` of files that the table no longer uses.
+    /// than `retained_max_bytes` of files, and of rows of logs in memory, that the table no
+    /// longer uses.
     pub(crate) fn expire_retained(&self) {
         let current = self.current.load();
-        let in_use: HashSet<u64> = segment_ids(&current).collect();
+        let in_use: HashSet<Place> = places(&current).map(|(place, _)| place).collect();
         let mut retained = self.retained.lock();
         let (present, layout) = (Snapshot(Arc::clone(&current)).id(), current.layout());
         for entry in retained.iter_mut().filter(|e| e.replaced.is_none()) {
@@ -258,12 +259,11 @@ impl TableInner {
             let mut seen = HashSet::new();
             let bytes: u64 = retained
                 .iter()
-                .flat_map(|entry| entry.snapshot.0.levels.iter())
-                .filter_map(|level| match level {
-                    Level::Segment(s) if !in_use.contains(&s.id()) && seen.insert(s.id()) => {
-                        Some(s.segment.file_bytes())
-                    }
-                    _ => None,
+                .flat_map(|entry| places(&entry.snapshot.0))
+                .filter(|(place, _)| !in_use.contains(place) && seen.insert(*place))
+                .map(|(_, level)| match level {
+                    Level::Segment(segment) => segment.segment.file_bytes(),
+                    Level::Log(log) => log.bytes(),
                 })
                 .sum();
             if bytes <= self.options.retained_max_bytes || retained.pop_front().is_none() {
@@ -273,11 +273,9 @@ impl TableInner {
     }
 }
 
-fn segment_ids(snapshot: &SnapshotInner) -> impl Iterator<Item = u64> + '_ {
-    snapshot.levels.iter().filter_map(|level| match level {
-        Level::Segment(s) => Some(s.id()),
-        Level::Log(_) => None,
-    })
+/// The files that a snapshot reads from.
+fn places(snapshot: &SnapshotInner) -> impl Iterator<Item = (Place, &Level)> {
+    snapshot.newest_first().map(|level| (level.place(), level))
 }
 
 impl Table {

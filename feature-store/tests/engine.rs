@@ -389,3 +389,39 @@ fn a_load_over_rows_of_the_log_replaces_them_across_a_restart() {
     assert_eq!(scan(&table, View::Table), expected);
     assert_eq!(store.check().problems, []);
 }
+
+#[test]
+fn a_lookup_of_more_bytes_than_allowed_copies_nothing_and_says_how_many() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    let definition = TableDefinition::parse_toml(
+        "[table]\nname = \"t\"\nentity = [{ name = \"k\", type = \"int64\" }]\n[features]\nl = \"list<item: int32>\"\n",
+    )
+    .unwrap();
+    store.apply(vec![definition]).unwrap();
+    let table = store.table("t").unwrap();
+    let lists = (0..3).map(|n| Some((0..n * 100).map(Some).collect::<Vec<_>>()));
+    let lists =
+        arrow_array::ListArray::from_iter_primitive::<arrow_array::types::Int32Type, _, _>(lists);
+    let keys: ArrayRef = Arc::new(Int64Array::from_iter_values(0..3));
+    let rows = RecordBatch::try_from_iter_with_nullable([
+        ("k", Arc::clone(&keys), false),
+        ("l", Arc::new(lists) as ArrayRef, true),
+    ]);
+    put(&table, Change::Upsert(rows.unwrap()));
+    for state in ["log", "segment"] {
+        let ask = |max_bytes| {
+            table.snapshot().lookup(&LookupRequest {
+                // A key asked often counts as often.
+                keys: vec![Arc::new(Int64Array::from(vec![2, 1, 2, 7]))],
+                features: vec!["l".to_owned()],
+                max_bytes: Some(max_bytes),
+                ..LookupRequest::default()
+            })
+        };
+        assert!(ask(2000).is_ok(), "{state}");
+        let error = ask(1999).unwrap_err().to_string();
+        assert!(error.contains("2000 bytes"), "{error}");
+        table.flush().unwrap();
+    }
+}

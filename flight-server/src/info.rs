@@ -304,13 +304,15 @@ fn lookup_reply(
     let keys = plan.keys_from_json(keys)?;
     let bound = plan.bind(keys.schema_ref(), &snapshots)?;
     let max_message_bytes = context.message_limit(command.max_message_bytes)?;
+    // A DoGet may take several messages.
+    let max_bytes = context.config.max_message_cap_bytes;
     let named: Vec<&Snapshot> = snapshots.iter().collect();
     let members = snapshots_json(&named);
     let tables: Vec<&str> = named.iter().map(|snapshot| snapshot.table()).collect();
     let tables = tables.join(",");
     let arrived = Instant::now();
     let open = move || {
-        let (batch, partial) = bound.answer(&keys, &snapshots, arrived)?;
+        let (batch, partial) = bound.answer(&keys, &snapshots, arrived, max_bytes)?;
         let answer = ScanBatch {
             batch,
             mapped: false,

@@ -245,7 +245,7 @@ impl LookupPlan {
         let none = RecordBatch::new_empty(Arc::new(request.clone()));
         for (part, snapshot) in self.parts.iter().zip(snapshots) {
             let columns = key_columns(request, snapshot)?;
-            results.push(self.ask(part, snapshot, &none, &columns, 0, None)?);
+            results.push(self.ask(part, snapshot, &none, &columns, 0, None, 0)?);
             keys.push(columns);
         }
         let mut fields: Vec<FieldRef> = request.fields().iter().map(Arc::clone).collect();
@@ -305,6 +305,7 @@ impl LookupPlan {
         columns: &[usize],
         now_nanos: i64,
         deadline: Option<Instant>,
+        max_bytes: usize,
     ) -> Result<LookupResult, Failure> {
         let keys = columns
             .iter()
@@ -318,6 +319,7 @@ impl LookupPlan {
             keep_expired: self.keep_expired,
             defaults: self.defaults,
             deadline,
+            max_bytes: Some(max_bytes),
         };
         Ok(snapshot.lookup(&lookup)?)
     }
@@ -420,7 +422,7 @@ impl BoundLookup {
                 partial: reply.partial,
             });
         }
-        let (batch, partial) = self.answer(request, snapshots, arrived)?;
+        let (batch, partial) = self.answer(request, snapshots, arrived, max_bytes)?;
         let mut messages = scratch
             .encoder
             .whole(&batch)?
@@ -465,12 +467,13 @@ impl BoundLookup {
     }
 
     /// Answers one batch of keys in columns; says whether the deadline passed before all were
-    /// looked for.
+    /// looked for. `max_bytes` bounds the values of each table before they are copied.
     pub(crate) fn answer(
         &self,
         request: &RecordBatch,
         snapshots: &[Snapshot],
         arrived: Instant,
+        max_bytes: usize,
     ) -> Result<(RecordBatch, bool), Failure> {
         let rows = request.num_rows();
         self.check_rows(rows)?;
@@ -481,7 +484,7 @@ impl BoundLookup {
         for ((part, snapshot), columns) in self.plan.parts.iter().zip(snapshots).zip(&self.keys) {
             results.push(
                 self.plan
-                    .ask(part, snapshot, request, columns, now, deadline)?,
+                    .ask(part, snapshot, request, columns, now, deadline, max_bytes)?,
             );
         }
         let not_read = ValueStatus::NotRead as u8;

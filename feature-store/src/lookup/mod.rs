@@ -14,6 +14,7 @@ mod prepare;
 mod probe;
 mod reply;
 mod run;
+mod size;
 mod template;
 mod writer;
 
@@ -28,7 +29,7 @@ use arrow_select::zip::zip;
 
 use pinion_schemas::EncodedKeys;
 
-use crate::compat::{Version, default_value};
+use crate::compat::{ColumnFrom, Version, default_value};
 use crate::delta::Found;
 use crate::error::ReadError;
 use crate::level::Level;
@@ -77,6 +78,9 @@ pub struct LookupRequest {
     pub defaults: bool,
     /// Keys not looked for by then are answered [`ValueStatus::NotRead`].
     pub deadline: Option<Instant>,
+    /// Most bytes of values to return. What a dictionary encodes counts an eighth: the reply
+    /// holds each of its values once.
+    pub max_bytes: Option<usize>,
 }
 
 /// One row per key asked, one column per feature asked, both in the order asked.
@@ -125,7 +129,8 @@ impl Snapshot {
     /// # Errors
     ///
     /// `UnknownFeature` and `Keys` before anything is read. `Segment` or `Log` if stored
-    /// data is damaged: nothing is returned, and the snapshot stays usable.
+    /// data is damaged, `ReplyTooLarge` before more than `max_bytes` are copied: nothing is
+    /// returned, and the snapshot stays usable.
     pub fn lookup(&self, request: &LookupRequest) -> Result<LookupResult, ReadError> {
         let inner = self.0.as_ref();
         let version = &inner.version;
@@ -298,7 +303,23 @@ impl Snapshot {
             status: Vec::new(),
             event_time: None,
         };
+        let mut bytes = 0_usize;
         for &column in features {
+            if let Some(limit_bytes) = request.max_bytes {
+                let values = sources.bytes(version, column).map_err(compute)?;
+                let encoded = matches!(
+                    version.schema.field(column).data_type(),
+                    DataType::Dictionary(..)
+                );
+                bytes = bytes.saturating_add(if encoded { values / 8 } else { values });
+                if bytes > limit_bytes {
+                    return Err(ReadError::ReplyTooLarge {
+                        rows: answers.len(),
+                        bytes,
+                        limit_bytes,
+                    });
+                }
+            }
             let stored = sources.column(version, column).map_err(compute)?;
             let status = (0..answers.len())
                 .map(|i| {
@@ -436,6 +457,24 @@ impl<'a> Sources<'a> {
             sources.places.push((number + 1, rows.len() - 1));
         }
         Ok(sources)
+    }
+
+    /// Bytes of the values of one column, as they are stored.
+    fn bytes(&self, version: &Version, column: usize) -> Result<usize, ArrowError> {
+        let mut bytes = 0_usize;
+        for (level, batch, rows) in &self.parts {
+            let from = version.column_from(level.version(), column)?;
+            for &row in rows {
+                let value = match &from {
+                    ColumnFrom::Same(at) | ColumnFrom::Cast(at, _) => {
+                        size::value_bytes(batch.column(*at), row as usize)
+                    }
+                    ColumnFrom::Absent(one) => size::value_bytes(one, 0),
+                };
+                bytes = bytes.saturating_add(value);
+            }
+        }
+        Ok(bytes)
     }
 
     /// One column of the current version for every hit; null for misses.

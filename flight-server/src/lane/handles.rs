@@ -275,7 +275,7 @@ fn reply_message(
             partial: reply.partial,
         });
     }
-    let (batch, partial) = bound.answer(keys, snapshots, arrived)?;
+    let (batch, partial) = bound.answer(keys, snapshots, arrived, max_bytes)?;
     Ok(Message {
         partial,
         ..encode(&plain(batch)?)?
