@@ -17,7 +17,9 @@ use crate::error::OpenError;
 use crate::numbered::{self, CreateNumberedError, ReadNumberedError};
 use crate::services::Service;
 
-pub(crate) const FORMAT_VERSION: u32 = 1;
+/// Version 2 has services. A catalog without any is written as version 1, for servers from
+/// before there were services.
+pub(crate) const FORMAT_VERSION: u32 = 2;
 const KIND: &str = "catalog";
 
 /// Identity of a table: a dropped and re-created table of the same name has another.
@@ -142,7 +144,12 @@ impl Catalog {
     /// Publishes this catalog under its number and drops those before the previous one.
     pub(crate) fn create(&self, dir: &Path) -> Result<(), CreateNumberedError> {
         let json = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
-        numbered::create(dir, KIND, FORMAT_VERSION, self.number, &json)?;
+        let version = if self.services.is_empty() {
+            1
+        } else {
+            FORMAT_VERSION
+        };
+        numbered::create(dir, KIND, version, self.number, &json)?;
         numbered::remove_below(dir, KIND, self.number.saturating_sub(1));
         Ok(())
     }

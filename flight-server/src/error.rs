@@ -357,17 +357,6 @@ impl From<TicketError> for Failure {
     }
 }
 
-/// A status that came from reading a client's stream: tonic's words about size replaced by
-/// ours, with the limit.
-pub(crate) fn from_request_stream(status: Status, limit_bytes: usize) -> Status {
-    let too_large = matches!(status.code(), Code::OutOfRange | Code::ResourceExhausted)
-        && status.message().contains("length too large");
-    if !too_large {
-        return status;
-    }
-    too_large_request(limit_bytes).into()
-}
-
 /// What a request message over the limit is told.
 pub(crate) fn too_large_request(limit_bytes: usize) -> Failure {
     Failure::new(

@@ -4,29 +4,28 @@
 //! schema; then each batch of keys is answered with one batch, in order. Each batch is a
 //! request of its own: it reads the newest snapshots, and the barrier holds for it.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
 use arrow_array::RecordBatch;
+use arrow_buffer::Buffer;
 use arrow_flight::FlightData;
 use bytes::Bytes;
-use futures::Stream;
 use pinion_feature_store::ipc_gate::{Admitted, Gate, GateLimits};
 use pinion_feature_store::{Positions, Snapshot, SnapshotId};
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status, Streaming};
+use tonic::Code;
 
 use crate::barrier::await_barrier;
 use crate::command::{Barrier, Command, CommandError, LookupCommand, Target};
 use crate::error::Failure;
 use crate::info::no_asof;
+use crate::intake::Intake;
 use crate::lookup::{BoundLookup, IpcMessage, LookupPlan, Reply, Scratch};
 use crate::measure;
-use crate::put::{admit, next};
 use crate::reply::{Shares, metadata, snapshots_json};
 use crate::service::SharedContext;
+use crate::wire::Outgoing;
 
 /// Lookups of up to this many keys take microseconds and run where they are; larger ones
 /// move to a blocking thread.
@@ -34,16 +33,16 @@ const INLINE_ROWS: usize = 1_000;
 /// Replies that wait for a slow reader.
 const WINDOW_MESSAGES: usize = 4;
 
-/// A stream of reply messages.
-type Messages = Pin<Box<dyn Stream<Item = Result<FlightData, Status>> + Send>>;
+/// Reply messages; a failure is the last.
+type Messages = mpsc::Receiver<Result<Outgoing, Failure>>;
 
-/// Serves one stream.
+/// Serves one stream. Dropping what it returns ends it.
 pub(crate) async fn exchange(
     context: SharedContext,
-    mut incoming: Streaming<FlightData>,
+    mut incoming: Intake,
 ) -> Result<Messages, Failure> {
-    let limit = context.config.max_request_bytes;
-    let first = next(&mut incoming, limit)
+    let first = incoming
+        .next()
         .await?
         .ok_or_else(|| CommandError::Descriptor {
             problem: "the stream ended before its descriptor".to_owned(),
@@ -70,10 +69,10 @@ pub(crate) async fn exchange(
             () = sender.closed() => return,
         };
         if let Err(failure) = ended {
-            let _ = sender.send(Err(failure.into())).await;
+            let _ = sender.send(Err(failure)).await;
         }
     });
-    Ok(Box::pin(ReceiverStream::new(receiver)))
+    Ok(receiver)
 }
 
 fn command_of(first: &FlightData) -> Result<LookupCommand, Failure> {
@@ -108,7 +107,7 @@ struct Session {
     max_message_bytes: usize,
     described: Described,
     state: State,
-    replies: mpsc::Sender<Result<FlightData, Status>>,
+    replies: mpsc::Sender<Result<Outgoing, Failure>>,
 }
 
 enum State {
@@ -119,23 +118,19 @@ enum State {
 }
 
 impl Session {
-    async fn run(
-        &mut self,
-        mut incoming: Streaming<FlightData>,
-        first: FlightData,
-    ) -> Result<(), Failure> {
-        let limit = self.context.config.max_request_bytes;
+    async fn run(&mut self, mut incoming: Intake, first: FlightData) -> Result<(), Failure> {
         let mut message = Some(first);
         while let Some(data) = message {
             let arrived = Instant::now();
             if !data.data_header.is_empty() {
-                match admit(&mut self.gate, &data)? {
+                let body = Buffer::from(data.data_body);
+                match self.gate.admit(&data.data_header, &body)? {
                     Admitted::Schema(schema) => self.bind(&schema).await?,
                     Admitted::Dictionary => {}
                     Admitted::Batch(batch) => self.answer(batch, arrived).await?,
                 }
             }
-            message = next(&mut incoming, limit).await?;
+            message = incoming.next().await?;
         }
         Ok(())
     }
@@ -155,8 +150,11 @@ impl Session {
         };
         let snapshots: Vec<Snapshot> = plan.tables().iter().map(|t| t.snapshot()).collect();
         let bound = plan.bind(schema, &snapshots)?;
-        let mut message = self.scratch.encoder().schema(bound.schema());
-        message.app_metadata = self.described.metadata(&snapshots, false);
+        let message = Outgoing {
+            header: self.scratch.encoder().schema(bound.schema()).data_header,
+            body: Bytes::new(),
+            app_metadata: self.described.metadata(&snapshots, false),
+        };
         self.state = State::Bound(Arc::new(bound));
         self.send(message).await
     }
@@ -167,11 +165,9 @@ impl Session {
             Ok((reply, metadata)) => {
                 request.finish(Code::Ok);
                 for dictionary in reply.dictionaries {
-                    self.send(message(dictionary)).await?;
+                    self.send(message(dictionary, Bytes::new())).await?;
                 }
-                let mut rows = message(reply.rows);
-                rows.app_metadata = metadata;
-                self.send(rows).await
+                self.send(message(reply.rows, metadata)).await
             }
             Err(failure) => {
                 request.finish(failure.code());
@@ -217,7 +213,7 @@ impl Session {
         Ok((reply, metadata))
     }
 
-    async fn send(&self, message: FlightData) -> Result<(), Failure> {
+    async fn send(&self, message: Outgoing) -> Result<(), Failure> {
         self.replies
             .send(Ok(message))
             .await
@@ -225,11 +221,11 @@ impl Session {
     }
 }
 
-fn message(message: IpcMessage) -> FlightData {
-    FlightData {
-        data_header: message.header,
-        data_body: message.body,
-        ..FlightData::default()
+fn message(message: IpcMessage, app_metadata: Bytes) -> Outgoing {
+    Outgoing {
+        header: message.header,
+        body: message.body,
+        app_metadata,
     }
 }
 

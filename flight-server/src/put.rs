@@ -16,13 +16,13 @@ use pinion_feature_store::{Change, Commit, Table};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 
 use crate::command::{
     Command, CommandError, PutCommand, PutMode, Target, Token, checked_table_name,
 };
 use crate::encode::rows_bytes;
-use crate::error::{Failure, from_request_stream};
+use crate::error::Failure;
 use crate::intake::Intake;
 use crate::measure;
 use crate::service::Context;
@@ -141,27 +141,6 @@ fn refused(error: GateError, max_bytes: u64) -> Failure {
         GateError::Limit { limit, .. } if limit == max_bytes => too_large(max_bytes),
         error => error.into(),
     }
-}
-
-/// Passes one message of a client through the gate.
-pub(crate) fn admit(gate: &mut Gate, data: &FlightData) -> Result<Admitted, Failure> {
-    Ok(gate.admit(&data.data_header, &Buffer::from(data.data_body.clone()))?)
-}
-
-/// The next message, or `None` at the end of the client's stream.
-pub(crate) async fn next(
-    incoming: &mut Streaming<FlightData>,
-    limit_bytes: usize,
-) -> Result<Option<FlightData>, Failure> {
-    incoming.message().await.map_err(|status| {
-        let status = from_request_stream(status, limit_bytes);
-        let name = if status.code() == Code::ResourceExhausted {
-            "REQUEST_TOO_LARGE"
-        } else {
-            "STREAM"
-        };
-        Failure::new(status.code(), name, status.message())
-    })
 }
 
 fn check_schema(table: &Table, mode: PutMode, schema: &Schema) -> Result<(), Failure> {

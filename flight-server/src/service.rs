@@ -20,7 +20,7 @@ use crate::error::Failure;
 use crate::hooks::Hooks;
 use crate::intake::Received;
 use crate::lane::Leases;
-use crate::{action, exchange, info, measure, put};
+use crate::{action, info, measure, put};
 
 /// Smallest message size a request may ask for.
 const MIN_MESSAGE_BYTES: u64 = 64 << 10;
@@ -259,14 +259,9 @@ impl FlightService for Service {
 
     async fn do_exchange(
         &self,
-        request: Request<Streaming<FlightData>>,
+        _request: Request<Streaming<FlightData>>,
     ) -> Result<Response<Self::DoExchangeStream>, Status> {
-        let context = Arc::clone(&self.context);
-        answer_stream(
-            "DoExchange",
-            exchange::exchange(context, request.into_inner()),
-        )
-        .await
+        Err(unlayered().into())
     }
 
     async fn do_action(

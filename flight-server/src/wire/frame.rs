@@ -26,6 +26,9 @@ const CHUNK_BYTES: usize = 512 << 10;
 /// cost more.
 const SMALL_BYTES: usize = 1024;
 
+/// A body shorter than this is copied behind its header.
+const COPIED_BODY_BYTES: usize = 16 << 10;
+
 /// Ranges of a file that lie this close are made resident by one call.
 const NEAR_BYTES: usize = 64 << 10;
 
@@ -169,49 +172,71 @@ impl LaidOut {
 
     /// The message's bytes, in chunks.
     pub(super) fn into_chunks(self, app_metadata: &[u8], out: &mut Vec<Bytes>) {
-        let plan = padded_header(app_metadata.len(), self.header.len(), self.body_bytes);
-        let mut head = Vec::with_capacity(PREFIX_BYTES + plan.end + SMALL_BYTES);
-        head.push(0);
-        // The caller keeps messages below 2 GiB.
-        let length = u32::try_from(plan.end + self.body_bytes).unwrap_or(u32::MAX);
-        head.extend_from_slice(&length.to_be_bytes());
-        if !app_metadata.is_empty() {
-            head.extend_from_slice(APP_METADATA_TAG);
-            put_varint(&mut head, app_metadata.len());
-            head.extend_from_slice(app_metadata);
-        }
-        head.extend_from_slice(DATA_HEADER_TAG);
-        put_varint(&mut head, plan.header_bytes);
-        let header_end = head.len() + plan.header_bytes;
-        head.extend_from_slice(&self.header);
-        head.resize(header_end, 0);
-        if self.body_bytes > 0 {
-            head.extend_from_slice(DATA_BODY_TAG);
-            put_varint(&mut head, self.body_bytes);
-        }
-        debug_assert_eq!(head.len(), PREFIX_BYTES + plan.end);
+        frame(&self.header, self.parts, self.body_bytes, app_metadata, out);
+    }
+}
 
-        let mut small = head;
-        for part in self.parts {
-            let mut bytes = match part {
-                Part::Small(bytes) => {
-                    small.extend_from_slice(&bytes);
-                    continue;
-                }
-                Part::Mapped(map, range) => map.slice(range),
-                Part::Owned(bytes) => bytes,
-            };
-            if !small.is_empty() {
-                out.push(Bytes::from(std::mem::take(&mut small)));
+/// A message whose header and body are made already, in chunks: the body by reference, unless
+/// it is so short that a frame of its own would cost more than copying it.
+pub(super) fn whole(header: &[u8], body: Bytes, app_metadata: &[u8], out: &mut Vec<Bytes>) {
+    let bytes = body.len();
+    let part = match bytes {
+        0 => None,
+        ..COPIED_BODY_BYTES => Some(Part::Small(body.to_vec())),
+        _ => Some(Part::Owned(body)),
+    };
+    frame(header, part.into_iter().collect(), bytes, app_metadata, out);
+}
+
+fn frame(
+    header: &[u8],
+    parts: Vec<Part>,
+    body_bytes: usize,
+    app_metadata: &[u8],
+    out: &mut Vec<Bytes>,
+) {
+    let plan = padded_header(app_metadata.len(), header.len(), body_bytes);
+    let mut head = Vec::with_capacity(PREFIX_BYTES + plan.end + SMALL_BYTES);
+    head.push(0);
+    // The caller keeps messages below 2 GiB.
+    let length = u32::try_from(plan.end + body_bytes).unwrap_or(u32::MAX);
+    head.extend_from_slice(&length.to_be_bytes());
+    if !app_metadata.is_empty() {
+        head.extend_from_slice(APP_METADATA_TAG);
+        put_varint(&mut head, app_metadata.len());
+        head.extend_from_slice(app_metadata);
+    }
+    head.extend_from_slice(DATA_HEADER_TAG);
+    put_varint(&mut head, plan.header_bytes);
+    let header_end = head.len() + plan.header_bytes;
+    head.extend_from_slice(header);
+    head.resize(header_end, 0);
+    if body_bytes > 0 {
+        head.extend_from_slice(DATA_BODY_TAG);
+        put_varint(&mut head, body_bytes);
+    }
+    debug_assert_eq!(head.len(), PREFIX_BYTES + plan.end);
+
+    let mut small = head;
+    for part in parts {
+        let mut bytes = match part {
+            Part::Small(bytes) => {
+                small.extend_from_slice(&bytes);
+                continue;
             }
-            while bytes.len() > CHUNK_BYTES {
-                out.push(bytes.split_to(CHUNK_BYTES));
-            }
-            out.push(bytes);
-        }
+            Part::Mapped(map, range) => map.slice(range),
+            Part::Owned(bytes) => bytes,
+        };
         if !small.is_empty() {
-            out.push(Bytes::from(small));
+            out.push(Bytes::from(std::mem::take(&mut small)));
         }
+        while bytes.len() > CHUNK_BYTES {
+            out.push(bytes.split_to(CHUNK_BYTES));
+        }
+        out.push(bytes);
+    }
+    if !small.is_empty() {
+        out.push(Bytes::from(small));
     }
 }
 

@@ -1,5 +1,5 @@
-//! The tower layer that answers DoGet, lends DoPut its request stream, and passes everything
-//! else on.
+//! The tower layer that answers DoGet and DoExchange, lends DoPut its request stream, and
+//! passes everything else on.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -15,20 +15,22 @@ use tonic::body::Body;
 use tonic::server::NamedService;
 use tonic::{Code, Status};
 
+use super::messages::MessageStream;
 use super::stream::{Limits, WireStream};
 use crate::connection::Peer;
 use crate::error::{Failure, too_large_request};
 use crate::intake::{Intake, Received};
 use crate::service::SharedContext;
-use crate::{info, measure};
+use crate::{exchange, info, measure};
 
 const DO_GET: &str = "/arrow.flight.protocol.FlightService/DoGet";
+const DO_EXCHANGE: &str = "/arrow.flight.protocol.FlightService/DoExchange";
 const DO_PUT: &str = "/arrow.flight.protocol.FlightService/DoPut";
 
 /// Compression flag and length before a gRPC message.
 const PREFIX_BYTES: usize = 5;
 
-/// The Flight service, with DoGet answered here.
+/// The Flight service, with DoGet and DoExchange answered here.
 #[derive(Clone)]
 pub(crate) struct Layer<S> {
     pub(crate) inner: S,
@@ -53,41 +55,57 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let context = Arc::clone(&self.context);
         match request.uri().path() {
-            DO_GET => {}
+            DO_GET => Box::pin(async move { Ok(get(context, request).await) }),
+            DO_EXCHANGE => Box::pin(async move { Ok(exchange(context, request).await) }),
             DO_PUT => {
                 let (mut parts, body) = request.into_parts();
-                let intake = Intake::new(body, self.context.config.max_request_bytes);
+                let intake = Intake::new(body, context.config.max_request_bytes);
                 parts.extensions.insert(Received::new(intake));
                 let request = Request::from_parts(parts, Body::empty());
-                return Box::pin(self.inner.call(request));
+                Box::pin(self.inner.call(request))
             }
-            _ => return Box::pin(self.inner.call(request)),
+            _ => Box::pin(self.inner.call(request)),
         }
-        let context = Arc::clone(&self.context);
-        Box::pin(async move {
-            let measured = measure::Request::start("DoGet");
-            let unix = request.extensions().get::<Peer>().is_some_and(|p| p.unix);
-            Ok(match open(&context, request.into_body()).await {
-                Ok((mut reply, limits)) => {
-                    if unix && context.config.sendfile.is_on() {
-                        reply.send_by_descriptor();
-                    }
-                    let body = WireStream::start(reply, limits, measured);
-                    let mut response = Response::new(Body::new(body));
-                    response.headers_mut().insert(
-                        header::CONTENT_TYPE,
-                        HeaderValue::from_static("application/grpc"),
-                    );
-                    response
-                }
-                Err(failure) => {
-                    measured.finish(failure.code());
-                    Status::from(failure).into_http()
-                }
-            })
-        })
     }
+}
+
+async fn get(context: SharedContext, request: Request<Body>) -> Response<Body> {
+    let measured = measure::Request::start("DoGet");
+    let unix = request.extensions().get::<Peer>().is_some_and(|p| p.unix);
+    match open(&context, request.into_body()).await {
+        Ok((mut reply, limits)) => {
+            if unix && context.config.sendfile.is_on() {
+                reply.send_by_descriptor();
+            }
+            response(Body::new(WireStream::start(reply, limits, measured)))
+        }
+        Err(failure) => refuse(failure, measured),
+    }
+}
+
+async fn exchange(context: SharedContext, request: Request<Body>) -> Response<Body> {
+    let measured = measure::Request::start("DoExchange");
+    let incoming = Intake::new(request.into_body(), context.config.max_request_bytes);
+    match exchange::exchange(context, incoming).await {
+        Ok(messages) => response(Body::new(MessageStream::new(messages, measured))),
+        Err(failure) => refuse(failure, measured),
+    }
+}
+
+fn response(body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/grpc"),
+    );
+    response
+}
+
+fn refuse(failure: Failure, measured: measure::Request) -> Response<Body> {
+    measured.finish(failure.code());
+    Status::from(failure).into_http()
 }
 
 async fn open(context: &SharedContext, body: Body) -> Result<(super::Reply, Limits), Failure> {

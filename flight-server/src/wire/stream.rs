@@ -134,7 +134,7 @@ impl Drop for WireStream {
     }
 }
 
-fn trailers(end: Result<(), Failure>) -> HeaderMap {
+pub(super) fn trailers(end: Result<(), Failure>) -> HeaderMap {
     let status = match end {
         Ok(()) => Status::new(Code::Ok, ""),
         Err(failure) => failure.into(),
