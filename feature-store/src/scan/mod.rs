@@ -267,10 +267,11 @@ impl Scan {
             columns: &self.columns,
             schema: &self.schema,
         };
-        let stored = piece.stored.whole()?;
+        let needed = output.needed().map_err(|e| self.compute(e))?;
+        piece.stored.read(&needed)?;
         let storage = piece.stored.storage();
         for pick in &picks {
-            let found = output.batch(&stored, &storage, pick);
+            let found = output.batch(&piece.stored, &storage, pick);
             self.ready.push_back(found.map_err(|e| self.compute(e))?);
         }
         Ok(())

@@ -10,6 +10,7 @@ use arrow_schema::{ArrowError, DataType, SchemaRef};
 use arrow_select::filter::{FilterBuilder, FilterPredicate};
 
 use super::ScanBatch;
+use super::walk::Stored;
 use crate::compat::{ColumnFrom, Version, repeat};
 use crate::lookup::to_user_type;
 use crate::segment::ipc::Storage;
@@ -120,10 +121,22 @@ pub(super) struct Output<'a> {
 }
 
 impl Output<'_> {
+    /// The stored columns that it reads.
+    pub(super) fn needed(&self) -> Result<Vec<usize>, ArrowError> {
+        let mut needed = Vec::with_capacity(self.columns.len());
+        for &column in self.columns {
+            match self.version.column_from(self.from, column)? {
+                ColumnFrom::Same(at) | ColumnFrom::Cast(at, _) => needed.push(at),
+                ColumnFrom::Absent(_) => {}
+            }
+        }
+        Ok(needed)
+    }
+
     /// The picked rows of a stored batch whose buffers lie in `storage`.
     pub(super) fn batch(
         &self,
-        stored: &RecordBatch,
+        stored: &Stored,
         storage: &Storage,
         pick: &Pick,
     ) -> Result<ScanBatch, ArrowError> {
@@ -138,13 +151,13 @@ impl Output<'_> {
 
     fn sliced(
         &self,
-        stored: &RecordBatch,
+        stored: &Stored,
         storage: &Storage,
         rows: &Range<usize>,
     ) -> Result<ScanBatch, ArrowError> {
         let mut mapped = matches!(storage, Storage::Mapped(_));
         let batch = self.of_columns(rows.len(), |how, user_type| {
-            let column = read_rows(how, &|at| Ok(Arc::clone(stored.column(at))), rows)?;
+            let column = read_rows(how, &|at| stored.column(at), rows)?;
             mapped &= matches!(how, ColumnFrom::Same(_)) && column.data_type() == user_type;
             Ok(column)
         })?;
@@ -157,13 +170,13 @@ impl Output<'_> {
 
     fn copied(
         &self,
-        stored: &RecordBatch,
+        stored: &Stored,
         range: &Range<usize>,
         filter: &FilterPredicate,
     ) -> Result<ScanBatch, ArrowError> {
         let rows = filter.count();
         let batch = self.of_columns(rows, |how, _| {
-            let column = |at: usize| filter.filter(slice(stored.column(at), range).as_ref());
+            let column = |at: usize| filter.filter(slice(&stored.column(at)?, range).as_ref());
             read_rows(how, &column, &(0..rows))
         })?;
         Ok(ScanBatch {

@@ -54,80 +54,54 @@ impl Piece {
     }
 }
 
-/// A stored batch, perhaps with only some of its columns read.
+/// A stored batch. Of a segment's, columns are decoded when they are asked for.
 #[derive(Clone)]
-pub(super) struct Stored {
-    segment: Option<(Arc<SegmentLevel>, usize)>,
-    batch: RecordBatch,
-    /// The numbers of the columns in `batch`; all when there is none.
-    columns: Option<Vec<usize>>,
-    /// Whether the batch was made for this scan.
-    fresh: bool,
+pub(super) enum Stored {
+    Segment(Arc<SegmentLevel>, usize),
+    Memory {
+        batch: RecordBatch,
+        /// Whether it was made for this scan.
+        fresh: bool,
+    },
 }
 
 impl Stored {
-    fn in_memory(batch: RecordBatch, fresh: bool) -> Stored {
-        Stored {
-            segment: None,
-            batch,
-            columns: None,
-            fresh,
-        }
-    }
-
-    /// Reads some columns of a segment's batch; all when none are named.
-    fn of_segment(
-        level: &Arc<SegmentLevel>,
-        index: usize,
-        mut columns: Vec<usize>,
-    ) -> Result<Stored, ReadError> {
-        columns.sort_unstable();
-        columns.dedup();
-        let segment = Some((Arc::clone(level), index));
-        if columns.is_empty() {
-            return Ok(Stored {
-                segment,
-                batch: level.batch(index)?,
-                columns: None,
-                fresh: false,
-            });
-        }
-        let batch = level.segment.batch_columns(index, &columns);
-        Ok(Stored {
-            segment,
-            batch: batch.map_err(|e| level.error(e))?,
-            columns: Some(columns),
-            fresh: false,
-        })
-    }
-
     /// The memory that its buffers lie in.
     pub(super) fn storage(&self) -> Storage {
-        match &self.segment {
-            Some((level, _)) => Storage::Mapped(level.segment.arrow_file().clone()),
-            None if self.fresh => Storage::None,
-            None => Storage::of_batch(&self.batch),
+        match self {
+            Stored::Segment(level, _) => Storage::Mapped(level.segment.arrow_file().clone()),
+            Stored::Memory { fresh: true, .. } => Storage::None,
+            Stored::Memory { batch, .. } => Storage::of_batch(batch),
+        }
+    }
+
+    fn rows(&self) -> usize {
+        match self {
+            Stored::Segment(level, index) => level.segment.batch_row_count(*index).unwrap_or(0),
+            Stored::Memory { batch, .. } => batch.num_rows(),
+        }
+    }
+
+    /// Makes some columns of the version it was written with ready for `column`.
+    pub(super) fn read(&self, columns: &[usize]) -> Result<(), ReadError> {
+        match self {
+            Stored::Segment(level, index) => level
+                .segment
+                .decode_columns(*index, columns)
+                .map_err(|error| level.error(error)),
+            Stored::Memory { .. } => Ok(()),
         }
     }
 
     /// A stored column by its number, one of those read.
     pub(super) fn column(&self, at: usize) -> Result<ArrayRef, ArrowError> {
-        let place = match &self.columns {
-            None => Some(at),
-            Some(columns) => columns.iter().position(|c| *c == at),
+        let column = match self {
+            Stored::Segment(level, index) => level.segment.column(*index, at),
+            Stored::Memory { batch, .. } => batch.columns().get(at),
         };
-        place
-            .and_then(|place| self.batch.columns().get(place))
+        column
             .cloned()
             .ok_or_else(|| ArrowError::SchemaError(format!("column {at} was not read")))
-    }
-
-    /// All columns.
-    pub(super) fn whole(&self) -> Result<RecordBatch, ReadError> {
-        match &self.segment {
-            Some((level, index)) if self.columns.is_some() => level.batch(*index),
-            _ => Ok(self.batch.clone()),
-        }
     }
 }
 
@@ -223,7 +197,7 @@ impl Walk {
                     return Ok(Some(Piece {
                         version: Arc::clone(&inner.version),
                         rows: 0..batch.num_rows(),
-                        stored: Stored::in_memory(batch, true),
+                        stored: Stored::Memory { batch, fresh: true },
                         live: None,
                         filtered: filter.is_some(),
                     }));
@@ -368,8 +342,9 @@ impl OpenSegment {
                 needed.extend(0..version.key_columns);
             }
         }
-        let stored = Stored::of_segment(level, index, needed)?;
-        let mut rows = 0..stored.batch.num_rows();
+        let stored = Stored::Segment(Arc::clone(level), index);
+        stored.read(&needed)?;
+        let mut rows = 0..stored.rows();
         let mut filtered = filter.is_some();
         if let Some(range) = filter.and_then(|filter| filter.key_range.as_ref()) {
             let keys = (0..version.key_columns).map(|at| stored.column(at));
@@ -427,7 +402,10 @@ fn log_piece(
     }
     Ok(Piece {
         version: Arc::clone(version),
-        stored: Stored::in_memory(batch, false),
+        stored: Stored::Memory {
+            batch,
+            fresh: false,
+        },
         rows,
         live,
         filtered,

@@ -2,12 +2,12 @@
 
 use std::sync::{Arc, OnceLock};
 
-use arrow_array::RecordBatch;
+use arrow_array::{ArrayRef, RecordBatch, RecordBatchOptions};
 use arrow_buffer::Buffer;
 use arrow_ipc::convert::fb_to_schema;
 use arrow_ipc::reader::{FileDecoder, read_footer_length};
 use arrow_ipc::{Footer, MetadataVersion, root_as_footer};
-use arrow_schema::{Schema, SchemaRef};
+use arrow_schema::{ArrowError, Schema, SchemaRef};
 use bytes::Bytes;
 
 use super::arrow_writer::FORMAT_KEY;
@@ -41,6 +41,8 @@ impl Block {
     }
 }
 
+type Columns = Box<[OnceLock<ArrayRef>]>;
+
 /// One Arrow file of an open segment.
 pub(super) struct ArrowFile {
     id: SegmentId,
@@ -49,10 +51,12 @@ pub(super) struct ArrowFile {
     mapped: MappedFile,
     meta: ArrowFileMeta,
     schema: SchemaRef,
-    decoder: FileDecoder,
     blocks: Vec<Block>,
     /// First row of each batch, then the number of rows.
     starts: Vec<u32>,
+    /// The columns of each batch that were asked for: decoded, and validated, once.
+    columns: Vec<OnceLock<Columns>>,
+    /// Batches of which all columns were.
     decoded: Vec<OnceLock<RecordBatch>>,
     /// The buffers of a decoded batch, once a cell of it was asked for.
     raw: Vec<OnceLock<Box<[RawColumn]>>>,
@@ -125,8 +129,8 @@ impl ArrowFile {
             map,
             mapped,
             meta: meta.clone(),
-            decoder: decoder(schema),
             schema: schema.clone(),
+            columns: blocks.iter().map(|_| OnceLock::new()).collect(),
             decoded: blocks.iter().map(|_| OnceLock::new()).collect(),
             raw: blocks.iter().map(|_| OnceLock::new()).collect(),
             blocks,
@@ -187,11 +191,12 @@ impl ArrowFile {
             Some(cell) => match cell.get() {
                 Some(decoded) => Ok(decoded),
                 None => {
-                    let decoded = self.decode(batch, &self.decoder)?;
-                    Ok(cell.get_or_init(|| decoded))
+                    let all: Vec<usize> = (0..self.schema.fields().len()).collect();
+                    let whole = self.batch_columns(batch, &all)?;
+                    Ok(cell.get_or_init(|| whole))
                 }
             },
-            None => Err(self.damage(Some(batch), "there is no such batch".to_owned())),
+            None => Err(self.no_batch(batch)),
         }
     }
 
@@ -204,33 +209,78 @@ impl ArrowFile {
         let columns = RawColumn::of(self.batch(batch)?);
         match self.raw.get(batch) {
             Some(cell) => Ok(cell.get_or_init(|| columns)),
-            None => Err(self.damage(Some(batch), "there is no such batch".to_owned())),
+            None => Err(self.no_batch(batch)),
         }
     }
 
-    /// Some columns, by ascending number. Decodes only them, each time, unless the batch was
-    /// decoded before.
+    /// A column that was decoded.
+    pub(super) fn column(&self, batch: usize, column: usize) -> Option<&ArrayRef> {
+        self.columns.get(batch)?.get()?.get(column)?.get()
+    }
+
+    /// Decodes those of some columns that were not yet. Only their bytes are read.
+    pub(super) fn decode_columns(
+        &self,
+        batch: usize,
+        columns: &[usize],
+    ) -> Result<(), SegmentDamage> {
+        let all = self.schema.fields().len();
+        let cells = self
+            .columns
+            .get(batch)
+            .ok_or_else(|| self.no_batch(batch))?;
+        let cells = cells.get_or_init(|| (0..all).map(|_| OnceLock::new()).collect());
+        if let Some(column) = columns.iter().find(|c| **c >= all) {
+            return Err(self.damage(Some(batch), format!("there is no column {column}")));
+        }
+        let mut missing: Vec<usize> = columns
+            .iter()
+            .copied()
+            .filter(|&column| cells[column].get().is_none())
+            .collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        missing.sort_unstable();
+        missing.dedup();
+        let decoded = self.decode(batch, &missing)?;
+        for (column, array) in missing.into_iter().zip(decoded.columns()) {
+            // Another reader may have been first; both are slices of the same bytes.
+            let _ = cells[column].set(Arc::clone(array));
+        }
+        Ok(())
+    }
+
+    /// Some columns, by ascending number. Those that were not decoded yet are, and no others.
     pub(super) fn batch_columns(
         &self,
         batch: usize,
         columns: &[usize],
     ) -> Result<RecordBatch, SegmentDamage> {
-        if let Some(decoded) = self.decoded.get(batch).and_then(OnceLock::get) {
-            return decoded
-                .project(columns)
-                .map_err(|error| self.damage(Some(batch), error.to_string()));
-        }
-        if let Some(column) = columns.iter().find(|c| **c >= self.schema.fields().len()) {
-            return Err(self.damage(Some(batch), format!("there is no column {column}")));
-        }
-        let decoder = decoder(&self.schema).with_projection(columns.to_vec());
-        self.decode(batch, &decoder)
+        self.decode_columns(batch, columns)?;
+        let arrays = columns.iter().map(|&c| self.column(batch, c).cloned());
+        let arrays: Option<Vec<ArrayRef>> = arrays.collect();
+        let arrays = arrays.ok_or_else(|| self.no_batch(batch))?;
+        let damage = |error: ArrowError| self.damage(Some(batch), error.to_string());
+        let schema = Arc::new(self.schema.project(columns).map_err(damage)?);
+        let rows = self.batch_row_count(batch).map(|rows| rows as usize);
+        let options = RecordBatchOptions::new().with_row_count(rows);
+        RecordBatch::try_new_with_options(schema, arrays, &options).map_err(damage)
     }
 
-    fn decode(&self, batch: usize, decoder: &FileDecoder) -> Result<RecordBatch, SegmentDamage> {
+    /// Rows of a batch.
+    pub(super) fn batch_row_count(&self, batch: usize) -> Option<u32> {
+        self.meta.batches.get(batch).map(|meta| meta.rows)
+    }
+
+    fn no_batch(&self, batch: usize) -> SegmentDamage {
+        self.damage(Some(batch), "there is no such batch".to_owned())
+    }
+
+    fn decode(&self, batch: usize, columns: &[usize]) -> Result<RecordBatch, SegmentDamage> {
         let (Some(block), Some(meta)) = (self.blocks.get(batch), self.meta.batches.get(batch))
         else {
-            return Err(self.damage(Some(batch), "there is no such batch".to_owned()));
+            return Err(self.no_batch(batch));
         };
         // The decoder trusts metadata that is well-formed, so first of all it must be ours.
         if crc32fast::hash(self.metadata(block)) != meta.metadata_crc32 {
@@ -242,6 +292,9 @@ impl ArrowFile {
             block.metadata_bytes as i32,
             block.body_bytes as i64,
         );
+        let decoder = FileDecoder::new(self.schema.clone(), MetadataVersion::V5)
+            .with_require_alignment(true)
+            .with_projection(columns.to_vec());
         let decoded = decoder
             .read_record_batch(&ipc_block, &Buffer::from(bytes))
             .map_err(|error| self.damage(Some(batch), error.to_string()))?
@@ -292,10 +345,6 @@ impl ArrowFile {
             batch,
         }
     }
-}
-
-fn decoder(schema: &SchemaRef) -> FileDecoder {
-    FileDecoder::new(schema.clone(), MetadataVersion::V5).with_require_alignment(true)
 }
 
 fn footer_blocks(footer: &Footer<'_>) -> Vec<Block> {

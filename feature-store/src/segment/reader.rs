@@ -7,7 +7,7 @@ use std::path::Path;
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Int64Type, UInt64Type};
-use arrow_array::{Array, RecordBatch};
+use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_buffer::ScalarBuffer;
 use arrow_schema::SchemaRef;
 use bytes::Bytes;
@@ -208,8 +208,8 @@ impl Segment {
 
     /// A record batch. Its buffers are slices of the map: nothing is copied.
     ///
-    /// The first call for a batch reads all of it, to validate what arrow relies on (string
-    /// encoding, offsets); later ones clone what was decoded.
+    /// The first call for a batch reads what of it was not read before, to validate what arrow
+    /// relies on (string encoding, offsets); later ones clone what was decoded.
     ///
     /// # Errors
     ///
@@ -227,8 +227,8 @@ impl Segment {
         self.rows.file.batch(batch)
     }
 
-    /// Some columns of a batch, by ascending number, as [`batch`](Self::batch) has them. If the
-    /// batch was not decoded yet, only these are, and their bytes alone are read.
+    /// Some columns of a batch, by ascending number, as [`batch`](Self::batch) has them. Those
+    /// that were not decoded yet are, once, and their bytes alone are read.
     ///
     /// # Errors
     ///
@@ -239,6 +239,28 @@ impl Segment {
         columns: &[usize],
     ) -> Result<RecordBatch, SegmentDamage> {
         self.rows.file.batch_columns(batch, columns)
+    }
+
+    /// Decodes some columns of a batch, for [`column`](Self::column).
+    pub(crate) fn decode_columns(
+        &self,
+        batch: usize,
+        columns: &[usize],
+    ) -> Result<(), SegmentDamage> {
+        self.rows.file.decode_columns(batch, columns)
+    }
+
+    /// A column of a batch that was decoded.
+    pub(crate) fn column(&self, batch: usize, column: usize) -> Option<&ArrayRef> {
+        self.rows.file.column(batch, column)
+    }
+
+    /// Rows of a batch; `None` if there is no such batch.
+    pub(crate) fn batch_row_count(&self, batch: usize) -> Option<usize> {
+        self.rows
+            .file
+            .batch_row_count(batch)
+            .map(|rows| rows as usize)
     }
 
     /// What is known of each batch without reading it; `None` for segments that were written
