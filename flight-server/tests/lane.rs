@@ -629,6 +629,29 @@ async fn a_peer_that_never_reads_is_cut_off_and_others_are_answered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_hangs_up_while_its_lookup_waits_for_a_barrier_frees_its_place() {
+    let _turn = TURN.lock().await;
+    let (server, path) = server(|config| config.max_waiters = 1).await;
+    let keys = keys("origin", &["EWR"]);
+    let (_, batches) = messages(&keys.schema(), &[keys.clone()]);
+    let never = json!({"lookup": {
+        "features": ["weather:temp"], "timeout_ms": 60_000,
+        "token": {"table": "weather", "snapshot": "1-99999999"},
+    }});
+    let began = Instant::now();
+    for _ in 0..5 {
+        let mut lane = LaneClient::connect(&path);
+        let prepared = lane.prepare(&never, &keys.schema()).unwrap();
+        lane.send(LOOKUP, 0, prepared.handle, &batches[0]);
+        std::thread::sleep(Duration::from_millis(20));
+        drop(lane);
+        settle(|| 0);
+    }
+    assert!(began.elapsed() < Duration::from_secs(20));
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn stopping_ends_connections_between_requests_and_removes_the_socket() {
     let _turn = TURN.lock().await;
     let (server, path) = server(|_| {}).await;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use arrow_flight::Action;
 use pinion_feature_store::{Snapshot, Table};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
 use serde::Deserialize;
@@ -38,6 +39,8 @@ const KEPT_BUFFER_BYTES: usize = 1 << 20;
 const MAX_PING_BYTES: usize = 64 << 10;
 /// How long a peer may take to say HELLO.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between two looks at whether the peer of a request that waits is still there.
+const HANG_UP_STEP: Duration = Duration::from_millis(50);
 
 /// A connection that was let in.
 pub(super) struct Connection {
@@ -277,6 +280,7 @@ impl Session {
             &self.runtime,
             &mut self.stopped,
             &self.context,
+            &self.outgoing.socket,
             &handle.tables,
             &handle.barrier,
         )?;
@@ -311,6 +315,7 @@ impl Session {
                 &self.runtime,
                 &mut self.stopped,
                 &self.context,
+                &self.outgoing.socket,
                 std::slice::from_ref(&table),
                 &command.barrier(),
             )?
@@ -373,6 +378,7 @@ fn settle(
     runtime: &Runtime,
     stopped: &mut watch::Receiver<bool>,
     context: &SharedContext,
+    socket: &UnixStream,
     tables: &[Table],
     barrier: &Barrier,
 ) -> Result<Vec<Snapshot>, Failure> {
@@ -385,8 +391,29 @@ fn settle(
             _ = stopped.wait_for(|stopped| *stopped) => {
                 Err(Failure::new(Code::Unavailable, "STOPPING", "the server is stopping"))
             }
+            () = hang_up(socket) => {
+                Err(Failure::new(Code::Cancelled, "CANCELLED", "the client hung up"))
+            }
         }
     })
+}
+
+/// Ends when the peer is gone. A peer that only stopped sending still gets its answer.
+async fn hang_up(socket: &UnixStream) {
+    let mut looks = tokio::time::interval(HANG_UP_STEP);
+    loop {
+        looks.tick().await;
+        // POLLHUP is reported without being asked for.
+        let mut polled = [PollFd::new(socket, PollFlags::empty())];
+        let at_once = Timespec::default();
+        if poll(&mut polled, Some(&at_once)).is_err()
+            || polled[0]
+                .revents()
+                .intersects(PollFlags::HUP | PollFlags::ERR)
+        {
+            return;
+        }
+    }
 }
 
 /// Why a request got no answer.
