@@ -283,8 +283,20 @@ impl LaneRows {
         Ok(())
     }
 
+    /// Empties the rows when `fill` fails.
+    pub(super) fn clear_on_error(
+        &mut self,
+        fill: impl FnOnce(&mut LaneRows) -> Result<()>,
+    ) -> Result<()> {
+        let filled = fill(self);
+        if filled.is_err() {
+            self.clear();
+        }
+        filled
+    }
+
     /// Forgets the reply: nothing can be read until the next one.
-    pub(super) fn clear(&mut self) {
+    fn clear(&mut self) {
         self.rows = 0;
         self.columns.clear();
         self.metadata.clear();
