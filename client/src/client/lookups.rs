@@ -9,6 +9,7 @@ use crate::channel::Outgoing;
 use crate::command::Lookup;
 use crate::encode::StreamEncoder;
 use crate::error::{ClientError, Result};
+use crate::partial::{marked, says_partial};
 use crate::proto::FlightDescriptor;
 use crate::stream::RecordStream;
 
@@ -18,8 +19,12 @@ const KEYS_MESSAGE_BYTES: usize = 16 << 20;
 impl Client {
     /// Looks up the keys of one batch, whose columns are found by name. Gives as many rows in
     /// the same order (the request's columns, the features, then statuses and event times as
-    /// asked) and what the server says about them. For many lookups of one kind, use
-    /// [`Client::lookups`].
+    /// asked) and what the server says about them: the snapshots and positions that were read,
+    /// and `"partial": true` when the rows [are](crate::is_partial). For many lookups of one
+    /// kind, use [`Client::lookups`].
+    ///
+    /// Keys of more than 16 MiB are sent in parts, which the server answers one after another:
+    /// the snapshots are those of the first.
     ///
     /// # Errors
     ///
@@ -37,16 +42,23 @@ impl Client {
         let receive = async {
             let mut stream = self.begin(incoming).await?;
             let mut batches = Vec::new();
-            let mut metadata = stream.metadata().clone();
+            // Of the schema: what counts is what was read, unless nothing was.
+            let mut metadata = stream.take_metadata();
+            let mut partial = false;
             while let Some(batch) = stream.next().await {
-                if metadata.is_null() {
-                    metadata = stream.metadata().clone();
+                let about = stream.take_metadata();
+                partial |= says_partial(&about);
+                if batches.is_empty() && !about.is_null() {
+                    metadata = about;
                 }
                 batches.push(batch?);
             }
+            if let (true, Value::Object(members)) = (partial, &mut metadata) {
+                members.insert("partial".to_owned(), true.into());
+            }
             let rows = arrow_select::concat::concat_batches(stream.schema(), &batches)
                 .map_err(ClientError::decode)?;
-            Ok((rows, metadata))
+            Ok((marked(rows, partial)?, metadata))
         };
         let (rows, metadata) = both(send, receive).await?;
         if rows.num_rows() != keys.num_rows() {
@@ -97,6 +109,14 @@ impl LookupStream {
         self.replies.schema()
     }
 
+    /// What the server said of the reply that was received last: the snapshots and positions
+    /// that were read, and `"partial": true` when its rows [are](crate::is_partial). Before the
+    /// first reply, the snapshots that were current when the stream was opened. Null from a
+    /// server that says nothing.
+    pub fn metadata(&self) -> &Value {
+        self.replies.metadata()
+    }
+
     /// Looks up the keys of one batch, which has the schema the stream was opened with.
     /// Cancelling it in the middle leaves a reply under way: drop the stream then.
     ///
@@ -136,9 +156,13 @@ impl LookupStream {
     ///
     /// As [`LookupStream::lookup`].
     pub async fn receive(&mut self) -> Result<RecordBatch> {
-        self.replies
+        // What was said of the last reply must not be taken for this one's.
+        self.replies.take_metadata();
+        let rows = self
+            .replies
             .next()
             .await
-            .unwrap_or_else(|| Err(ClientError::reply("the server ended the stream")))
+            .unwrap_or_else(|| Err(ClientError::reply("the server ended the stream")))?;
+        marked(rows, says_partial(self.replies.metadata()))
     }
 }

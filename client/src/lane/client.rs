@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 
 pub use self::prepare::Prepared;
 use self::prepare::PreparedLookup;
-use super::connection::{Connection, parse_json};
-use super::frame::Kind;
+use super::connection::Connection;
+use super::frame::{Kind, parse_json};
 use super::options::LaneOptions;
 use super::rows::LaneRows;
 use crate::address::Address;
@@ -70,7 +70,8 @@ impl LaneClient {
 
     /// Looks up the keys of one batch. Gives as many rows in the same order: the request's
     /// columns, the features, then statuses and event times as asked. The batch shares the
-    /// memory it was received into.
+    /// memory it was received into. If the lookup has a deadline, ask
+    /// [`is_partial`](crate::is_partial) of it.
     ///
     /// # Errors
     ///
@@ -91,7 +92,7 @@ impl LaneClient {
 
     /// As [`LaneClient::lookup`], but leaves the columns where they lie, in memory that is used
     /// again for the next reply: no allocation, and no Arrow array. Replies with nested columns
-    /// cannot be read so.
+    /// cannot be read so. If the lookup has a deadline, ask [`LaneRows::is_partial`].
     ///
     /// # Errors
     ///

@@ -15,7 +15,7 @@ use std::time::Duration;
 use arrow_array::RecordBatch;
 use serde_json::{Map, Value, json};
 
-use super::frame::{self, HEADER_BYTES, Header, Kind, MAGIC, VERSION};
+use super::frame::{self, HEADER_BYTES, Header, Kind, MAGIC, VERSION, parse_json};
 use super::keys::KeyEncoder;
 use crate::error::{ClientError, Code, Result, ServerError};
 
@@ -384,14 +384,6 @@ fn server_error(code: u32, details: Value) -> ServerError {
         message,
         details: Value::Object(details),
     }
-}
-
-/// The JSON part of a frame; null if there is none.
-pub(super) fn parse_json(bytes: &[u8]) -> Result<Value> {
-    if bytes.is_empty() {
-        return Ok(Value::Null);
-    }
-    serde_json::from_slice(bytes).map_err(|e| ClientError::reply(format!("no JSON: {e}")))
 }
 
 #[cfg(test)]

@@ -8,8 +8,9 @@ use super::LaneClient;
 use super::prepare::{Prepared, find, find_mut};
 use crate::decode::{self, Decoded};
 use crate::error::{ClientError, Result};
-use crate::lane::frame::HEADER_BYTES;
+use crate::lane::frame::{HEADER_BYTES, parse_json};
 use crate::lane::rows::LaneRows;
+use crate::partial::{marked, says_partial};
 
 impl LaneClient {
     /// Sends keys and does not wait for the reply: for throughput, send some and then receive
@@ -55,6 +56,7 @@ impl LaneClient {
             .read_exact(&mut memory.as_slice_mut()[HEADER_BYTES..])?;
         let memory = memory.into_arrow();
         let message = memory.slice_with_length(HEADER_BYTES, message_bytes);
+        let about = parse_json(&memory[HEADER_BYTES + message_bytes..]);
         let lookup = find_mut(&mut self.lookups, request.index)?;
         let decoded = decode::encapsulated(&message)
             .and_then(|header| {
@@ -66,8 +68,9 @@ impl LaneClient {
                 _ => Err(ClientError::reply("a reply without rows")),
             });
         let batch = self.connection.trusted(decoded)?;
+        let about = self.connection.trusted(about)?;
         self.check_rows(batch.num_rows(), request.rows)?;
-        Ok(batch)
+        marked(batch, says_partial(&about))
     }
 
     /// As [`LaneClient::receive`], into memory used again (see [`LaneClient::lookup_into`]).
@@ -78,10 +81,10 @@ impl LaneClient {
     pub fn receive_into(&mut self, rows: &mut LaneRows) -> Result<()> {
         rows.clear_on_error(|rows| {
             let (header, request) = self.connection.rows_header(self.options.max_reply_bytes)?;
-            self.connection
-                .read_exact(rows.receive(header.payload_bytes as usize))?;
+            let payload_bytes = header.payload_bytes as usize;
+            self.connection.read_exact(rows.receive(payload_bytes))?;
             let shape = Arc::clone(&find(&self.lookups, request.index)?.shape);
-            let admitted = rows.admit(&shape, header.detail as usize);
+            let admitted = rows.admit(&shape, header.detail as usize, payload_bytes);
             match admitted {
                 // The caller's choice of method was wrong; the connection is in order.
                 Err(error @ ClientError::Request { .. }) => return Err(error),

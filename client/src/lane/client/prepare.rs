@@ -10,8 +10,7 @@ use super::LaneClient;
 use crate::command::Lookup;
 use crate::decode::{self, StreamDecoder};
 use crate::error::{ClientError, Result};
-use crate::lane::connection::parse_json;
-use crate::lane::frame::{self, Kind, RELEASE_HANDLE};
+use crate::lane::frame::{self, Kind, RELEASE_HANDLE, parse_json};
 use crate::lane::keys::KeyEncoder;
 use crate::lane::rows::ReplyShape;
 
