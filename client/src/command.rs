@@ -237,7 +237,7 @@ pub mod status {
     pub const NOT_FOUND: u8 = 3;
     /// The row is older than the table's ttl.
     pub const OUTSIDE_MAX_AGE: u8 = 4;
-    /// The lookup's deadline had passed before this key was looked for; the value is null.
+    /// The deadline had passed before this key was looked for: see [`is_partial`](crate::is_partial).
     pub const NOT_READ: u8 = 5;
 }
 

@@ -14,7 +14,8 @@ use crate::error::{ClientError, Result};
 const MARK: &str = "pinion.partial";
 
 /// Whether a lookup's deadline passed before all keys were looked for: those that were not are
-/// [`NOT_READ`](crate::status::NOT_READ), and their values null.
+/// [`NOT_READ`](crate::status::NOT_READ), and their values null (with
+/// [`defaults`](crate::Lookup::defaults), the default).
 ///
 /// For the replies of this crate's lookups, whichever way they came.
 pub fn is_partial(reply: &RecordBatch) -> bool {

@@ -88,7 +88,7 @@ impl LaneRows {
     }
 
     /// Whether the lookup's deadline passed before all keys were looked for: those that were not
-    /// are [`NOT_READ`](crate::status::NOT_READ), and their values null.
+    /// are [`NOT_READ`](crate::status::NOT_READ), as [`is_partial`](crate::is_partial) has it.
     pub fn is_partial(&self) -> bool {
         self.partial
     }
