@@ -1,4 +1,8 @@
 //! The Flight client.
+//!
+//! Elsewhere: lookups (`lookups`), the batches of a reply (`stream`), HTTP/2 (`channel`).
+
+mod lookups;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,9 +14,10 @@ use prost::Message;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
+pub use self::lookups::LookupStream;
 use crate::address::Address;
 use crate::channel::{Channel, Incoming, Outgoing};
-use crate::command::{Lookup, Put, Scan};
+use crate::command::{Put, Scan};
 use crate::decode;
 use crate::encode::{StreamEncoder, slices};
 use crate::error::{ClientError, Result};
@@ -27,8 +32,6 @@ use crate::stream::{RecordStream, ScanStream};
 
 /// Rows of a put travel in messages of about this size.
 const PUT_MESSAGE_BYTES: usize = 2 << 20;
-/// Keys of one lookup travel in batches of at most about this size.
-const KEYS_MESSAGE_BYTES: usize = 16 << 20;
 /// What a location says that means the server which was asked.
 const SAME_CONNECTION: &str = "arrow-flight-reuse-connection://";
 
@@ -192,72 +195,6 @@ impl Client {
         }
     }
 
-    /// Looks up the keys of one batch, whose columns are found by name. Gives as many rows in
-    /// the same order (the request's columns, the features, then statuses and event times as
-    /// asked) and what the server says about them. For many lookups of one kind, use
-    /// [`Client::lookups`].
-    ///
-    /// # Errors
-    ///
-    /// As [`Client::scan`]; `Request` for keys that cannot be sent.
-    pub async fn lookup(
-        &self,
-        lookup: &Lookup,
-        keys: &RecordBatch,
-    ) -> Result<(RecordBatch, Value)> {
-        let descriptor = FlightDescriptor::command(lookup.to_json());
-        let (outgoing, incoming) = self.channel.call("DoExchange").await?;
-        let schema = keys.schema();
-        let batches = [keys.clone()];
-        let send = send_batches(outgoing, &schema, &descriptor, batches, KEYS_MESSAGE_BYTES);
-        let receive = async {
-            let mut stream = self.begin(incoming).await?;
-            let mut batches = Vec::new();
-            let mut metadata = stream.metadata().clone();
-            while let Some(batch) = stream.next().await {
-                if metadata.is_null() {
-                    metadata = stream.metadata().clone();
-                }
-                batches.push(batch?);
-            }
-            let rows = arrow_select::concat::concat_batches(stream.schema(), &batches)
-                .map_err(ClientError::decode)?;
-            Ok((rows, metadata))
-        };
-        let (rows, metadata) = both(send, receive).await?;
-        if rows.num_rows() != keys.num_rows() {
-            return Err(ClientError::reply(format!(
-                "{} rows for {} keys",
-                rows.num_rows(),
-                keys.num_rows()
-            )));
-        }
-        Ok((rows, metadata))
-    }
-
-    /// Opens a stream of lookups of one kind: one request and one reply each, without the cost
-    /// of a call.
-    ///
-    /// # Errors
-    ///
-    /// As [`Client::scan`].
-    pub async fn lookups(&self, lookup: &Lookup, keys: &Schema) -> Result<LookupStream> {
-        let descriptor = FlightDescriptor::command(lookup.to_json());
-        let (mut outgoing, incoming) = self.channel.call("DoExchange").await?;
-        let (encoder, first) = StreamEncoder::begin(keys, &descriptor)?;
-        for bytes in first {
-            // A server that takes no more of it says why in its reply.
-            if outgoing.send(bytes).await.is_err() {
-                break;
-            }
-        }
-        Ok(LookupStream {
-            outgoing,
-            encoder,
-            replies: self.begin(incoming).await?,
-        })
-    }
-
     /// Writes rows, or deletes keys, as one commit. Returns the last acknowledgement
     /// (`{"rows", "applied", "durable", "token"}`) once they are visible and on disk.
     ///
@@ -359,66 +296,6 @@ impl Client {
             all.push(reply?);
         }
         Ok(all)
-    }
-}
-
-/// An open stream of lookups of one kind. Dropping it ends it.
-#[derive(Debug)]
-pub struct LookupStream {
-    outgoing: Outgoing,
-    encoder: StreamEncoder,
-    replies: RecordStream,
-}
-
-impl LookupStream {
-    /// Schema of every reply.
-    pub fn schema(&self) -> &SchemaRef {
-        self.replies.schema()
-    }
-
-    /// Looks up the keys of one batch, which has the schema the stream was opened with.
-    /// Cancelling it in the middle leaves a reply under way: drop the stream then.
-    ///
-    /// # Errors
-    ///
-    /// As [`Client::lookup`]. The stream has ended after an error.
-    pub async fn lookup(&mut self, keys: &RecordBatch) -> Result<RecordBatch> {
-        self.send(keys).await?;
-        let rows = self.receive().await?;
-        if rows.num_rows() != keys.num_rows() {
-            return Err(ClientError::reply(format!(
-                "{} rows for {} keys",
-                rows.num_rows(),
-                keys.num_rows()
-            )));
-        }
-        Ok(rows)
-    }
-
-    /// Sends keys without waiting for their reply. Replies come in the order of their requests.
-    ///
-    /// # Errors
-    ///
-    /// As [`LookupStream::lookup`].
-    pub async fn send(&mut self, keys: &RecordBatch) -> Result<()> {
-        for message in self.encoder.batch(keys)? {
-            for bytes in message {
-                self.outgoing.send(bytes).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The next reply.
-    ///
-    /// # Errors
-    ///
-    /// As [`LookupStream::lookup`].
-    pub async fn receive(&mut self) -> Result<RecordBatch> {
-        self.replies
-            .next()
-            .await
-            .unwrap_or_else(|| Err(ClientError::reply("the server ended the stream")))
     }
 }
 

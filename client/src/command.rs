@@ -144,6 +144,27 @@ impl Lookup {
         self.with("keep_expired", true)
     }
 
+    /// Reads the defaults of features where a value would be null; the status stays.
+    pub fn defaults(self) -> Lookup {
+        self.with("defaults", true)
+    }
+
+    /// How long the server may look, from the arrival of each request on, in milliseconds
+    /// rounded up. Keys that were not looked for by then are [`status::NOT_READ`], and the reply
+    /// [is partial](crate::is_partial).
+    pub fn deadline(self, deadline: Duration) -> Lookup {
+        // Rounded down, less than a millisecond would be none at all.
+        self.with(
+            "deadline_ms",
+            millis(deadline.saturating_add(Duration::from_nanos(999_999))),
+        )
+    }
+
+    /// Largest reply message, bytes.
+    pub fn max_message_bytes(self, bytes: u64) -> Lookup {
+        self.with("max_message_bytes", bytes)
+    }
+
     /// Waits until the put with this token is visible.
     pub fn token(self, token: Value) -> Lookup {
         self.with("token", token)
@@ -216,6 +237,8 @@ pub mod status {
     pub const NOT_FOUND: u8 = 3;
     /// The row is older than the table's ttl.
     pub const OUTSIDE_MAX_AGE: u8 = 4;
+    /// The deadline had passed before this key was looked for: see [`is_partial`](crate::is_partial).
+    pub const NOT_READ: u8 = 5;
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -247,6 +270,24 @@ mod tests {
             parsed(lookup.to_json()),
             json!({"lookup": {"features": ["weather:temp"], "status": true, "timeout_ms": 250}})
         );
+        let lookup = Lookup::service("ranking@v2")
+            .defaults()
+            .max_message_bytes(65_536)
+            .deadline(Duration::from_micros(2_001));
+        assert_eq!(
+            parsed(lookup.to_json()),
+            json!({"lookup": {"service": "ranking@v2", "defaults": true,
+                              "max_message_bytes": 65_536, "deadline_ms": 3}})
+        );
+        for (deadline, millis) in [
+            (Duration::ZERO, 0),
+            (Duration::from_nanos(1), 1),
+            (Duration::from_millis(7), 7),
+            (Duration::MAX, u64::MAX),
+        ] {
+            let lookup = parsed(Lookup::service("ranking").deadline(deadline).to_json());
+            assert_eq!(lookup["lookup"]["deadline_ms"], millis, "{deadline:?}");
+        }
         assert_eq!(
             parsed(Put::delete("weather").id("x").to_json()),
             json!({"put": {"table": "weather", "mode": "delete", "id": "x"}})

@@ -26,9 +26,12 @@
 //! ```
 
 mod client;
+mod connection;
 mod frame;
 mod keys;
+mod options;
 mod rows;
 
-pub use client::{LaneClient, LaneOptions, Prepared};
+pub use client::{LaneClient, Prepared};
+pub use options::LaneOptions;
 pub use rows::LaneRows;

@@ -35,6 +35,9 @@
 //! # }
 //! ```
 //!
+//! With [`Lookup::deadline`] a reply may come before all keys were looked for: [`is_partial`]
+//! tells, and [`status::NOT_READ`] which.
+//!
 //! [`LaneClient`] speaks the local lane of a server on the same machine: blocking, and several
 //! times faster for lookups.
 //!
@@ -54,6 +57,7 @@ mod lane;
 mod layout;
 mod message;
 mod options;
+mod partial;
 mod pool;
 mod proto;
 mod stream;
@@ -64,5 +68,6 @@ pub use command::{Lookup, Put, Scan, status};
 pub use error::{ClientError, Code, Result, ServerError};
 pub use lane::{LaneClient, LaneOptions, LaneRows, Prepared};
 pub use options::ClientOptions;
+pub use partial::is_partial;
 pub use proto::{FlightDescriptor, FlightEndpoint, FlightInfo, Location, Ticket};
 pub use stream::{RecordStream, ScanStream};

@@ -86,6 +86,11 @@ impl RecordStream {
         &self.metadata
     }
 
+    /// As [`RecordStream::metadata`], which is null from then on until a message has any.
+    pub(crate) fn take_metadata(&mut self) -> Value {
+        self.metadata.take()
+    }
+
     /// The next batch; `None` once the server has completed the reply.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use arrow_array::types::{Float64Type, UInt8Type};
 use arrow_array::{Array, RecordBatch};
 use pinion_client::{
     Client, ClientError, ClientOptions, Code, FlightDescriptor, FlightEndpoint, Lookup, Put, Scan,
-    ScanStream, Ticket, status,
+    ScanStream, Ticket, is_partial, status,
 };
 use serde_json::{Value, json};
 use server::{TestServer, get_json, keys, planes, weather};
@@ -137,6 +137,51 @@ async fn keys_are_looked_up_once_and_on_a_stream() {
         for _ in 0..20 {
             assert_eq!(lookups.receive().await.unwrap(), rows);
         }
+    }
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_past_its_deadline_is_marked_and_says_what_was_read() {
+    let server = TestServer::with_rows().await;
+    let asked = keys("tailnum", &["N2", "N9", "N1"]);
+    let seats = Lookup::features(["planes:seats"]).status();
+    let late = seats.clone().deadline(Duration::ZERO);
+    for client in both(&server).await {
+        for (lookup, partial) in [
+            (&late, true),
+            (&seats.clone().deadline(Duration::from_secs(60)), false),
+            (&seats, false),
+        ] {
+            let mark = partial.then_some(true);
+            let (rows, about) = client.lookup(lookup, &asked).await.unwrap();
+            assert_eq!(is_partial(&rows), partial);
+            assert_eq!(about.get("partial").and_then(Value::as_bool), mark);
+            assert_eq!(about["table"], "planes");
+            assert_eq!(rows.column(1).null_count(), if partial { 3 } else { 1 });
+            let found = rows.column(2).as_primitive::<UInt8Type>().values();
+            let not_read = found.iter().all(|s| *s == status::NOT_READ);
+            assert_eq!(not_read, partial, "{found:?}");
+
+            let mut stream = client.lookups(lookup, &asked.schema()).await.unwrap();
+            assert_eq!(stream.metadata()["table"], "planes");
+            assert!(stream.metadata().get("partial").is_none());
+            for _ in 0..2 {
+                assert_eq!(stream.lookup(&asked).await.unwrap(), rows);
+                let about = stream.metadata();
+                assert_eq!(about.get("partial").and_then(Value::as_bool), mark);
+            }
+        }
+        // What was read is told anew with each reply.
+        let mut stream = client.lookups(&seats, &asked.schema()).await.unwrap();
+        let opened = stream.metadata()["snapshot"].clone();
+        stream.lookup(&asked).await.unwrap();
+        assert_eq!(stream.metadata()["snapshot"], opened);
+        let rows = planes(&["N1"]);
+        let put = Put::upsert("planes");
+        client.put(&put, &rows.schema(), [rows]).await.unwrap();
+        stream.lookup(&asked).await.unwrap();
+        assert_ne!(stream.metadata()["snapshot"], opened);
     }
     server.stop().await;
 }

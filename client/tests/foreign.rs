@@ -24,8 +24,9 @@ use arrow_ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteContext, Ip
 use arrow_schema::{DataType, Field, UnionFields};
 use bytes::Bytes;
 use http::{HeaderMap, Response};
-use pinion_client::{Client, ClientError, ClientOptions, RecordStream};
+use pinion_client::{Client, ClientError, ClientOptions, Lookup, RecordStream, is_partial};
 use prost::Message;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 type Trailers = Vec<(&'static str, String)>;
@@ -77,7 +78,8 @@ impl Reply {
                     let mut connection = h2::server::handshake(socket).await.unwrap();
                     let mut calls = 0;
                     while let Some(Ok((request, respond))) = connection.accept().await {
-                        assert!(request.uri().path().ends_with("/DoGet"));
+                        let path = request.uri().path();
+                        assert!(path.ends_with("/DoGet") || path.ends_with("/DoExchange"));
                         let (reply, counted) = (reply.clone(), Arc::clone(&counted));
                         calls += 1;
                         let last = reply.calls == Some(calls);
@@ -491,6 +493,47 @@ async fn a_stream_that_nobody_reads_holds_no_more_than_its_window() {
     assert!(sent < 4 << 20, "{sent} bytes taken in");
     assert!(stream.next().await.is_none());
     assert!(server.sent.load(Ordering::SeqCst) > 100 << 20);
+}
+
+/// Pinion says something of each reply; others need not.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_said_of_one_reply_is_not_taken_for_the_next_ones() {
+    let batch = flat();
+    let batches = [batch.clone(), batch.clone(), batch.clone()];
+    let mut sent = messages(&batches, IpcWriteOptions::default());
+    let said = [
+        json!({"snapshot": 0}),
+        json!({"snapshot": 1}),
+        json!({"snapshot": 2, "partial": true}),
+    ];
+    for (message, said) in sent.iter_mut().zip(&said) {
+        message.app_metadata = said.to_string().into();
+    }
+    let chunks = sent.iter().map(|m| framed(&m.encode_to_vec())).collect();
+    let server = Reply::ok(chunks).serve().await;
+    let client = Client::connect(&server.url).await.unwrap();
+    let lookup = Lookup::features(["any:thing"]);
+    let asked: ArrayRef = Arc::new(Int64Array::from(vec![7; 3 * batch.num_rows()]));
+    let asked = RecordBatch::try_from_iter([("id", asked)]).unwrap();
+
+    let mut stream = client.lookups(&lookup, &asked.schema()).await.unwrap();
+    assert_eq!(stream.metadata(), &said[0]);
+    for (partial, about) in [(false, &said[1]), (true, &said[2]), (false, &Value::Null)] {
+        let rows = stream.receive().await.unwrap();
+        assert_eq!(
+            (rows.columns(), is_partial(&rows)),
+            (batch.columns(), partial)
+        );
+        assert_eq!(stream.metadata(), about);
+    }
+
+    // One lookup that was answered in three parts.
+    let (rows, about) = client.lookup(&lookup, &asked).await.unwrap();
+    assert_eq!(
+        (rows.num_rows(), is_partial(&rows)),
+        (asked.num_rows(), true)
+    );
+    assert_eq!(about, json!({"snapshot": 1, "partial": true}));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,10 +15,14 @@ use arrow_array::{
 use arrow_ipc::reader::StreamReader;
 use arrow_ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteContext, IpcWriteOptions};
 use arrow_schema::{Schema, SchemaRef};
-use pinion_client::{ClientError, Code, LaneClient, LaneOptions, LaneRows, Lookup};
+use pinion_client::{ClientError, Code, LaneClient, LaneOptions, LaneRows, Lookup, is_partial};
 use serde_json::{Value, json};
 
 const HEADER_BYTES: usize = 16;
+/// The deadline of a lookup of so many keys has always passed.
+const LATE_KEYS: usize = 17;
+/// The reply to so many keys names the snapshots, which nobody asked for.
+const TOLD_KEYS: usize = 19;
 
 /// What one test's server does differently.
 #[derive(Clone, Copy, Default)]
@@ -74,6 +78,14 @@ fn frame(kind: u8, request_id: u32, detail: u32, payload: &[u8]) -> Vec<u8> {
     bytes.extend(detail.to_le_bytes());
     bytes.extend(payload);
     bytes
+}
+
+/// Rows, and what is said of them behind.
+fn rows_frame(request_id: u32, rows: &RecordBatch, about: &str) -> Vec<u8> {
+    let mut payload = batch_message(rows);
+    let detail = payload.len() as u32;
+    payload.extend(about.bytes());
+    frame(131, request_id, detail, &payload)
 }
 
 fn error_frame(request_id: u32, code: u32, details: Value) -> Vec<u8> {
@@ -214,8 +226,12 @@ fn serve(stream: &mut UnixStream, behaviour: Behaviour) -> std::io::Result<()> {
                 match behaviour.says {
                     Some(says) => says(request_id),
                     None => {
-                        let rows = batch_message(&features(&keys));
-                        frame(131, request_id, rows.len() as u32, &rows)
+                        let about = match keys.num_rows() {
+                            LATE_KEYS => json!({"table": "t", "partial": true}).to_string(),
+                            TOLD_KEYS => json!({"table": "t", "positions": {}}).to_string(),
+                            _ => String::new(),
+                        };
+                        rows_frame(request_id, &features(&keys), &about)
                     }
                 }
             }
@@ -297,6 +313,38 @@ fn lookups_of_any_size_answer_alike_as_a_batch_and_in_place() {
     request(rows.boolean(1, 0).map(drop));
     request(rows.is_null(1, 12).map(drop));
     request(rows.binary(2, 12).map(drop));
+}
+
+#[test]
+fn a_reply_past_its_deadline_is_marked_and_the_next_one_is_not() {
+    let server = FakeLane::start(Behaviour::default());
+    let mut lane = LaneClient::connect(&server.url).unwrap();
+    let lookup = lookup().deadline(Duration::from_millis(1));
+    let prepared = lane.prepare(&lookup, &key_schema()).unwrap();
+    let mut rows = LaneRows::default();
+    assert!(!rows.is_partial());
+    for count in [LATE_KEYS, 16, TOLD_KEYS, LATE_KEYS, LATE_KEYS, 18] {
+        let asked = keys(0..count as i64);
+        let late = count == LATE_KEYS;
+        let batch = lane.lookup(&prepared, &asked).unwrap();
+        assert_eq!(batch.columns(), features(&asked).columns());
+        assert_eq!(is_partial(&batch), late, "{count} keys");
+        lane.lookup_into(&prepared, &asked, &mut rows).unwrap();
+        assert_eq!((rows.len(), rows.is_partial()), (count, late));
+    }
+    // Nor are rows that were not read.
+    lane.lookup_into(&prepared, &keys(0..LATE_KEYS as i64), &mut rows)
+        .unwrap();
+    lane.lookup_into(&prepared, &keys(0..13), &mut rows)
+        .unwrap_err();
+    assert!(rows.is_empty() && !rows.is_partial());
+    // Several under way.
+    for count in [2, LATE_KEYS, 3] {
+        lane.send(&prepared, &keys(0..count as i64)).unwrap();
+    }
+    let marks = [(); 3].map(|()| is_partial(&lane.receive().unwrap()));
+    assert_eq!(marks, [false, true, false]);
+    assert_eq!(server.connections(), 1);
 }
 
 #[test]
@@ -492,7 +540,7 @@ fn replies_that_make_no_sense_are_errors_and_end_the_connection() {
         batch_message(&features(&keys(numbers)))
     }
     type Says = fn(u32) -> Vec<u8>;
-    let nonsense: [(&str, Says); 9] = [
+    let nonsense: [(&str, Says); 10] = [
         ("of another request", |id| frame(131, id + 1, 0, &[])),
         ("of another kind", |id| frame(135, id, 0, b"{}")),
         ("of no kind", |id| frame(77, id, 0, &[])),
@@ -512,6 +560,9 @@ fn replies_that_make_no_sense_are_errors_and_end_the_connection() {
             let mut bytes = frame(131, id, 64, &[]);
             bytes[..4].copy_from_slice(&u32::MAX.to_le_bytes());
             bytes
+        }),
+        ("rows with something behind them that is no JSON", |id| {
+            rows_frame(id, &features(&keys(0..4)), "oh no")
         }),
         ("an error that is no JSON", |id| frame(255, id, 3, b"oh no")),
     ];

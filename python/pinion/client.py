@@ -122,6 +122,7 @@ class Client:
         keep_expired: bool = False,
         defaults: bool = False,
         deadline_ms: int | None = None,
+        max_message_bytes: int | None = None,
         at_least: Mapping[str, Mapping[Any, int]] | None = None,
         token: Any = None,
         timeout_ms: int | None = None,
@@ -136,6 +137,10 @@ class Client:
         `defaults` reads the defaults of features where a value would be null. With `deadline_ms`, keys that
         were not looked for by then are `NOT_READ`, and `pinion.is_partial` of the reply is true.
 
+        `max_message_bytes` is the largest reply, 65,536 to 2 GiB - 1: one over it raises `ResourceExhausted`
+        with both sizes. When None it is 4 MiB - 64 KiB over Flight, 2 GiB - 1 over the lane, unless the server
+        is configured otherwise.
+
         The lookup is prepared once per set of arguments, and kept: `prepare` saves finding it again.
         """
         command = _lookup_command(
@@ -148,6 +153,7 @@ class Client:
             keep_expired=keep_expired,
             defaults=defaults,
             deadline_ms=deadline_ms,
+            max_message_bytes=max_message_bytes,
             at_least=at_least,
             token=token,
             timeout_ms=timeout_ms,
@@ -180,6 +186,7 @@ class Client:
         keep_expired: bool = False,
         defaults: bool = False,
         deadline_ms: int | None = None,
+        max_message_bytes: int | None = None,
         at_least: Mapping[str, Mapping[Any, int]] | None = None,
         token: Any = None,
         timeout_ms: int | None = None,
@@ -195,6 +202,7 @@ class Client:
             keep_expired=keep_expired,
             defaults=defaults,
             deadline_ms=deadline_ms,
+            max_message_bytes=max_message_bytes,
             at_least=at_least,
             token=token,
             timeout_ms=timeout_ms,

@@ -2,6 +2,9 @@
 
 use arrow_ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteOptions};
 use arrow_schema::Schema;
+use serde_json::Value;
+
+use crate::error::{ClientError, Result};
 
 /// Bytes of a frame's header.
 pub(super) const HEADER_BYTES: usize = 16;
@@ -105,6 +108,14 @@ pub(super) fn padded_json(mut json: String) -> String {
         json.push(' ');
     }
     json
+}
+
+/// The JSON part of a frame; null if there is none.
+pub(super) fn parse_json(bytes: &[u8]) -> Result<Value> {
+    if bytes.is_empty() {
+        return Ok(Value::Null);
+    }
+    serde_json::from_slice(bytes).map_err(|e| ClientError::reply(format!("no JSON: {e}")))
 }
 
 /// An encapsulated schema message.

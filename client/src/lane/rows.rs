@@ -7,10 +7,11 @@ use arrow_array::types::ArrowPrimitiveType;
 use arrow_buffer::{ArrowNativeType, MutableBuffer, bit_util};
 use arrow_schema::{DataType, Schema, SchemaRef};
 
-use super::frame::{ALIGNMENT, HEADER_BYTES};
+use super::frame::{ALIGNMENT, HEADER_BYTES, parse_json};
 use crate::decode;
 use crate::error::{ClientError, Result};
 use crate::layout::{Layout, Range};
+use crate::partial::says_partial;
 
 /// What every reply of a prepared lookup looks like.
 #[derive(Debug)]
@@ -44,6 +45,7 @@ pub struct LaneRows {
     body_bytes: usize,
     rows: usize,
     columns: Vec<Column>,
+    partial: bool,
 }
 
 /// Where a column's buffers lie in the body.
@@ -69,6 +71,7 @@ impl Default for LaneRows {
             body_bytes: 0,
             rows: 0,
             columns: Vec::new(),
+            partial: false,
         }
     }
 }
@@ -82,6 +85,12 @@ impl LaneRows {
     /// True for a reply to no keys, and before the first.
     pub fn is_empty(&self) -> bool {
         self.rows == 0
+    }
+
+    /// Whether the lookup's deadline passed before all keys were looked for: those that were not
+    /// are [`NOT_READ`](crate::status::NOT_READ), as [`is_partial`](crate::is_partial) has it.
+    pub fn is_partial(&self) -> bool {
+        self.partial
     }
 
     /// Names and types of the columns.
@@ -252,18 +261,32 @@ impl LaneRows {
         &mut self.memory.as_slice_mut()[HEADER_BYTES..HEADER_BYTES + payload_bytes]
     }
 
-    /// Reads the message that was received: `message_bytes` from the payload's start on. After
-    /// an error there are no rows.
-    pub(super) fn admit(&mut self, shape: &Arc<ReplyShape>, message_bytes: usize) -> Result<()> {
-        let admitted = self.read(shape, message_bytes);
+    /// Reads what was received: from the payload's start on `message_bytes`, then JSON up to
+    /// `payload_bytes`. After an error there are no rows.
+    pub(super) fn admit(
+        &mut self,
+        shape: &Arc<ReplyShape>,
+        message_bytes: usize,
+        payload_bytes: usize,
+    ) -> Result<()> {
+        let admitted = self.read(shape, message_bytes, payload_bytes);
         if admitted.is_err() {
             self.clear();
         }
         admitted
     }
 
-    fn read(&mut self, shape: &Arc<ReplyShape>, message_bytes: usize) -> Result<()> {
-        let message = &self.memory.as_slice()[HEADER_BYTES..HEADER_BYTES + message_bytes];
+    fn read(
+        &mut self,
+        shape: &Arc<ReplyShape>,
+        message_bytes: usize,
+        payload_bytes: usize,
+    ) -> Result<()> {
+        let payload = &self.memory.as_slice()[HEADER_BYTES..HEADER_BYTES + payload_bytes];
+        let (message, about) = payload
+            .split_at_checked(message_bytes)
+            .ok_or_else(|| ClientError::reply("the rows of a reply are cut short"))?;
+        self.partial = says_partial(&parse_json(about)?);
         let header = decode::encapsulated(message)?;
         let (metadata, body) = (&message[header.clone()], &message[header.end..]);
         // Replies of one size often differ in nothing but their values.
@@ -283,11 +306,24 @@ impl LaneRows {
         Ok(())
     }
 
+    /// Empties the rows when `fill` fails.
+    pub(super) fn clear_on_error(
+        &mut self,
+        fill: impl FnOnce(&mut LaneRows) -> Result<()>,
+    ) -> Result<()> {
+        let filled = fill(self);
+        if filled.is_err() {
+            self.clear();
+        }
+        filled
+    }
+
     /// Forgets the reply: nothing can be read until the next one.
-    pub(super) fn clear(&mut self) {
+    fn clear(&mut self) {
         self.rows = 0;
         self.columns.clear();
         self.metadata.clear();
+        self.partial = false;
     }
 }
 

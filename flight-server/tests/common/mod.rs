@@ -48,7 +48,8 @@ temp = "float64"
 pub struct TestServer {
     pub store: Store,
     pub addresses: BoundAddresses,
-    stop: Option<oneshot::Sender<()>>,
+    config: ServerConfig,
+    stop: oneshot::Sender<()>,
     task: JoinHandle<()>,
     dir: tempfile::TempDir,
 }
@@ -71,9 +72,13 @@ impl TestServer {
             ..ServerConfig::default()
         };
         change(&mut config);
+        TestServer::serve(store, config, dir).await
+    }
+
+    async fn serve(store: Store, config: ServerConfig, dir: tempfile::TempDir) -> TestServer {
         let (stop, stopped) = oneshot::channel::<()>();
         let (tell, bound) = oneshot::channel();
-        let served = store.clone();
+        let (served, settings) = (store.clone(), config.clone());
         let task = tokio::spawn(async move {
             let shutdown = async {
                 let _ = stopped.await;
@@ -81,7 +86,7 @@ impl TestServer {
             let ready = |addresses: &BoundAddresses| {
                 let _ = tell.send(addresses.clone());
             };
-            serve(served, Hooks::default(), config, ready, shutdown)
+            serve(served, Hooks::default(), settings, ready, shutdown)
                 .await
                 .unwrap();
         });
@@ -89,7 +94,8 @@ impl TestServer {
         TestServer {
             store,
             addresses,
-            stop: Some(stop),
+            config,
+            stop,
             task,
             dir,
         }
@@ -134,9 +140,32 @@ impl TestServer {
         act(&mut self.client().await, "apply", &body).await
     }
 
-    pub async fn stop(mut self) {
-        let _ = self.stop.take().unwrap().send(());
+    pub async fn stop(self) {
+        self.stopped().await;
+    }
+
+    /// Stops the server. What is stopped may be started again: on the same store and sockets,
+    /// but another port.
+    pub async fn stopped(self) -> StoppedServer {
+        let _ = self.stop.send(());
         self.task.await.unwrap();
+        StoppedServer {
+            store: self.store,
+            config: self.config,
+            dir: self.dir,
+        }
+    }
+}
+
+pub struct StoppedServer {
+    store: Store,
+    config: ServerConfig,
+    dir: tempfile::TempDir,
+}
+
+impl StoppedServer {
+    pub async fn start(self) -> TestServer {
+        TestServer::serve(self.store, self.config, self.dir).await
     }
 }
 

@@ -1,0 +1,260 @@
+"""The Python client's lookups, over the local lane and over Flight: services, defaults, deadlines, limits.
+
+The fears: an option that one of the two ways drops or reads otherwise; a value that was not read and is taken for
+one that is not there; a mark that is missing, or that stays on the next reply.
+"""
+
+from datetime import UTC, datetime, timedelta
+
+import pinion
+import pyarrow as pa
+import pytest
+
+from pinion import NOT_FOUND, NOT_READ, NULL_VALUE, PRESENT
+
+USERS = """
+[table]
+name = "users"
+entity = [{ name = "id", type = "int64" }]
+event_time = { name = "at", type = "timestamp[us, tz=UTC]" }
+history = "latest"
+lookup = "rows"
+
+[[feature]]
+name = "score"
+type = "float64"
+
+[[feature]]
+name = "name"
+type = "string"
+default = "nobody"
+
+[[feature]]
+name = "visits"
+type = "int32"
+default = 0
+
+[[feature]]
+name = "group"
+type = "dictionary<values=string, indices=int16, ordered=0>"
+default = "none"
+"""
+RANKING = """
+[service]
+name = "ranking"
+features = ["users:visits", "users:score"]
+"""
+RANKING_2 = """
+[service]
+name = "ranking"
+features = ["users:name"]
+"""
+NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
+COUNT = 2000
+
+
+def users(ids, version=0):
+    """Rows of `users`; some names and visits are null."""
+    ids = list(ids)
+    return pa.table(
+        {
+            "id": pa.array(ids, pa.int64()),
+            "at": pa.array([NOON + timedelta(seconds=version)] * len(ids), pa.timestamp("us", tz="UTC")),
+            "score": pa.array([i / 4 + version for i in ids]),
+            "name": pa.array([name(i) for i in ids]),
+            "visits": pa.array([visits(i) for i in ids], pa.int32()),
+            "group": pa.array([f"g{i % 3}" for i in ids]),
+        }
+    )
+
+
+def name(i):
+    return None if i % 5 == 4 else f"user {i}"
+
+
+def visits(i):
+    return None if i % 7 == 2 else i * 3
+
+
+def keys(*ids):
+    return pa.record_batch({"id": pa.array(ids, pa.int64())})
+
+
+@pytest.fixture
+def server(store, serve):
+    """Most rows in a packed segment, some in the log, one key replaced."""
+    store.apply(USERS, RANKING)
+    server = serve()
+    with pinion.connect(server.flight) as writer:
+        writer.put("users", users(range(COUNT - 10)))
+        writer.action("flush", {"table": "users"})
+        writer.put("users", users(range(COUNT - 10, COUNT)))
+        writer.put("users", users([8], version=60))
+    return server
+
+
+@pytest.fixture(params=["lane", "flight"])
+def client(server, request):
+    way = {"lane": {"lane": f"lane://{server.lane}"}, "flight": {"flight": server.flight}}[request.param]
+    with pinion.connect(**way) as client:
+        yield client
+
+
+@pytest.fixture
+def operator(server):
+    with pinion.connect(server.flight) as operator:
+        yield operator
+
+
+def asked(client, *arguments, **options):
+    """The two ways to ask, which must answer alike: by `lookup` and by a prepared lookup."""
+    keys = options.pop("keys")
+    prepared = client.prepare(*arguments, **options)
+    rows = client.lookup(*arguments, keys=keys, **options)
+    assert prepared.lookup(keys).equals(rows, check_metadata=True)
+    assert prepared(keys).equals(rows, check_metadata=True)
+    return rows
+
+
+# -- feature services
+
+
+def test_a_service_answers_as_its_features_do(client):
+    for ids in ([8], [COUNT - 1, 4, 4, 10**6, 9], range(COUNT), []):
+        batch = keys(*ids)
+        options = {"status": True, "event_time": True}
+        by_service = asked(client, service="ranking", keys=batch, **options)
+        by_name = asked(client, ["users:visits", "users:score"], keys=batch, **options)
+        assert by_service.schema.names[:3] == ["id", "visits", "score"]
+        assert by_service.equals(by_name)
+        assert by_service["visits"].to_pylist() == [visits(i) if i < COUNT else None for i in ids]
+        found = [NOT_FOUND if i >= COUNT else NULL_VALUE if visits(i) is None else PRESENT for i in ids]
+        assert by_service["visits__status"].to_pylist() == found
+    last = asked(client, service="ranking", keys=keys(8), event_time=True)
+    assert last["score"].to_pylist() == [62.0] and last["score__event_time"].to_pylist() == [NOON + timedelta(minutes=1)]
+
+
+def test_a_version_of_a_service_stays_what_it_was(client, operator):
+    before = client.prepare(service="ranking")
+    assert before(keys(1)).schema.names == ["id", "visits", "score"]
+    operator.action("apply", {"definitions": [RANKING_2]})
+    for service, columns in {
+        "ranking@v1": ["id", "visits", "score"],
+        "ranking@v2": ["id", "name"],
+        "ranking": ["id", "name"],
+    }.items():
+        rows = client.prepare(service=service)(keys(1, 4))
+        assert rows.schema.names == columns, service
+        assert rows.to_pylist() == client.lookup([f"users:{column}" for column in columns[1:]], keys(1, 4)).to_pylist()
+    # Whoever prepared the newest version keeps the one that was newest then.
+    assert before(keys(1)).schema.names == ["id", "visits", "score"]
+
+
+def test_a_service_that_is_not_there_is_named(client):
+    for service in ("rankign", "ranking@v9"):
+        with pytest.raises(pinion.PinionError, match="ranki") as refused:
+            client.prepare(service=service)(keys(1))
+        assert refused.value.error == "UNKNOWN_SERVICE"
+    with pytest.raises(pinion.InvalidArgument):
+        client.lookup(["users:score"], keys(1), service="ranking")
+    assert client.lookup(keys=keys(1), service="ranking")["score"].to_pylist() == [0.25]
+
+
+# -- defaults
+
+
+@pytest.mark.parametrize("features", [["score", "name", "visits"], ["score", "name", "visits", "group"]])
+def test_defaults_stand_in_for_nulls_and_the_status_stays(client, features):
+    """With a dictionary among them, values are read another way."""
+    ids = [1, 2, 4, COUNT - 1, 10**6]
+    names = [f"users:{feature}" for feature in features]
+    plain = asked(client, names, keys=keys(*ids), status=True)
+    with_defaults = asked(client, names, keys=keys(*ids), status=True, defaults=True)
+    assert plain["name"].to_pylist() == ["user 1", "user 2", None, None, None]
+    assert with_defaults["name"].to_pylist() == ["user 1", "user 2", "nobody", "nobody", "nobody"]
+    assert with_defaults["visits"].to_pylist() == [3, 0, 12, 3 * (COUNT - 1), 0]
+    assert with_defaults["score"].to_pylist() == [0.25, 0.5, 1.0, (COUNT - 1) / 4, None], "it has no default"
+    if "group" in features:
+        assert with_defaults["group"].to_pylist() == ["g1", "g2", "g1", f"g{(COUNT - 1) % 3}", "none"]
+    for feature in features:
+        assert with_defaults[f"{feature}__status"].equals(plain[f"{feature}__status"])
+    assert with_defaults["name__status"].to_pylist() == [PRESENT, PRESENT, NULL_VALUE, NULL_VALUE, NOT_FOUND]
+
+
+# -- deadlines
+
+
+@pytest.mark.parametrize("feature", ["score", "group"])
+def test_a_reply_past_its_deadline_is_partial_and_its_values_not_read(client, feature):
+    ids = [1, 2, 3, 10**6]
+    late = asked(client, [f"users:{feature}"], keys=keys(*ids), status=True, deadline_ms=0)
+    assert pinion.is_partial(late)
+    assert late["id"].to_pylist() == ids
+    assert late[feature].null_count == len(ids)
+    assert late[f"{feature}__status"].to_pylist() == [NOT_READ] * len(ids)
+    for options in ({}, {"deadline_ms": 60_000}):
+        whole = asked(client, [f"users:{feature}"], keys=keys(*ids), status=True, **options)
+        assert not pinion.is_partial(whole)
+        assert whole[f"{feature}__status"].to_pylist() == [PRESENT] * 3 + [NOT_FOUND]
+
+
+def test_what_was_read_before_the_deadline_is_answered_as_ever(client):
+    ids = [i % COUNT for i in range(300_000)]
+    lookup = client.prepare(["users:score"], status=True, deadline_ms=1, max_message_bytes=64 << 20)
+    rows = lookup(keys(*ids))
+    assert rows.num_rows == len(ids)
+    found = rows["score__status"].to_pylist()
+    assert set(found) <= {PRESENT, NOT_READ}
+    assert NOT_READ in found, "300,000 keys in a millisecond"
+    assert pinion.is_partial(rows)
+    scores = [62.0 if i == 8 else i / 4 for i in ids]
+    expected = [score if status == PRESENT else None for score, status in zip(scores, found)]
+    assert rows["score"].to_pylist() == expected
+    # The next reply is another one.
+    assert not pinion.is_partial(client.lookup(["users:score"], keys(1), deadline_ms=60_000))
+
+
+def test_a_late_lookup_with_defaults_is_still_not_read(client):
+    for features, values in ((["name"], ["nobody"]), (["name", "group"], ["nobody", "none"])):
+        names = [f"users:{feature}" for feature in features]
+        late = asked(client, names, keys=keys(1, 4), status=True, defaults=True, deadline_ms=0)
+        assert pinion.is_partial(late)
+        for feature, value in zip(features, values):
+            assert late[feature].to_pylist() == [value] * 2
+            assert late[f"{feature}__status"].to_pylist() == [NOT_READ] * 2
+
+
+# -- the size of replies
+
+
+def test_a_reply_over_the_callers_limit_is_refused_with_both_sizes(client):
+    many, few = keys(*range(COUNT), *range(COUNT)), keys(*range(100))
+    lookup = client.prepare(["users:score", "users:name", "users:visits"], max_message_bytes=65_536)
+    assert lookup(few).num_rows == 100
+    for ask in (
+        lambda: lookup(many),
+        lambda: client.lookup(["users:score", "users:name", "users:visits"], many, max_message_bytes=65_536),
+    ):
+        with pytest.raises(pinion.ResourceExhausted, match="max_message_bytes") as refused:
+            ask()
+        details = refused.value.details
+        assert details["limit_bytes"] == 65_536 < details["bytes"]
+    assert lookup(few).num_rows == 100
+    assert client.prepare(["users:score", "users:name"])(many).num_rows == 2 * COUNT
+
+
+def test_the_limit_of_a_reply_can_be_raised(client, operator):
+    operator.put("users", users([1], version=1).set_column(3, "name", pa.array(["x" * 100_000])))
+    many = keys(*[1] * 60)
+    if client._lane is None:
+        with pytest.raises(pinion.ResourceExhausted, match="max_message_bytes"):
+            client.prepare(["users:name"])(many)
+    rows = client.prepare(["users:name"], max_message_bytes=8 << 20)(many)
+    assert rows["name"].to_pylist() == ["x" * 100_000] * 60
+    assert client.lookup(["users:name"], many, max_message_bytes=8 << 20).equals(rows)
+
+
+@pytest.mark.parametrize("limit", [0, 5, 1 << 40])
+def test_a_limit_that_no_reply_can_have_is_refused(client, limit):
+    with pytest.raises(pinion.InvalidArgument, match="max_message_bytes"):
+        client.prepare(["users:score"], max_message_bytes=limit)(keys(1))
