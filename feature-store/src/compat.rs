@@ -13,6 +13,7 @@ use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
 use arrow_select::take::take;
 use pinion_schemas::{
     Feature, History, KeyEncoder, LookupLayout, TableDefinition, can_widen, format_type,
+    storage_type,
 };
 
 use crate::error::RowProblem;
@@ -472,9 +473,10 @@ fn fit(column: &ArrayRef, field: &Field) -> Result<ArrayRef, String> {
         (DataType::Timestamp(a, _), DataType::Timestamp(b, _)) => a == b,
         (from, to) if is_text(from) && is_text(to) => true,
         (from, to) if is_bytes(from) && is_bytes(to) => true,
+        // Inside other types, dictionaries are stored as their values too.
+        (from, to) if same_but_names(&storage_type(from), to) => true,
         // A column of nulls has every type.
         (DataType::Null, _) => true,
-        (from, to) if same_but_names(from, to) => true,
         (from, to) => can_widen(from, to),
     };
     if !lossless {

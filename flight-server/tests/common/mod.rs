@@ -10,8 +10,8 @@ use std::time::Duration;
 use arrow_array::{ArrayRef, Float64Array, RecordBatch, StringArray, TimestampSecondArray};
 use arrow_flight::decode::{DecodedPayload, FlightDataDecoder};
 use arrow_flight::flight_service_client::FlightServiceClient;
-use arrow_flight::utils::batches_to_flight_data;
 use arrow_flight::{Action, FlightData, FlightDescriptor, Ticket};
+use arrow_ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteContext, IpcWriteOptions};
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use futures::{StreamExt, TryStreamExt, stream};
 use pinion_feature_store::{Store, StoreOptions};
@@ -60,10 +60,17 @@ impl TestServer {
     }
 
     pub async fn start_with(change: impl FnOnce(&mut ServerConfig)) -> TestServer {
+        TestServer::start_over(StoreOptions::default(), change).await
+    }
+
+    pub async fn start_over(
+        options: StoreOptions,
+        change: impl FnOnce(&mut ServerConfig),
+    ) -> TestServer {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("data");
         Store::init(&data).unwrap();
-        let store = Store::open(&data, StoreOptions::default()).unwrap();
+        let store = Store::open(&data, options).unwrap();
         let mut config = ServerConfig {
             flight: vec!["127.0.0.1:0".parse().unwrap()],
             uds: Some(dir.path().join("flight.sock")),
@@ -234,10 +241,22 @@ pub fn command(json: Value) -> FlightDescriptor {
     FlightDescriptor::new_cmd(json.to_string())
 }
 
+/// The messages of an upload. `batches_to_flight_data` knows no dictionaries.
 pub fn upload(descriptor: FlightDescriptor, batches: Vec<RecordBatch>) -> Vec<FlightData> {
+    let generator = IpcDataGenerator::default();
+    let mut dictionaries = DictionaryTracker::new(false);
+    let options = IpcWriteOptions::default();
+    let mut context = IpcWriteContext::default();
     let schema = batches[0].schema();
-    let mut messages = batches_to_flight_data(&schema, batches).unwrap();
-    messages[0].flight_descriptor = Some(descriptor);
+    let schema =
+        generator.schema_to_bytes_with_dictionary_tracker(&schema, &mut dictionaries, &options);
+    let mut messages = vec![FlightData::from(schema).with_descriptor(descriptor)];
+    for batch in &batches {
+        let (values, rows) = generator
+            .encode(batch, &mut dictionaries, &options, &mut context)
+            .unwrap();
+        messages.extend(values.into_iter().chain([rows]).map(FlightData::from));
+    }
     messages
 }
 
