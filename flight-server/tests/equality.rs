@@ -22,6 +22,8 @@ mod rng;
 mod scans;
 #[path = "equality/table.rs"]
 mod table;
+#[path = "equality/types.rs"]
+mod types;
 #[path = "equality/values.rs"]
 mod values;
 #[path = "equality/world.rs"]
@@ -43,6 +45,7 @@ async fn case(seed: u64) -> Counts {
     let mut world = World::new(&mut rng).await;
     let run = async {
         world.compare(&mut rng).await;
+        world.begin(&mut rng).await;
         for _ in 0..rng.between(4, 10) {
             world.step(&mut rng).await;
             world.compare(&mut rng).await;

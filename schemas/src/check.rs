@@ -358,6 +358,14 @@ fn check_time(setting: &str, time: &TimeColumn) -> Result<(), DefinitionError> {
 
 /// A type that came as a value, not as text, keeps the limits of the grammar too.
 fn check_type(path: &str, data_type: &DataType) -> Result<(), DefinitionError> {
+    if let Some(values) = values_without_encoding(data_type) {
+        let values = format_type(values);
+        return Err(refuse(
+            path,
+            format!("values of type {values} cannot be encoded as a dictionary"),
+            Some(&format!("write {values} instead of the dictionary")),
+        ));
+    }
     match parse_type(&format_type(data_type)) {
         Ok(read) if read == *data_type => Ok(()),
         Ok(_) => {
@@ -365,6 +373,23 @@ fn check_type(path: &str, data_type: &DataType) -> Result<(), DefinitionError> {
             Err(refuse(path, problem, None))
         }
         Err(error) => Err(refuse(path, error.problem.clone(), error.hint().as_deref())),
+    }
+}
+
+/// Values of a dictionary, at any depth, that readers could not be given: Arrow encodes none of
+/// their type. Not the grammar's business: what was stored before this rule still opens.
+fn values_without_encoding(data_type: &DataType) -> Option<&DataType> {
+    match data_type {
+        DataType::Dictionary(_, values) => {
+            matches!(**values, DataType::Boolean | DataType::Duration(_)).then_some(values)
+        }
+        DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _) => {
+            values_without_encoding(item.data_type())
+        }
+        DataType::Struct(members) => members
+            .iter()
+            .find_map(|member| values_without_encoding(member.data_type())),
+        _ => None,
     }
 }
 

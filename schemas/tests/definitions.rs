@@ -285,6 +285,25 @@ fn an_unknown_type_names_its_line_and_the_nearest_type() {
 }
 
 #[test]
+fn a_dictionary_of_values_that_cannot_be_encoded_is_refused() {
+    for (data_type, values) in [
+        ("dictionary<values=bool>", "bool"),
+        (
+            "list<item: struct<a: dictionary<values=duration[s]>>>",
+            "duration[s]",
+        ),
+    ] {
+        assert_eq!(
+            refusal(&with_tail(&format!("[features]\nx = \"{data_type}\""))),
+            format!(
+                "line 7: features.x: values of type {values} cannot be encoded as a dictionary; \
+                 write {values} instead of the dictionary"
+            )
+        );
+    }
+}
+
+#[test]
 fn missing_settings_name_where_they_belong() {
     assert_eq!(refusal(""), "line 1: \"[table]\" is missing");
     assert_eq!(refusal("\n[table]\n"), "line 2: table: \"name\" is missing");

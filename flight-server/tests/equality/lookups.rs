@@ -19,6 +19,7 @@ use super::common::*;
 use super::rng::Rng;
 use super::scans::scan_of;
 use super::table::{BASE, SLOT, SLOTS, batch_of};
+use super::types::Feature;
 use super::values::{plain, rows_of, texts_of};
 use super::world::World;
 
@@ -68,6 +69,11 @@ impl World {
         let request = request.slice(from, rows - from);
         let mut features: Vec<String> = self.spec.features.iter().map(|f| f.name.clone()).collect();
         rng.shuffle(&mut features);
+        // Replies of flat types alone are made from templates.
+        if rng.chance(60) && self.spec.features.iter().any(Feature::is_flat) {
+            let is_flat = |f: &Feature, name: &String| f.name == *name && f.is_flat();
+            features.retain(|name| self.spec.features.iter().any(|f| is_flat(f, name)));
+        }
         features.truncate(rng.between(1, features.len()));
         Asked {
             request,
@@ -249,8 +255,18 @@ impl Asked {
 
     fn command_with_keys(&self, names: &[String]) -> Value {
         let mut command = self.command();
-        let column = |name: &String| texts_of(self.request.column_by_name(name).unwrap());
-        let keys: BTreeMap<&String, Vec<String>> =
+        let column = |name: &String| {
+            let column = self.request.column_by_name(name).unwrap();
+            let texts = texts_of(column).into_iter();
+            match column.data_type() {
+                // As they are in JSON, or as texts.
+                DataType::Int32 | DataType::UInt64 | DataType::Boolean => {
+                    texts.map(|text| text.parse().unwrap()).collect()
+                }
+                _ => texts.map(Value::String).collect::<Vec<Value>>(),
+            }
+        };
+        let keys: BTreeMap<&String, Vec<Value>> =
             names.iter().map(|name| (name, column(name))).collect();
         command["lookup"]["keys"] = json!(keys);
         command

@@ -102,6 +102,7 @@ impl World {
             if info.total_records >= 0 && matches!(self.spec.history, "all" | "latest") {
                 assert_eq!(info.total_records, expected.num_rows() as i64, "{members}");
             }
+            self.counts.divided += u64::from(info.endpoint.len() > 1);
             let mut parts = Vec::new();
             for (number, endpoint) in info.endpoint.into_iter().enumerate() {
                 let ticket = endpoint.ticket.unwrap().ticket;

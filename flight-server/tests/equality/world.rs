@@ -25,8 +25,11 @@ pub struct Counts {
     pub scans: u64,
     pub files: u64,
     pub endpoints: u64,
+    /// Of these, of several endpoints.
+    pub divided: u64,
     pub old_tickets: u64,
     pub maps: u64,
+    /// Of these, with masks.
     pub dirty_maps: u64,
     pub lookups: u64,
 }
@@ -37,6 +40,7 @@ impl Counts {
         self.scans += more.scans;
         self.files += more.files;
         self.endpoints += more.endpoints;
+        self.divided += more.divided;
         self.old_tickets += more.old_tickets;
         self.maps += more.maps;
         self.dirty_maps += more.dirty_maps;
@@ -105,6 +109,17 @@ impl World {
         (0..rows)
             .map(|_| rng.below(self.spec.key_numbers) as u64)
             .collect()
+    }
+
+    /// Begins with a segment of many rows, at times.
+    pub async fn begin(&mut self, rng: &mut Rng) {
+        if rng.chance(50) {
+            let keys = self.draw_keys(rng, 3000);
+            let rows = self.spec.upsert(rng, &keys);
+            self.done.push("put 3000, flush".to_owned());
+            self.write(rng, "upsert", rows).await;
+            self.table().flush().unwrap();
+        }
     }
 
     pub async fn step(&mut self, rng: &mut Rng) {
