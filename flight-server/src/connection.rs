@@ -23,6 +23,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Congestion control between processes of one machine. Others pace what they send, which on
 /// loopback only costs throughput: bbr, a common default, halves it.
 const LOOPBACK_CONGESTION: &str = "reno";
+/// Bytes under way between processes of one machine. The system would let them grow to several
+/// MB, which then leave the processor's cache before the peer reads them: that costs the peer
+/// up to twice the time (docs/benchmarks.md). The kernel doubles the number for its own use.
+const LOOPBACK_SEND_BUFFER_BYTES: usize = 256 << 10;
 /// Mode of the Unix socket: its owner and group.
 const SOCKET_MODE: u32 = 0o660;
 
@@ -59,11 +63,8 @@ impl Listener {
             Listener::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                if peer.ip().is_loopback()
-                    && let Err(error) =
-                        rustix::net::sockopt::set_tcp_congestion(&stream, LOOPBACK_CONGESTION)
-                {
-                    tracing::debug!(%error, "the system's congestion control stays");
+                if peer.ip().is_loopback() {
+                    tune_for_loopback(&stream);
                 }
                 Ok(Transport::Tcp(stream))
             }
@@ -103,6 +104,18 @@ impl Listener {
                 }
             }
         })
+    }
+}
+
+/// A connection within the machine: no pacing, and few enough bytes under way.
+fn tune_for_loopback(stream: &TcpStream) {
+    use rustix::net::sockopt;
+    let tuned = [
+        sockopt::set_tcp_congestion(stream, LOOPBACK_CONGESTION),
+        sockopt::set_socket_send_buffer_size(stream, LOOPBACK_SEND_BUFFER_BYTES),
+    ];
+    for error in tuned.into_iter().filter_map(Result::err) {
+        tracing::debug!(%error, "a loopback connection stays as the system made it");
     }
 }
 

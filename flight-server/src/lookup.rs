@@ -245,7 +245,12 @@ impl LookupPlan {
         let none = RecordBatch::new_empty(Arc::new(request.clone()));
         for (part, snapshot) in self.parts.iter().zip(snapshots) {
             let columns = key_columns(request, snapshot)?;
-            results.push(self.ask(part, snapshot, &none, &columns, 0, None, 0)?);
+            let moment = ReplyRequest {
+                now_nanos: 0,
+                deadline: None,
+                max_body_bytes: 0,
+            };
+            results.push(self.ask(part, snapshot, &none, &columns, moment)?);
             keys.push(columns);
         }
         let mut fields: Vec<FieldRef> = request.fields().iter().map(Arc::clone).collect();
@@ -303,9 +308,7 @@ impl LookupPlan {
         snapshot: &Snapshot,
         request: &RecordBatch,
         columns: &[usize],
-        now_nanos: i64,
-        deadline: Option<Instant>,
-        max_bytes: usize,
+        moment: ReplyRequest,
     ) -> Result<LookupResult, Failure> {
         let keys = columns
             .iter()
@@ -315,11 +318,11 @@ impl LookupPlan {
             keys,
             features: part.features.clone(),
             as_of_nanos: self.as_of_nanos,
-            now_nanos: Some(now_nanos),
+            now_nanos: Some(moment.now_nanos),
             keep_expired: self.keep_expired,
             defaults: self.defaults,
-            deadline,
-            max_bytes: Some(max_bytes),
+            deadline: moment.deadline,
+            max_bytes: Some(moment.max_body_bytes),
         };
         Ok(snapshot.lookup(&lookup)?)
     }
@@ -478,17 +481,17 @@ impl BoundLookup {
         let rows = request.num_rows();
         self.check_rows(rows)?;
         // One clock for every table of the request.
-        let now = now_nanos();
-        let deadline = self.deadline(arrived);
+        let moment = ReplyRequest {
+            now_nanos: now_nanos(),
+            deadline: self.deadline(arrived),
+            max_body_bytes: max_bytes,
+        };
         let mut results = Vec::with_capacity(self.plan.parts.len());
         for ((part, snapshot), columns) in self.plan.parts.iter().zip(snapshots).zip(&self.keys) {
-            results.push(
-                self.plan
-                    .ask(part, snapshot, request, columns, now, deadline, max_bytes)?,
-            );
+            results.push(self.plan.ask(part, snapshot, request, columns, moment)?);
         }
         let not_read = ValueStatus::NotRead as u8;
-        let partial = deadline.is_some()
+        let partial = moment.deadline.is_some()
             && results.iter().any(|result| {
                 let status = result.status.first();
                 status.is_some_and(|status| status.values().contains(&not_read))

@@ -633,7 +633,7 @@ async fn a_peer_that_hangs_up_while_its_lookup_waits_for_a_barrier_frees_its_pla
     let _turn = TURN.lock().await;
     let (server, path) = server(|config| config.max_waiters = 1).await;
     let keys = keys("origin", &["EWR"]);
-    let (_, batches) = messages(&keys.schema(), &[keys.clone()]);
+    let (_, batches) = messages(&keys.schema(), std::slice::from_ref(&keys));
     let never = json!({"lookup": {
         "features": ["weather:temp"], "timeout_ms": 60_000,
         "token": {"table": "weather", "snapshot": "1-99999999"},

@@ -181,11 +181,10 @@ impl LaidOut {
 pub(super) fn whole(header: &[u8], body: Bytes, app_metadata: &[u8], out: &mut Vec<Bytes>) {
     let bytes = body.len();
     let part = match bytes {
-        0 => None,
-        ..COPIED_BODY_BYTES => Some(Part::Small(body.to_vec())),
-        _ => Some(Part::Owned(body)),
+        0..COPIED_BODY_BYTES => Part::Small(body.to_vec()),
+        _ => Part::Owned(body),
     };
-    frame(header, part.into_iter().collect(), bytes, app_metadata, out);
+    frame(header, vec![part], bytes, app_metadata, out);
 }
 
 fn frame(
