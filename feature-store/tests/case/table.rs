@@ -185,7 +185,7 @@ impl Spec {
         };
         let _ = writeln!(text, "history = {history:?}");
         // Packed rows in a third of the tables: not drawn, so that old seeds find their case.
-        if (self.keys.len() + self.features.len()) % 3 == 0 {
+        if (self.keys.len() + self.features.len()).is_multiple_of(3) {
             let _ = writeln!(text, "lookup = \"rows\"");
         }
         for (name, value) in [("ttl", self.ttl), ("late_bound", self.late_bound)] {
