@@ -7,6 +7,7 @@
 
 use std::future::{Future, poll_fn};
 use std::io;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -20,7 +21,7 @@ use h2::{RecvStream, SendStream};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
 
 use crate::address::Address;
 use crate::error::{ClientError, Code, Result, ServerError};
@@ -35,6 +36,10 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 );
 /// Bytes of headers and trailers that a server may send.
 const MAX_HEADER_LIST_BYTES: u32 = 64 << 10;
+/// Bytes that wait for us on a connection within the machine. The system would let them grow
+/// to many MB, which are out of the processor's cache when they are read. The kernel doubles
+/// the number for its own use.
+const LOOPBACK_RECEIVE_BUFFER_BYTES: u32 = 256 << 10;
 
 /// A connection to one address, made when it is first needed.
 #[derive(Debug)]
@@ -88,7 +93,7 @@ impl Channel {
     async fn handshake(&self) -> io::Result<SendRequest<Bytes>> {
         match &self.address {
             Address::Tcp(host) => {
-                let stream = TcpStream::connect(host.as_str()).await?;
+                let stream = connect_tcp(host).await?;
                 stream.set_nodelay(true)?;
                 self.speak(stream).await
             }
@@ -170,6 +175,28 @@ impl Channel {
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<SendRequest<Bytes>>> {
         self.sender.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Connects to the first address that accepts.
+async fn connect_tcp(host: &str) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in tokio::net::lookup_host(host).await? {
+        let connected = if address.ip().is_loopback() {
+            let socket = match address {
+                SocketAddr::V4(_) => TcpSocket::new_v4()?,
+                SocketAddr::V6(_) => TcpSocket::new_v6()?,
+            };
+            socket.set_recv_buffer_size(LOOPBACK_RECEIVE_BUFFER_BYTES)?;
+            socket.connect(address).await
+        } else {
+            TcpStream::connect(address).await
+        };
+        match connected {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 fn timed_out(timeout: Duration) -> io::Error {
