@@ -122,6 +122,7 @@ async fn open(context: &SharedContext, body: Body) -> Result<(super::Reply, Limi
     let limits = Limits {
         permit,
         turns: Arc::clone(&context.turns),
+        senders: Arc::clone(&context.senders),
         reader_idle: context.config.reader_idle,
     };
     Ok((reply, limits))

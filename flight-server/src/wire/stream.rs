@@ -11,7 +11,7 @@
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -23,6 +23,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tonic::{Code, Status};
 
 use super::reply::{Reply, Step};
+use super::turns::{Turn, TurnTaker, Turns};
 use crate::error::Failure;
 use crate::measure;
 
@@ -34,6 +35,7 @@ pub(crate) struct WireStream {
     shared: Arc<Shared>,
     in_flight: Gauge,
     request: Option<measure::Request>,
+    turns: TurnTaker,
     done: bool,
 }
 
@@ -67,6 +69,8 @@ pub(crate) struct Limits {
     pub(crate) permit: OwnedSemaphorePermit,
     /// Turns in the pool of blocking threads, given in the order asked.
     pub(crate) turns: Arc<Semaphore>,
+    /// Turns at the wire: see `turns`.
+    pub(crate) senders: Arc<Turns>,
     pub(crate) reader_idle: Duration,
 }
 
@@ -75,11 +79,13 @@ impl WireStream {
     /// dropping the body before that counts as cancelled.
     pub(super) fn start(reply: Reply, limits: Limits, request: measure::Request) -> WireStream {
         let shared = Arc::new(Shared::default());
+        let turns = TurnTaker::new(Arc::clone(&limits.senders));
         tokio::spawn(drive(Arc::clone(&shared), reply, limits));
         WireStream {
             shared,
             in_flight: measure::bytes_in_flight(),
             request: Some(request),
+            turns,
             done: false,
         }
     }
@@ -96,14 +102,34 @@ impl http_body::Body for WireStream {
         if self.done {
             return Poll::Ready(None);
         }
-        let mut queue = self.shared.queue.lock();
-        if let Some(chunk) = queue.chunks.pop_front() {
-            queue.bytes -= chunk.bytes.len();
-            queue.last_taken = Some(Instant::now());
+        let this = &mut *self;
+        let next = this
+            .shared
+            .queue
+            .lock()
+            .chunks
+            .front()
+            .map(|c| c.bytes.len());
+        if let Some(bytes) = next {
+            let turn = ready!(this.turns.poll_turn(bytes, cx));
+            let mut queue = this.shared.queue.lock();
+            // Only a stream that was cut off has fewer chunks than a moment ago.
+            if let Some(chunk) = queue.chunks.pop_front() {
+                queue.bytes -= chunk.bytes.len();
+                queue.last_taken = Some(Instant::now());
+                drop(queue);
+                this.shared.taken.notify_one();
+                let tracked = InFlight::new(chunk.bytes, &this.in_flight, turn);
+                return Poll::Ready(Some(Ok(Frame::data(Bytes::from_owner(tracked)))));
+            }
+        }
+        this.turns.pass();
+        let mut queue = this.shared.queue.lock();
+        if !queue.chunks.is_empty() {
+            // They came since.
             drop(queue);
-            self.shared.taken.notify_one();
-            let tracked = InFlight::new(chunk.bytes, &self.in_flight);
-            return Poll::Ready(Some(Ok(Frame::data(Bytes::from_owner(tracked)))));
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
         }
         let Some(end) = queue.end.take() else {
             queue.reader = Some(cx.waker().clone());
@@ -151,14 +177,16 @@ pub(super) fn trailers(end: Result<(), Failure>) -> HeaderMap {
 struct InFlight {
     bytes: Bytes,
     gauge: Gauge,
+    _turn: Arc<Turn>,
 }
 
 impl InFlight {
-    fn new(bytes: Bytes, gauge: &Gauge) -> InFlight {
+    fn new(bytes: Bytes, gauge: &Gauge, turn: Arc<Turn>) -> InFlight {
         gauge.increment(bytes.len() as f64);
         InFlight {
             bytes,
             gauge: gauge.clone(),
+            _turn: turn,
         }
     }
 }
@@ -179,6 +207,7 @@ async fn drive(shared: Arc<Shared>, mut reply: Reply, limits: Limits) {
     let Limits {
         permit: _permit,
         turns,
+        senders: _,
         reader_idle,
     } = limits;
     loop {

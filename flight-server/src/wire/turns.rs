@@ -1,0 +1,202 @@
+//! Turns at the wire: how many bulk streams send at the same time.
+//!
+//! A stream with rows ready and a client that reads keeps a thread busy for as long as the
+//! socket takes bytes. Many such streams would stand before every lookup in the queue of the
+//! runtime's few threads. So a stream asks for a turn before it hands on bytes, holds it until
+//! they are in the socket, and asks again at the end of the queue. A client that takes its
+//! bytes slowly costs no thread: its stream loses the turn after [`PATIENCE`] and needs none
+//! until its client is quick again.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Bytes of one turn.
+const TURN_BYTES: usize = 512 << 10;
+
+/// How long bytes may take to the socket before the turn passes on.
+const PATIENCE: Duration = Duration::from_millis(2);
+
+/// The turns of a server.
+#[derive(Debug)]
+pub(crate) struct Turns {
+    free: Arc<Semaphore>,
+    waiting: AtomicUsize,
+}
+
+impl Turns {
+    /// One turn for every two threads: the others are for lookups.
+    pub(crate) fn new(threads: usize) -> Arc<Turns> {
+        Arc::new(Turns {
+            free: Arc::new(Semaphore::new(threads.div_ceil(2).max(1))),
+            waiting: AtomicUsize::new(0),
+        })
+    }
+
+    /// Closed only at the end of the process: then there is none.
+    async fn acquire(self: Arc<Turns>) -> Option<OwnedSemaphorePermit> {
+        struct Waiting<'a>(&'a AtomicUsize);
+        impl Drop for Waiting<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let _waiting = Waiting(&self.waiting);
+        Arc::clone(&self.free).acquire_owned().await.ok()
+    }
+}
+
+/// A turn, held by the bytes that it is for. It ends when the last of them are in the socket.
+pub(super) struct Turn {
+    permit: Mutex<Option<OwnedSemaphorePermit>>,
+    began: Instant,
+    slow: Arc<AtomicBool>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let slow = self.began.elapsed() >= PATIENCE;
+        self.slow.store(slow, Ordering::Relaxed);
+    }
+}
+
+type Acquiring = Pin<Box<dyn Future<Output = Option<OwnedSemaphorePermit>> + Send>>;
+
+/// One stream's place in the queue.
+pub(super) struct TurnTaker {
+    turns: Arc<Turns>,
+    acquiring: Option<Acquiring>,
+    turn: Option<(Arc<Turn>, usize)>,
+    slow: Arc<AtomicBool>,
+}
+
+impl TurnTaker {
+    pub(super) fn new(turns: Arc<Turns>) -> TurnTaker {
+        TurnTaker {
+            turns,
+            acquiring: None,
+            turn: None,
+            slow: Arc::default(),
+        }
+    }
+
+    /// The turn to send `bytes` in.
+    pub(super) fn poll_turn(&mut self, bytes: usize, cx: &mut Context<'_>) -> Poll<Arc<Turn>> {
+        if let Some((turn, left)) = &mut self.turn
+            && *left > 0
+        {
+            *left = left.saturating_sub(bytes);
+            return Poll::Ready(Arc::clone(turn));
+        }
+        let permit = match self.renewed() {
+            Some(permit) => Some(permit),
+            None if self.slow.load(Ordering::Relaxed) => None,
+            None => {
+                self.turn = None;
+                let turns = &self.turns;
+                let acquiring = self
+                    .acquiring
+                    .get_or_insert_with(|| Box::pin(Arc::clone(turns).acquire()));
+                let permit = ready!(acquiring.as_mut().poll(cx));
+                self.acquiring = None;
+                permit
+            }
+        };
+        let limited = permit.is_some();
+        let turn = Arc::new(Turn {
+            permit: Mutex::new(permit),
+            began: Instant::now(),
+            slow: Arc::clone(&self.slow),
+        });
+        if limited {
+            let turn = Arc::downgrade(&turn);
+            tokio::spawn(async move {
+                tokio::time::sleep(PATIENCE).await;
+                if let Some(turn) = turn.upgrade()
+                    && turn.permit.lock().take().is_some()
+                {
+                    turn.slow.store(true, Ordering::Relaxed);
+                }
+            });
+        }
+        self.turn = Some((Arc::clone(&turn), TURN_BYTES.saturating_sub(bytes)));
+        Poll::Ready(turn)
+    }
+
+    /// Where nobody waits, a turn goes on without a break.
+    fn renewed(&self) -> Option<OwnedSemaphorePermit> {
+        let (turn, _) = self.turn.as_ref()?;
+        match self.turns.waiting.load(Ordering::Relaxed) {
+            0 => turn.permit.lock().take(),
+            _ => None,
+        }
+    }
+
+    /// Gives the rest of a turn back: nothing is ready to be sent.
+    pub(super) fn pass(&mut self) {
+        self.turn = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn turn(taker: &mut TurnTaker, bytes: usize) -> Arc<Turn> {
+        std::future::poll_fn(|cx| taker.poll_turn(bytes, cx)).await
+    }
+
+    async fn waits(taker: &mut TurnTaker) -> bool {
+        tokio::time::timeout(PATIENCE / 4, turn(taker, 1))
+            .await
+            .is_err()
+    }
+
+    #[tokio::test]
+    async fn one_stream_sends_until_its_bytes_are_written_then_the_next() {
+        let turns = Turns::new(2);
+        let mut first = TurnTaker::new(Arc::clone(&turns));
+        let mut second = TurnTaker::new(turns);
+        let sending = [
+            turn(&mut first, 1).await,
+            turn(&mut first, TURN_BYTES).await,
+        ];
+        assert!(waits(&mut second).await);
+        // Its turn is used up: it queues behind the other.
+        assert!(waits(&mut first).await);
+        drop(sending);
+        let sending = turn(&mut second, TURN_BYTES).await;
+        assert!(waits(&mut first).await);
+        drop(sending);
+        second.pass();
+        turn(&mut first, 1).await;
+    }
+
+    #[tokio::test]
+    async fn a_slow_client_loses_its_turn_and_holds_up_nobody_until_it_is_quick_again() {
+        let turns = Turns::new(2);
+        let mut slow = TurnTaker::new(Arc::clone(&turns));
+        let mut other = TurnTaker::new(turns);
+        let stuck = turn(&mut slow, TURN_BYTES).await;
+        assert!(waits(&mut other).await);
+        tokio::time::sleep(PATIENCE * 2).await;
+        let sending = turn(&mut other, TURN_BYTES).await;
+        // Slow streams need none.
+        let more = turn(&mut slow, TURN_BYTES).await;
+        assert!(more.permit.lock().is_none());
+        // The bytes of its next turn are written at once.
+        drop((stuck, more));
+        slow.pass();
+        drop(turn(&mut slow, 1).await);
+        slow.pass();
+        drop(sending);
+        other.pass();
+        assert!(turn(&mut slow, 1).await.permit.lock().is_some());
+    }
+}
