@@ -129,6 +129,17 @@ fn flip(file: &Path, at: usize, bit: u8) {
     std::fs::write(file, bytes).unwrap();
 }
 
+/// The file of packed rows, made writable, and what it holds.
+fn packed_rows(dir: &Path) -> (PathBuf, Vec<u8>) {
+    let packed = files(dir)
+        .into_iter()
+        .find(|file| file.extension().is_some_and(|e| e == "rows"))
+        .unwrap();
+    std::fs::set_permissions(&packed, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let bytes = std::fs::read(&packed).unwrap();
+    (packed, bytes)
+}
+
 /// An error with its causes.
 fn told(error: &dyn std::error::Error) -> String {
     match error.source() {
@@ -287,18 +298,13 @@ fn a_flipped_byte_anywhere_is_no_panic_and_check_names_its_segment_file() {
 fn a_flipped_key_in_the_packed_rows_is_an_error_not_a_missing_row() {
     let dir = tempfile::tempdir().unwrap();
     build(dir.path(), false);
-    let packed = files(dir.path())
-        .into_iter()
-        .find(|file| file.extension().is_some_and(|e| e == "rows"))
-        .unwrap();
-    let bytes = std::fs::read(&packed).unwrap();
+    let (packed, bytes) = packed_rows(dir.path());
     let wanted = "käy-123".as_bytes();
     let at = bytes
         .windows(wanted.len())
         .position(|w| w == wanted)
         .unwrap()
         + 6;
-    std::fs::set_permissions(&packed, std::fs::Permissions::from_mode(0o644)).unwrap();
     flip(&packed, at, 1);
     let store = Store::open_read_only(dir.path(), options()).unwrap();
     let snapshot = store.table("t").unwrap().snapshot();
@@ -316,11 +322,7 @@ fn a_flipped_key_in_the_packed_rows_is_an_error_not_a_missing_row() {
 fn a_packed_text_that_is_not_utf8_is_an_error_not_a_reply() {
     let dir = tempfile::tempdir().unwrap();
     build(dir.path(), false);
-    let packed = files(dir.path())
-        .into_iter()
-        .find(|file| file.extension().is_some_and(|e| e == "rows"))
-        .unwrap();
-    let bytes = std::fs::read(&packed).unwrap();
+    let (packed, bytes) = packed_rows(dir.path());
     // The texts of a row lie side by side, the key first.
     let find = |from: usize, wanted: &str| {
         let found = bytes[from..]
@@ -329,7 +331,6 @@ fn a_packed_text_that_is_not_utf8_is_an_error_not_a_reply() {
         from + found.unwrap()
     };
     let at = find(find(0, "käy-123"), "ééé") + "éé".len() + 1;
-    std::fs::set_permissions(&packed, std::fs::Permissions::from_mode(0o644)).unwrap();
     flip(&packed, at, 0x80);
     let store = Store::open_read_only(dir.path(), options()).unwrap();
     let snapshot = store.table("t").unwrap().snapshot();

@@ -19,9 +19,10 @@ use tokio::runtime::Handle as Runtime;
 use tokio::sync::watch;
 use tonic::Code;
 
-use super::connection::{Connection, Outgoing, serve};
+use super::connection::{Connection, serve};
 use super::leases::Holder;
 use super::peer::{Door, Peer};
+use super::socket::Outgoing;
 use crate::error::Failure;
 use crate::service::SharedContext;
 

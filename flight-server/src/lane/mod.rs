@@ -7,7 +7,8 @@
 //! refused with an error; a connection that ends, however it ends, releases all it had.
 //!
 //! Inside: `listener` (accepting, starting, stopping), `peer` (who may connect), `connection`
-//! (one peer's requests), `frame` (bytes to frames and back), `handles` (prepared lookups),
+//! (one peer's requests), `socket` (frames through a socket), `frame` (bytes to
+//! frames and back), `handles` (prepared lookups),
 //! `map` (lending snapshots), `leases` (who holds which files), `meter` (metrics).
 
 mod connection;
@@ -18,6 +19,7 @@ mod listener;
 mod map;
 mod meter;
 mod peer;
+mod socket;
 
 pub(crate) use leases::Leases;
 pub(crate) use listener::Lane;
