@@ -14,7 +14,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Instant;
 
 /// Bytes of one turn.
@@ -38,18 +38,26 @@ impl Turns {
             waiting: AtomicUsize::new(0),
         })
     }
+}
+
+/// One in the queue, counted while it lives.
+struct Waiting(Arc<Turns>);
+
+impl Waiting {
+    fn new(turns: &Arc<Turns>) -> Waiting {
+        turns.waiting.fetch_add(1, Ordering::Relaxed);
+        Waiting(Arc::clone(turns))
+    }
 
     /// Closed only at the end of the process: then there is none.
-    async fn acquire(self: Arc<Turns>) -> Option<OwnedSemaphorePermit> {
-        struct Waiting<'a>(&'a AtomicUsize);
-        impl Drop for Waiting<'_> {
-            fn drop(&mut self) {
-                self.0.fetch_sub(1, Ordering::Relaxed);
-            }
-        }
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let _waiting = Waiting(&self.waiting);
-        Arc::clone(&self.free).acquire_owned().await.ok()
+    async fn acquire(self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.0.free).acquire_owned().await.ok()
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -60,6 +68,32 @@ pub(super) struct Turn {
     slow: Arc<AtomicBool>,
 }
 
+impl Turn {
+    fn new(permit: Option<OwnedSemaphorePermit>, slow: &Arc<AtomicBool>) -> Arc<Turn> {
+        Arc::new(Turn {
+            permit: Mutex::new(permit),
+            began: Instant::now(),
+            slow: Arc::clone(slow),
+        })
+    }
+
+    /// A turn that others wait for: it passes on after [`PATIENCE`], whether or not anything
+    /// is sent in it, or even its stream asked for it again.
+    fn limited(permit: OwnedSemaphorePermit, slow: &Arc<AtomicBool>) -> Arc<Turn> {
+        let turn = Turn::new(Some(permit), slow);
+        let clock = Arc::downgrade(&turn);
+        tokio::spawn(async move {
+            tokio::time::sleep(PATIENCE).await;
+            if let Some(turn) = clock.upgrade()
+                && turn.permit.lock().take().is_some()
+            {
+                turn.slow.store(true, Ordering::Relaxed);
+            }
+        });
+        turn
+    }
+}
+
 impl Drop for Turn {
     fn drop(&mut self) {
         let slow = self.began.elapsed() >= PATIENCE;
@@ -67,12 +101,12 @@ impl Drop for Turn {
     }
 }
 
-type Acquiring = Pin<Box<dyn Future<Output = Option<OwnedSemaphorePermit>> + Send>>;
-
 /// One stream's place in the queue.
 pub(super) struct TurnTaker {
     turns: Arc<Turns>,
-    acquiring: Option<Acquiring>,
+    /// Dropped, it leaves the queue.
+    queued: Option<oneshot::Receiver<Arc<Turn>>>,
+    /// The turn in use and how many bytes may still be sent in it.
     turn: Option<(Arc<Turn>, usize)>,
     slow: Arc<AtomicBool>,
 }
@@ -81,7 +115,7 @@ impl TurnTaker {
     pub(super) fn new(turns: Arc<Turns>) -> TurnTaker {
         TurnTaker {
             turns,
-            acquiring: None,
+            queued: None,
             turn: None,
             slow: Arc::default(),
         }
@@ -95,37 +129,15 @@ impl TurnTaker {
             *left = left.saturating_sub(bytes);
             return Poll::Ready(Arc::clone(turn));
         }
-        let permit = match self.renewed() {
-            Some(permit) => Some(permit),
-            None if self.slow.load(Ordering::Relaxed) => None,
-            None => {
-                self.turn = None;
-                let turns = &self.turns;
-                let acquiring = self
-                    .acquiring
-                    .get_or_insert_with(|| Box::pin(Arc::clone(turns).acquire()));
-                let permit = ready!(acquiring.as_mut().poll(cx));
-                self.acquiring = None;
-                permit
-            }
+        let turn = if let Some(permit) = self.renewed() {
+            Turn::limited(permit, &self.slow)
+        } else if self.slow.load(Ordering::Relaxed) {
+            Turn::new(None, &self.slow)
+        } else {
+            self.turn = None;
+            ready!(self.poll_queue(cx))
         };
-        let limited = permit.is_some();
-        let turn = Arc::new(Turn {
-            permit: Mutex::new(permit),
-            began: Instant::now(),
-            slow: Arc::clone(&self.slow),
-        });
-        if limited {
-            let turn = Arc::downgrade(&turn);
-            tokio::spawn(async move {
-                tokio::time::sleep(PATIENCE).await;
-                if let Some(turn) = turn.upgrade()
-                    && turn.permit.lock().take().is_some()
-                {
-                    turn.slow.store(true, Ordering::Relaxed);
-                }
-            });
-        }
+        self.queued = None;
         self.turn = Some((Arc::clone(&turn), TURN_BYTES.saturating_sub(bytes)));
         Poll::Ready(turn)
     }
@@ -139,9 +151,46 @@ impl TurnTaker {
         }
     }
 
+    /// HTTP/2 may leave a stream alone just when its turn has come. So a task of its own
+    /// waits in the queue, and starts the turn's clock.
+    fn poll_queue(&mut self, cx: &mut Context<'_>) -> Poll<Arc<Turn>> {
+        let TurnTaker {
+            turns,
+            queued,
+            slow,
+            ..
+        } = self;
+        if queued.is_none()
+            && let Ok(permit) = Arc::clone(&turns.free).try_acquire_owned()
+        {
+            return Poll::Ready(Turn::limited(permit, slow));
+        }
+        let queued = queued.get_or_insert_with(|| {
+            let (mut sender, receiver) = oneshot::channel();
+            let (waiting, slow) = (Waiting::new(turns), Arc::clone(slow));
+            tokio::spawn(async move {
+                let permit = tokio::select! {
+                    permit = waiting.acquire() => permit,
+                    () = sender.closed() => return,
+                };
+                let turn = match permit {
+                    Some(permit) => Turn::limited(permit, &slow),
+                    None => Turn::new(None, &slow),
+                };
+                // Nobody wants it any more: it goes back.
+                let _ = sender.send(turn);
+            });
+            receiver
+        });
+        // The task ends without a turn only with the runtime.
+        let turn = ready!(Pin::new(queued).poll(cx));
+        Poll::Ready(turn.unwrap_or_else(|_| Turn::new(None, &self.slow)))
+    }
+
     /// Gives the rest of a turn back: nothing is ready to be sent.
     pub(super) fn pass(&mut self) {
         self.turn = None;
+        self.queued = None;
     }
 }
 
@@ -198,5 +247,44 @@ mod tests {
         drop(sending);
         other.pass();
         assert!(turn(&mut slow, 1).await.permit.lock().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_that_comes_when_nobody_asks_for_it_passes_on() {
+        let turns = Turns::new(2);
+        let mut stopped = TurnTaker::new(Arc::clone(&turns));
+        let mut other = TurnTaker::new(turns);
+        // It queues for its second turn; then its first turns out to have been slow.
+        let sending = turn(&mut stopped, TURN_BYTES).await;
+        assert!(waits(&mut other));
+        assert!(waits(&mut stopped));
+        tokio::time::sleep(PATIENCE * 2).await;
+        let others = turn(&mut other, TURN_BYTES).await;
+        drop(sending);
+        let sending = turn(&mut stopped, TURN_BYTES).await;
+        assert!(sending.permit.lock().is_none());
+        drop(others);
+        // From here on it asks for nothing, and yet the others get their turns.
+        for _ in 0..3 {
+            drop(turn(&mut other, TURN_BYTES).await);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_granted_turn_that_is_not_fetched_passes_on() {
+        let turns = Turns::new(2);
+        let mut stopped = TurnTaker::new(Arc::clone(&turns));
+        let mut other = TurnTaker::new(turns);
+        let sending = turn(&mut other, 1).await;
+        assert!(waits(&mut stopped));
+        drop(sending);
+        other.pass();
+        for _ in 0..3 {
+            drop(turn(&mut other, TURN_BYTES).await);
+        }
+        // And what has left the queue is in nobody's way.
+        assert!(waits(&mut stopped) || stopped.turn.is_some());
+        stopped.pass();
+        drop(turn(&mut other, TURN_BYTES).await);
     }
 }
