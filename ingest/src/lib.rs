@@ -14,7 +14,7 @@
 //!
 //! Inside: `supervisor` (which sources run), `source` (one topic's thread), `session` (one
 //! connection of it), `feed` (one table on it), `decode` (records to columns), `assign` (where to read from), `broker`
-//! (questions to it), `native` (librdkafka calls, the only unsafe code), `control`, `status`,
+//! (questions to it), `freshness` (arrival to visible), `measure` (metrics), `native` (librdkafka calls, the only unsafe code), `control`, `status`,
 //! `config`. JSON to Arrow is `pinion_feature_store::json`.
 //!
 //! [`Commit`]: pinion_feature_store::Commit
@@ -27,6 +27,8 @@ mod config;
 mod control;
 mod decode;
 mod feed;
+mod freshness;
+mod measure;
 mod native;
 mod session;
 mod slot;
@@ -35,5 +37,9 @@ mod status;
 mod supervisor;
 
 pub use config::{IngestConfig, IngestError};
+pub use freshness::{
+    Buckets, FRESHNESS_BOUNDS_SECONDS, Freshness, FreshnessReport, PartitionFreshness, Recent,
+    TimestampKind,
+};
 pub use status::{SourceState, SourceStatus, TableProgress};
 pub use supervisor::{Ingest, IngestHandle};

@@ -221,6 +221,7 @@ impl TableInner {
         if seen || (rows == 0 && commit.positions.is_empty() && commit.dead_letters.is_empty()) {
             return Ok(Receipt {
                 rows: 0,
+                late: 0,
                 applied: !seen,
                 token: writer.token(),
             });
@@ -321,6 +322,7 @@ impl TableInner {
         crate::fail::point("commit.appended");
         Ok(Receipt {
             rows: rows as u64,
+            late: resolved.lost.iter().filter(|lost| **lost).count() as u64,
             applied: true,
             token: writer.token(),
         })
