@@ -127,7 +127,7 @@ def served(broker, definition, **options):
 
 
 def broker_pid(broker):
-    return int(next(Path(broker.folder).glob("*.pid")).read_text())
+    return int((Path(broker.folder) / "pid").read_text())
 
 
 def run(name, *arguments):
@@ -250,18 +250,8 @@ def caught_up(server, most=0, seconds=300):
     until(there, seconds, "the source has caught up", every=0.1)
 
 
-def backlog(broker, options, budget_mb=256):
-    """A backlog read by a server with a memory budget: its anonymous memory, and lookups during and after."""
-    topic = broker.topic("events", partitions=PARTITIONS)
-    count = options.backlog_mb * 1_000_000 // 250
-    keys = 200_000
-    common = ("--brokers", broker.bootstrap, "--topic", topic)
-    fill = result(run("stream_produce", *common, "--rate", 150_000, "--seconds", count / 150_000, "--keys", keys,
-                      "--sentinel-every", 0))  # fmt: skip
-    assert fill["failed"] == 0
-    folder = Path(tempfile.mkdtemp(prefix="pinion-bench-", dir=DATA))
-    env = {"PINION__STORE__MEMORY_BYTES": f"{budget_mb} MiB"} if options.budget_setting else {}
-    raise Unmeasured(f"{folder} {env}")
+def backlog(broker, options):
+    raise Unmeasured("not built yet")
 
 
 if __name__ == "__main__":
