@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -61,6 +62,7 @@ pad = "string"
 topic = "%s"
 """
 PARTITIONS = 4
+LARGE_VALUES = {"PINION__KAFKA__VALUE_MAX_BYTES": "20 MiB"}
 
 
 def main():
@@ -180,8 +182,68 @@ def source(server):
 # -- how many
 
 
-def throughput(broker, options):
-    raise Unmeasured("not built yet")
+def throughput(broker, options, keys=1_000_000):
+    found = {"formats": {}, "keys": keys}
+    if example("stream_decode") is None:
+        raise Unmeasured("build the examples of pinion-ingest first")
+    for name in options.formats:
+        _, each = stream_fill.FORMATS[name]
+        # A message of one row holds the schema too: a fifth of the rows make as many bytes.
+        rows = options.events // (5 if name == "arrow-1" else 1)
+        topic = broker.topic(name, partitions=PARTITIONS, max_message_bytes="20000000")
+        filled = subprocess.run(
+            [sys.executable, stream_fill.__file__, broker.bootstrap, topic, name, str(rows), str(keys)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        size = json.loads(filled.stdout)["bytes"]
+        runs = {"pinion": [], "ceiling": []}
+        for number in range(options.rounds + 1):
+            ours, alone = into_pinion(broker, name, topic, rows), ceiling(broker, name, topic, rows)
+            if number:
+                runs["pinion"].append(ours)
+                runs["ceiling"].append(alone)
+        found["formats"][name] = {"rows": rows, "bytes": size, "rows_per_message": each, **runs}
+        if name == "json":
+            found["redis"] = redis_peer(broker, topic, min(rows, 200_000), options.rounds)
+        broker.delete(topic)
+    return found
+
+
+def into_pinion(broker, name, topic, rows):
+    """From the source's first row to the last, in a new store."""
+    with served(broker, stream_fill.definition(name, topic), env=LARGE_VALUES) as server:
+        client = calls.connect(server)
+
+        def sequence():
+            return calls.action(client, "stats", table="wide")[0]["tables"][0]["next_sequence"]
+
+        until(lambda: sequence() > 0, 60, "the first rows", every=0.002)
+        began, cpu, first = time.monotonic(), cpu_seconds(server.pid), sequence()
+        until(lambda: sequence() >= rows, 300, "all rows", every=0.01)
+        seconds, cpu = time.monotonic() - began, cpu_seconds(server.pid) - cpu
+        return rate_of(rows - first, seconds, cpu)
+
+
+def ceiling(broker, name, topic, rows):
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(stream_fill.definition(name, topic))
+        file.flush()
+        run = native("stream_decode", broker.bootstrap, topic, file.name, rows)[0]
+    return rate_of(run["rows"], run["seconds"], run["cpu_seconds"])
+
+
+def rate_of(rows, seconds, cpu):
+    return {"rows_per_second": rows / seconds, "cpu_micros_per_row": cpu / rows * 1e6}
+
+
+def redis_peer(broker, topic, rows, rounds):
+    from peers import Redis
+
+    found = []
+    for _ in range(rounds):
+        with Redis(DATA / "stream-redis" / "none.rdb") as redis:
+            found.append(stream_fill.into_redis(broker.bootstrap, topic, rows, str(redis.uds)))
+    return found
 
 
 # -- what others notice
