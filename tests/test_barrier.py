@@ -271,7 +271,7 @@ def test_a_barrier_on_an_abort_marker_is_met_on_a_quiet_topic(store, kafka, serv
     producer.init_transactions(30)
     waits = []
     with pinion.connect(server.flight) as client:
-        for number in range(20):
+        for number in range(8):
             producer.begin_transaction()
             seen = pinion.Offsets()
             producer.produce(topic, json.dumps({"id": "a", "n": number}).encode(), on_delivery=seen.delivered)

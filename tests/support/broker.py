@@ -31,6 +31,9 @@ class Broker:
     def kill(self):
         self._script("kill")
 
+    def alive(self):
+        return subprocess.run([str(SCRIPT), "status", str(self.folder)], stdout=subprocess.DEVNULL).returncode == 0
+
     def stop(self):
         self._script("stop")
         shutil.rmtree(self.folder, ignore_errors=True)
