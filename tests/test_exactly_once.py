@@ -33,6 +33,7 @@ pytestmark = pytest.mark.kafka
 PARTITIONS = 4
 KEYS = 2_000
 PLAIN_PER_SECOND = 1_500
+QUEUED_MOST = 20_000
 TABLES = [
     """
 [table]
@@ -123,6 +124,9 @@ class Plain(threading.Thread):
         began, sent = time.monotonic(), 0
         while not self.stopping.wait(0.01):
             due = min(round((time.monotonic() - began) * PLAIN_PER_SECOND) - sent, PLAIN_PER_SECOND)
+            if len(self.producer) > QUEUED_MOST:
+                # The broker is gone for long: what is due now is never sent.
+                due, sent = 0, sent + due
             for number in self.numbers.take(due):
                 value, partition = event(number)
                 self.send(value, partition, number)
@@ -275,12 +279,9 @@ class Campaign:
             self.start_broker()
         if not self.server.alive():
             self.start_server()
-        t0=time.monotonic()
         self.compare("history")
         self.compare("latest")
-        t1=time.monotonic()
         self.goes_on()
-        print(kind, f"compare {t1-t0:.1f} goes_on {time.monotonic()-t1:.1f}", flush=True)
 
     def read(self, table):
         """The rows, and the positions of the same snapshot, which never go back."""
