@@ -24,6 +24,7 @@ import pytest
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from support.process import REPOSITORY
+from support.truth import ends
 from support.wait import until
 
 pytestmark = pytest.mark.kafka
@@ -82,7 +83,7 @@ class Worker(threading.Thread):
         self.transactional = kafka.producer(
             **{"linger.ms": 0, "transactional.id": f"trial-{topic}-{number}", "transaction.timeout.ms": 30_000}
         )
-        self.ends = Consumer(
+        self.consumer = Consumer(
             {"bootstrap.servers": kafka.bootstrap, "group.id": "ends", "isolation.level": "read_uncommitted"}
         )
         self.committed = [None] * PARTITIONS
@@ -101,7 +102,7 @@ class Worker(threading.Thread):
             self.failure = error
         finally:
             self.pipe.send(None)
-            self.ends.close()
+            self.consumer.close()
 
     def key(self, partition):
         return f"trial {self.number} {partition}"
@@ -116,7 +117,7 @@ class Worker(threading.Thread):
 
     def end(self, partition):
         """The offset of the last record or marker in a partition."""
-        _, high = self.ends.get_watermark_offsets(TopicPartition(self.topic, partition), timeout=30, cached=False)
+        _, high = self.consumer.get_watermark_offsets(TopicPartition(self.topic, partition), timeout=30, cached=False)
         return high - 1
 
     def trial(self, kind, partition=None):
@@ -241,26 +242,15 @@ def test_a_read_that_waits_for_its_own_write_sees_it_under_load(store, kafka, se
     assert aborted > 0 and counts[1]["committed"] > 0
 
     # The topic now ends on abort markers, and nothing follows that could lift the positions over them.
-    ends = {p: end_of(kafka, topic, p) for p in range(PARTITIONS)}
+    last_offsets = {p: end - 1 for p, end in ends(kafka.bootstrap, topic, range(PARTITIONS)).items()}
     with pinion.connect(server.flight) as client:
         began = time.monotonic()
-        last = client.scan("items", wait={topic: ends}, wait_timeout=WAIT_SECONDS)
+        last = client.scan("items", wait={topic: last_offsets}, wait_timeout=WAIT_SECONDS)
         print(f"the end of the topic, on abort markers: {1000 * (time.monotonic() - began):.1f} ms")
     newest = {row["id"]: row["n"] for row in last.to_pylist()}
     for worker in workers:
         for partition, value in enumerate(worker.committed):
             assert newest.get(worker.key(partition)) == value
-
-
-def end_of(kafka, topic, partition):
-    """The offset of the last record or marker."""
-    consumer = Consumer(
-        {"bootstrap.servers": kafka.bootstrap, "group.id": "end", "isolation.level": "read_uncommitted"}
-    )
-    try:
-        return consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=30, cached=False)[1] - 1
-    finally:
-        consumer.close()
 
 
 def test_a_barrier_on_an_abort_marker_is_met_on_a_quiet_topic(store, kafka, serve):
@@ -279,7 +269,7 @@ def test_a_barrier_on_an_abort_marker_is_met_on_a_quiet_topic(store, kafka, serv
             with pytest.raises(pinion.DeadlineExceeded):
                 client.scan("items", wait=seen, wait_timeout=0.02)  # it is still open
             producer.abort_transaction(30)
-            end = end_of(kafka, topic, 0)
+            end = ends(kafka.bootstrap, topic, [0])[0] - 1
             assert end == 2 * number + 1
             began = time.monotonic()
             rows = client.scan("items", wait={topic: {0: end}}, wait_timeout=10)

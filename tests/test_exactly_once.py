@@ -22,10 +22,11 @@ import time
 
 import numpy
 import pytest
-from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka import KafkaException
 
 from support import flight as calls
 from support.truth import Truth
+from support.truth import ends as ends_of
 from support.wait import until
 
 pytestmark = pytest.mark.kafka
@@ -376,7 +377,7 @@ def test_every_record_is_there_once_whatever_is_killed(store, kafka, serve, soak
         transactions.stop()
 
     # To the end of the topic, over its last abort markers, with nothing lagging.
-    ends = ends_of(truth, topic)
+    ends = ends_of(kafka.bootstrap, topic, range(PARTITIONS))
     client = calls.connect(server)
     for table in ("history", "latest"):
         barrier = {topic: {str(p): end - 1 for p, end in ends.items()}}
@@ -408,14 +409,6 @@ def test_every_record_is_there_once_whatever_is_killed(store, kafka, serve, soak
     starts, broker = sorted(campaign.starts), sorted(campaign.broker_starts)
     print(f"server, kill to ready: median {starts[len(starts) // 2]:.3f} s, slowest {starts[-1]:.3f} s of {len(starts)}")
     print(f"broker, start to listening: median {broker[len(broker) // 2]:.1f} s, slowest {broker[-1]:.1f} s")
-
-
-def ends_of(truth, topic):
-    """{partition: next offset}, markers included."""
-    return {
-        partition: truth._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=30, cached=False)[1]
-        for partition in range(PARTITIONS)
-    }
 
 
 def lag(client, topic):

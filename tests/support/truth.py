@@ -88,3 +88,15 @@ class Truth(threading.Thread):
     def stop(self):
         self.stopping.set()
         self.join(30)
+
+
+def ends(bootstrap, topic, partitions):
+    """{partition: next offset}: behind the last record or marker, whether it is committed or not."""
+    consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "ends", "isolation.level": "read_uncommitted"})
+    try:
+        return {
+            partition: consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=30, cached=False)[1]
+            for partition in partitions
+        }
+    finally:
+        consumer.close()
