@@ -18,6 +18,8 @@ pub(crate) struct Slot {
     pub(crate) definition: Arc<TableDefinition>,
     /// What it did since the server started.
     pub(crate) total: Applied,
+    /// Times that a lost position was set anew.
+    pub(crate) resets: u64,
     pub(crate) reading: Reading,
     /// Next pause, when the table cannot go on: grows until a batch is applied.
     pub(crate) pause: Duration,
@@ -31,6 +33,8 @@ pub(crate) enum Reading {
     Waiting { at: Instant, reason: String },
     /// Somebody has to act.
     Stopped { reason: String },
+    /// By command.
+    Paused,
 }
 
 impl Slot {
@@ -38,7 +42,7 @@ impl Slot {
     pub(crate) fn feed(&self) -> Option<&Feed> {
         match &self.reading {
             Reading::Open(feed) => Some(feed),
-            Reading::Waiting { .. } | Reading::Stopped { .. } => None,
+            Reading::Waiting { .. } | Reading::Stopped { .. } | Reading::Paused => None,
         }
     }
 
@@ -85,15 +89,16 @@ impl Slot {
                 },
                 self.stored_positions(topic),
             ),
+            Reading::Paused => (SourceState::Paused, self.stored_positions(topic)),
         };
         TableProgress {
-            table: self.table.name(),
-            state,
             positions,
             rows: self.total.rows,
             deletes: self.total.deletes,
             dead_letters: self.total.dead_letters,
             filtered: self.total.filtered,
+            resets: self.resets,
+            ..TableProgress::new(self.table.name(), state)
         }
     }
 
