@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
-    apply, check, completions, config, dead_letters, delete, demo, describe, flush, get, init, leases, load, ls,
-    merge, plan, put, scan, serve, source, version,
+    apply, check, completions, config, dead_letters, delete, demo, describe, flush, get, init,
+    leases, load, ls, merge, plan, put, scan, serve, source, version,
 };
 use crate::config::{Config, FlagValue};
 use crate::error::CliResult;

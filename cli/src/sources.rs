@@ -129,7 +129,10 @@ impl KafkaSources {
                 source.topic == *topic && source.tables.iter().any(|t| t.table == command.table)
             });
             if !reads {
-                return Err(format!("table {:?} does not read topic {topic:?}", command.table));
+                return Err(format!(
+                    "table {:?} does not read topic {topic:?}",
+                    command.table
+                ));
             }
         }
         let seek = command.into_seek()?;
@@ -185,7 +188,10 @@ mod tests {
         let SourceCommand::Seek(seek) = command(time).unwrap() else {
             panic!("no seek")
         };
-        assert_eq!(seek.into_seek().unwrap().to, SeekTo::Time(1_767_225_600_000));
+        assert_eq!(
+            seek.into_seek().unwrap().to,
+            SeekTo::Time(1_767_225_600_000)
+        );
     }
 
     #[test]

@@ -151,7 +151,9 @@ impl ResolvedDeadLetters {
     pub(crate) fn iter(&self) -> impl Iterator<Item = DeadLetterId> + '_ {
         let of_log = |(log, numbers): &'_ (u64, Vec<u32>)| {
             let log = *log;
-            let ids = numbers.iter().map(move |&number| DeadLetterId { log, number });
+            let ids = numbers
+                .iter()
+                .map(move |&number| DeadLetterId { log, number });
             ids.collect::<Vec<_>>()
         };
         self.0.iter().flat_map(of_log)

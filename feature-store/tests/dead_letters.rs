@@ -35,7 +35,10 @@ fn letter(offset: i64) -> DeadLetter {
         error: "no number".to_owned(),
         key: None,
         value: Some(vec![b'x'; 10]),
-        headers: vec![("trace".to_owned(), Some(vec![1, 2])), ("empty".to_owned(), None)],
+        headers: vec![
+            ("trace".to_owned(), Some(vec![1, 2])),
+            ("empty".to_owned(), None),
+        ],
         refused_millis: 1_000 + offset,
     }
 }
@@ -123,7 +126,10 @@ fn a_dead_letter_is_settled_once() {
     resolve(&table, &named[..1]).unwrap();
     for again in [&named[..1], &[named[1], named[1]]] {
         let refused = resolve(&table, again);
-        assert!(matches!(refused, Err(CommitError::NoDeadLetter { .. })), "{again:?}");
+        assert!(
+            matches!(refused, Err(CommitError::NoDeadLetter { .. })),
+            "{again:?}"
+        );
     }
     assert_eq!(all(&table), [1]);
 }
@@ -138,7 +144,9 @@ fn a_file_goes_when_all_in_it_are_settled_and_not_before() {
     table.flush().unwrap();
     assert_eq!(dead_files(dir.path()), 2);
     let named = ids(&table);
-    table.discard_dead_letters(vec![named[0], named[2]]).unwrap();
+    table
+        .discard_dead_letters(vec![named[0], named[2]])
+        .unwrap();
     assert_eq!(dead_files(dir.path()), 2);
     table.discard_dead_letters(vec![named[1]]).unwrap();
     assert_eq!(dead_files(dir.path()), 1);

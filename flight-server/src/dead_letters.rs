@@ -57,7 +57,11 @@ pub(crate) fn act(context: &SharedContext, body: DeadLetters) -> Result<Value, F
     let table = context.store.table(checked_table_name(&body.table)?)?;
     match body.action {
         Verb::List => {
-            let before = body.before.as_deref().map(|id| parse_id("before", id)).transpose()?;
+            let before = body
+                .before
+                .as_deref()
+                .map(|id| parse_id("before", id))
+                .transpose()?;
             let limit = body.limit.unwrap_or(DEFAULT_LETTERS).min(MAX_LETTERS);
             let letters = table.dead_letter_page(&DeadLetterPage {
                 before,
@@ -150,7 +154,9 @@ fn letter(stored: &StoredDeadLetter) -> Value {
     };
     let letter = &stored.letter;
     let headers = letter.headers.iter();
-    let headers: Vec<Value> = headers.map(|(name, value)| json!([name, bytes(value)])).collect();
+    let headers: Vec<Value> = headers
+        .map(|(name, value)| json!([name, bytes(value)]))
+        .collect();
     json!({
         "id": stored.id.to_string(),
         "topic": letter.topic,

@@ -75,8 +75,8 @@ impl DeadLetterBounds {
     /// What to say when the share is too large.
     pub(crate) fn over_rate(&self) -> Option<String> {
         let share = self.max_rate?;
-        let over = self.records >= LEAST_RECORDS
-            && share.is_exceeded_by(self.dead_letters, self.records);
+        let over =
+            self.records >= LEAST_RECORDS && share.is_exceeded_by(self.dead_letters, self.records);
         over.then(|| {
             format!(
                 "{} of the last {} records became dead letters, more than dead_letters.max_rate \
@@ -106,7 +106,11 @@ mod tests {
         bounds.count(9_950, 50);
         assert_eq!(bounds.over_rate(), None, "one in a hundred is allowed");
         bounds.count(1, 1);
-        assert!(bounds.over_rate().is_some_and(|text| text.contains("101 of the last 10001")));
+        assert!(
+            bounds
+                .over_rate()
+                .is_some_and(|text| text.contains("101 of the last 10001"))
+        );
         bounds.count(9_999, 0);
         assert_eq!(bounds.over_rate(), None, "the bad ones are long past");
     }

@@ -261,7 +261,10 @@ impl IngestConfig {
             .set("fetch.queue.backoff.ms", "1")
             .set("reconnect.backoff.ms", "50")
             .set("reconnect.backoff.max.ms", "500")
-            .set("queued.max.messages.kbytes", self.queue_kbytes().to_string())
+            .set(
+                "queued.max.messages.kbytes",
+                self.queue_kbytes().to_string(),
+            )
             // librdkafka keeps `fetch.max.bytes`, by which one answer may overshoot, below it.
             .set("socket.nagle.disable", "true")
             .set("allow.auto.create.topics", "false");
@@ -310,7 +313,10 @@ impl IngestConfig {
             .set("client.id", "pinion")
             .set("reconnect.backoff.ms", "50")
             .set("reconnect.backoff.max.ms", "500")
-            .set("queue.buffering.max.kbytes", self.queue_kbytes().to_string())
+            .set(
+                "queue.buffering.max.kbytes",
+                self.queue_kbytes().to_string(),
+            )
             .set("message.max.bytes", "104857600");
         self.set_options(&mut client, table_options)?;
         client

@@ -58,7 +58,10 @@ impl Drop for Expiry {
 fn expire(store: &Store, now_millis: i64) {
     for table in store.tables() {
         let definition = table.definition();
-        let max_age = definition.kafka.as_ref().and_then(|k| k.dead_letters.max_age);
+        let max_age = definition
+            .kafka
+            .as_ref()
+            .and_then(|k| k.dead_letters.max_age);
         let Some(max_age) = max_age else { continue };
         if table.dead_letter_counts().kept == 0 {
             continue;
@@ -94,9 +97,14 @@ mod tests {
                  [features]\nv = \"int64\"\n[source.kafka]\ntopic = \"t\"\n{more}"
             )
         };
-        let texts = [text("kept", ""), text("aged", "dead_letters = { max_age = \"1h\" }")];
+        let texts = [
+            text("kept", ""),
+            text("aged", "dead_letters = { max_age = \"1h\" }"),
+        ];
         let parse = |text: &String| TableDefinition::parse_toml(text).expect("definition");
-        store.apply(texts.iter().map(parse).collect()).expect("apply");
+        store
+            .apply(texts.iter().map(parse).collect())
+            .expect("apply");
         let hour = 3_600_000;
         for name in ["kept", "aged"] {
             let letter = |refused_millis| DeadLetter {
@@ -119,7 +127,11 @@ mod tests {
         }
         expire(&store, 2 * hour);
         let left = |name: &str| {
-            let letters = store.table(name).expect("table").dead_letters(9).expect("letters");
+            let letters = store
+                .table(name)
+                .expect("table")
+                .dead_letters(9)
+                .expect("letters");
             letters.iter().map(|l| l.offset).collect::<Vec<_>>()
         };
         assert_eq!(left("kept"), [hour, hour - 1]);

@@ -60,12 +60,11 @@ pub(crate) struct Permit<'g> {
 }
 
 impl Permit<'_> {
-    fn write<T>(
-        self,
-        write: impl FnOnce() -> Result<T, FeedProblem>,
-    ) -> Result<T, FeedProblem> {
+    fn write<T>(self, write: impl FnOnce() -> Result<T, FeedProblem>) -> Result<T, FeedProblem> {
         self.gate.unless_moved(self.seen, write).unwrap_or_else(|| {
-            Err(FeedProblem::Wait("its positions were moved meanwhile".to_owned()))
+            Err(FeedProblem::Wait(
+                "its positions were moved meanwhile".to_owned(),
+            ))
         })
     }
 }
@@ -300,7 +299,8 @@ impl Feed {
             }
         };
         applied.filtered = filtered;
-        self.bounds.count(selected.len() as u64, applied.dead_letters);
+        self.bounds
+            .count(selected.len() as u64, applied.dead_letters);
         self.next.extend(advanced);
         Ok(applied)
     }
@@ -382,13 +382,11 @@ impl Feed {
         now_millis: i64,
     ) -> Vec<DeadLetter> {
         let of = |(index, reason): &(usize, String)| {
-            records
-                .get(*index)
-                .map(|record| DeadLetter {
-                    headers: headers(*index),
-                    refused_millis: now_millis,
-                    ..self.dead_letter(record, reason)
-                })
+            records.get(*index).map(|record| DeadLetter {
+                headers: headers(*index),
+                refused_millis: now_millis,
+                ..self.dead_letter(record, reason)
+            })
         };
         refused.iter().filter_map(of).collect()
     }
@@ -427,7 +425,11 @@ pub(crate) fn way_out(table: &str) -> String {
 
 fn note_reset(source: &KafkaSource, table: &str, lost: &str) {
     let policy = source.on_lost;
-    tracing::warn!(table, topic = source.topic, "position lost, set to the {policy} by on_lost: {lost}");
+    tracing::warn!(
+        table,
+        topic = source.topic,
+        "position lost, set to the {policy} by on_lost: {lost}"
+    );
     let labels = [("topic", source.topic.clone()), ("table", table.to_owned())];
     metrics::counter!("pinion_source_resets_total", &labels).increment(1);
 }

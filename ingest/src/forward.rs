@@ -73,15 +73,22 @@ impl Forwarders {
         let mut wanted: BTreeMap<TableId, (Table, Route)> = BTreeMap::new();
         for table in store.tables() {
             let definition = table.definition();
-            let topic = definition.kafka.as_ref().and_then(|k| k.dead_letter_topic.clone());
+            let topic = definition
+                .kafka
+                .as_ref()
+                .and_then(|k| k.dead_letter_topic.clone());
             if let (Some(topic), Some(source)) = (topic, SourceKey::of(&definition, config)) {
                 wanted.insert(table.id(), (table, Route { topic, source }));
             }
         }
         let changed = |id: &TableId, running: &Running| {
-            wanted.get(id).is_none_or(|(_, route)| *route != running.route)
+            wanted
+                .get(id)
+                .is_none_or(|(_, route)| *route != running.route)
         };
-        let ending = self.running.extract_if(.., |id, running| changed(id, running));
+        let ending = self
+            .running
+            .extract_if(.., |id, running| changed(id, running));
         ending.for_each(|(_, running)| running.end());
         for (id, (table, route)) in wanted {
             if self.running.contains_key(&id) {
@@ -230,7 +237,9 @@ impl Forwarder {
         let taken = producer.context().taken.load(Ordering::Relaxed) - before;
         if taken != letters.len() as u64 {
             let wanted = letters.len();
-            return Err(Trouble::Failed(format!("the brokers took {taken} of {wanted}")));
+            return Err(Trouble::Failed(format!(
+                "the brokers took {taken} of {wanted}"
+            )));
         }
         let noted = self.table.commit(Commit {
             forwarded: Some(last),

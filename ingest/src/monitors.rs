@@ -56,7 +56,10 @@ impl Monitors {
         match spawned {
             Ok(_) => Some(Monitors { _alive: alive }),
             Err(e) => {
-                tracing::warn!(topic = source.key.topic, "lag monitors are told nothing: {e}");
+                tracing::warn!(
+                    topic = source.key.topic,
+                    "lag monitors are told nothing: {e}"
+                );
                 None
             }
         }
@@ -78,7 +81,9 @@ impl Teller {
         let tables: Vec<(String, Offsets)> = {
             let status = self.status.lock();
             let tables = status.tables.iter();
-            tables.map(|t| (t.table.clone(), t.positions.clone())).collect()
+            tables
+                .map(|t| (t.table.clone(), t.positions.clone()))
+                .collect()
         };
         for (table, positions) in tables {
             if positions.is_empty() || self.told.get(&table) == Some(&positions) {
@@ -94,12 +99,7 @@ impl Teller {
         }
     }
 
-    fn commit(
-        &self,
-        consumer: &Consumer,
-        group: &str,
-        positions: &Offsets,
-    ) -> Result<(), String> {
+    fn commit(&self, consumer: &Consumer, group: &str, positions: &Offsets) -> Result<(), String> {
         let mut list = TopicPartitionList::new();
         for (&partition, &next) in positions {
             list.add_partition_offset(&self.topic, partition, Offset::Offset(next))

@@ -12,10 +12,10 @@ use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 use std::time::Duration;
 
-use rdkafka::{ClientContext, TopicPartitionList};
 use rdkafka::bindings as rdsys;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
+use rdkafka::{ClientContext, TopicPartitionList};
 
 /// What one poll brought.
 pub(crate) enum Polled<'c> {
@@ -331,8 +331,7 @@ pub(crate) fn set_group_offsets<C: ConsumerContext>(
             return Err(failed("the answer is of another kind"));
         }
         let mut count = 0_usize;
-        let groups =
-            rdsys::rd_kafka_AlterConsumerGroupOffsets_result_groups(result, &mut count);
+        let groups = rdsys::rd_kafka_AlterConsumerGroupOffsets_result_groups(result, &mut count);
         if groups.is_null() || count == 0 {
             return Err(failed("the answer is empty"));
         }

@@ -103,8 +103,11 @@ mod tests {
         assert_eq!(file.read(), Ok(paused));
         std::fs::write(dir.path().join(FILE), "{").expect("damage");
         assert!(file.read().is_err());
-        std::fs::write(dir.path().join(FILE), r#"{"format_version":2,"topics":[],"tables":[]}"#)
-            .expect("newer");
+        std::fs::write(
+            dir.path().join(FILE),
+            r#"{"format_version":2,"topics":[],"tables":[]}"#,
+        )
+        .expect("newer");
         let error = file.read().expect_err("newer");
         assert!(error.contains("format version 2"), "{error}");
     }

@@ -64,8 +64,11 @@ impl Pressure {
             }
             for known in [Cause::Memory, Cause::Disk] {
                 let on = cause(&held) == Some(known);
-                metrics::gauge!("pinion_sources_held", "cause" => known.name())
-                    .set(if on { 1.0 } else { 0.0 });
+                metrics::gauge!("pinion_sources_held", "cause" => known.name()).set(if on {
+                    1.0
+                } else {
+                    0.0
+                });
             }
         }
         *current = held;
@@ -237,7 +240,10 @@ mod tests {
         assert_eq!(judge(125 * MIB, Some(Cause::Disk)), None);
         // Nobody set it: a twentieth of this disk.
         let unset = gauge(None);
-        assert_eq!(cause(unset.judge(seen(0, 49 * MIB), None)), Some(Cause::Disk));
+        assert_eq!(
+            cause(unset.judge(seen(0, 49 * MIB), None)),
+            Some(Cause::Disk)
+        );
         assert_eq!(cause(unset.judge(seen(0, 50 * MIB), None)), None);
     }
 

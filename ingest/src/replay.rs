@@ -138,7 +138,10 @@ fn replay_step(
             problem: format!("decoded columns do not fit together: {e}"),
         })?;
     let mut failures = refused;
-    let decoded: BTreeSet<usize> = runs.iter().flat_map(|r| r.records.iter().copied()).collect();
+    let decoded: BTreeSet<usize> = runs
+        .iter()
+        .flat_map(|r| r.records.iter().copied())
+        .collect();
     let undecoded: BTreeSet<usize> = failures.iter().map(|(index, _)| *index).collect();
     let filtered: Vec<usize> = all
         .iter()
@@ -181,7 +184,10 @@ fn apply(
     };
     let mut checked_all = false;
     loop {
-        let passed: Vec<usize> = runs.iter().flat_map(|r| r.records.iter().copied()).collect();
+        let passed: Vec<usize> = runs
+            .iter()
+            .flat_map(|r| r.records.iter().copied())
+            .collect();
         let settled = passed.iter().chain(filtered);
         let resolved: Vec<DeadLetterId> = settled
             .filter_map(|index| letters.get(*index).map(|stored| stored.id))

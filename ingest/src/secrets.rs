@@ -109,7 +109,10 @@ mod tests {
         let resolved = resolve(&value, Reach::Server).expect("resolved");
         let search = std::env::var("PATH").expect("PATH");
         assert_eq!(resolved, format!("user:s3cret@{search}"));
-        assert_eq!(resolve("plain $ {x}", Reach::Server).as_deref(), Ok("plain $ {x}"));
+        assert_eq!(
+            resolve("plain $ {x}", Reach::Server).as_deref(),
+            Ok("plain $ {x}")
+        );
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::assign::{NAMED, Offsets};
 use crate::broker::{Consumer, describe_topic, resolve_start, watermarks};
 use crate::config::{IngestConfig, IngestError};
 use crate::control::PositionGate;
-use crate::feed::{TopicView, problem_of, FeedProblem};
+use crate::feed::{FeedProblem, TopicView, problem_of};
 use crate::native::LogContext;
 use crate::source::SourceKey;
 
@@ -106,7 +106,10 @@ pub(crate) fn source_of(
         });
     };
     let key = SourceKey::of(&definition, config).ok_or_else(|| {
-        refused(format!("no Kafka brokers are known for table {}", definition.name))
+        refused(format!(
+            "no Kafka brokers are known for table {}",
+            definition.name
+        ))
     })?;
     Ok((table, definition, key))
 }
@@ -154,7 +157,8 @@ pub(crate) fn resolve(
             });
         }
     };
-    let next = resolve_start(&consumer, &key.topic, policy, &partitions, timeout).map_err(failed)?;
+    let next =
+        resolve_start(&consumer, &key.topic, policy, &partitions, timeout).map_err(failed)?;
     Ok(Resolved {
         topic,
         wanted,
@@ -233,9 +237,9 @@ fn plan(
 ) -> Result<BTreeMap<i32, Move>, IngestError> {
     let topic = &resolved.topic;
     let stored = table.positions();
-    let same_topic = stored.topic_id(&topic.name).is_none_or(|id| {
-        id == topic.id || id.starts_with(NAMED) || topic.id.starts_with(NAMED)
-    });
+    let same_topic = stored
+        .topic_id(&topic.name)
+        .is_none_or(|id| id == topic.id || id.starts_with(NAMED) || topic.id.starts_with(NAMED));
     if !same_topic && (seek.back_only || resolved.next.keys().ne(resolved.wanted.iter())) {
         return Err(refused(format!(
             "topic {} was re-created, so every position is lost: move all partitions of table {} \
@@ -256,7 +260,9 @@ fn plan(
             moved.insert(partition, Move { from, to });
         }
     }
-    let mut backwards = moved.iter().filter(|(_, m)| m.from.is_some_and(|from| m.to < from));
+    let mut backwards = moved
+        .iter()
+        .filter(|(_, m)| m.from.is_some_and(|from| m.to < from));
     if let Some((partition, change)) = backwards.next()
         && definition.history != History::Latest
         && !seek.allow_duplicates

@@ -75,9 +75,8 @@ impl Gathered<'_> {
         let Some(record) = self.records.get(index) else {
             return Vec::new();
         };
-        let copied = |(name, value): (&str, Option<&[u8]>)| {
-            (name.to_owned(), value.map(<[u8]>::to_vec))
-        };
+        let copied =
+            |(name, value): (&str, Option<&[u8]>)| (name.to_owned(), value.map(<[u8]>::to_vec));
         record.headers().into_iter().map(copied).collect()
     }
 
@@ -172,7 +171,10 @@ impl<'s> Session<'s> {
         if self.assigned.take().is_some()
             && let Err(e) = self.consumer.unassign()
         {
-            return Some(Ended::Retry(format!("cannot let go of {}: {e}", self.topic.name)));
+            return Some(Ended::Retry(format!(
+                "cannot let go of {}: {e}",
+                self.topic.name
+            )));
         }
         self.publish();
         if let Some(Polled::Failed {
@@ -435,7 +437,9 @@ impl<'s> Session<'s> {
                 match partition {
                     Some(partition) => {
                         let truncated = message.contains("truncation");
-                        self.check_range(partition, truncated).err().map(Ended::Retry)
+                        self.check_range(partition, truncated)
+                            .err()
+                            .map(Ended::Retry)
                     }
                     None => Some(Ended::Retry(format!(
                         "offset of {topic} out of range: {message}"
@@ -504,7 +508,11 @@ impl<'s> Session<'s> {
             let policy = source.and_then(|s| Some((s, start_after_loss(s.on_lost)?)));
             let problem = match policy {
                 Some((source, policy)) => {
-                    let to = if policy == StartPolicy::Earliest { low } else { high };
+                    let to = if policy == StartPolicy::Earliest {
+                        low
+                    } else {
+                        high
+                    };
                     match feed.reset(partition, to, source, &lost, permit) {
                         Ok(()) => {
                             slot.resets += 1;

@@ -191,15 +191,20 @@ impl IngestHandle {
     /// without leave; `Failed` when brokers or disk do not answer. Then nothing moved.
     pub fn seek(&self, seek: &Seek) -> Result<Sought, IngestError> {
         let shared = &self.shared;
-        let (table, definition, key) =
-            seek::source_of(&shared.store, &shared.config, &seek.table)?;
+        let (table, definition, key) = seek::source_of(&shared.store, &shared.config, &seek.table)?;
         let resolved = seek::resolve(&shared.config, &definition, &key, seek)?;
         // Under the lock: the source cannot be replaced by another meanwhile.
         let inner = shared.inner.lock();
-        let running = inner.running.get(&key).filter(|r| r.tables.contains(&table.id()));
+        let running = inner
+            .running
+            .get(&key)
+            .filter(|r| r.tables.contains(&table.id()));
         let Some(running) = running else {
             return Err(IngestError::Failed {
-                problem: format!("the source of table {} is just starting: try again", seek.table),
+                problem: format!(
+                    "the source of table {} is just starting: try again",
+                    seek.table
+                ),
             });
         };
         let gate = &running.control.gate;
@@ -327,7 +332,10 @@ impl Shared {
         let counts = table.dead_letter_counts();
         progress.dead_letters_kept = counts.kept;
         let definition = table.definition();
-        let topic = definition.kafka.as_ref().and_then(|k| k.dead_letter_topic.clone());
+        let topic = definition
+            .kafka
+            .as_ref()
+            .and_then(|k| k.dead_letter_topic.clone());
         progress.forwarding = topic.map(|topic| Forwarding {
             topic,
             waiting: counts.unforwarded,
@@ -337,7 +345,9 @@ impl Shared {
 
     /// Those of these tables that are paused.
     fn paused_tables(inner: &Inner, tables: &[Table]) -> BTreeSet<TableId> {
-        let paused = tables.iter().filter(|t| inner.paused.tables.contains(&t.name()));
+        let paused = tables
+            .iter()
+            .filter(|t| inner.paused.tables.contains(&t.name()));
         paused.map(Table::id).collect()
     }
 

@@ -189,18 +189,22 @@ fn list(config: &Config, table: &str, limit: usize, before: Option<DeadLetterId>
 }
 
 fn show(config: &Config, table: &str, id: DeadLetterId) -> CliResult {
-    let letter = match Target::open(config, Access::Read)? {
-        Target::Direct(store, _) => {
-            let found = store.table(table)?.dead_letter(id)?;
-            letter(&found.ok_or_else(|| {
-                CliError::new(format!("table {table} keeps no dead letter {id}"))
-            })?)
-        }
-        Target::Remote(server) => {
-            let body = json!({ "table": table, "action": "show", "id": id.to_string() });
-            understood(member(&server.action("dead_letters", &body)?, "dead_letter"))?
-        }
-    };
+    let letter =
+        match Target::open(config, Access::Read)? {
+            Target::Direct(store, _) => {
+                let found = store.table(table)?.dead_letter(id)?;
+                letter(&found.ok_or_else(|| {
+                    CliError::new(format!("table {table} keeps no dead letter {id}"))
+                })?)
+            }
+            Target::Remote(server) => {
+                let body = json!({ "table": table, "action": "show", "id": id.to_string() });
+                understood(member(
+                    &server.action("dead_letters", &body)?,
+                    "dead_letter",
+                ))?
+            }
+        };
     if OutputForm::of(config) == OutputForm::Json {
         return print_json(&letter);
     }
@@ -256,7 +260,10 @@ fn discard(config: &Config, table: &str, ids: Vec<DeadLetterId>, all: bool) -> C
     if OutputForm::of(config) == OutputForm::Json {
         return print_json(&json!({ "table": table, "discarded": discarded }));
     }
-    print_text(&format!("discarded {} dead letters\n", count_text(discarded)))
+    print_text(&format!(
+        "discarded {} dead letters\n",
+        count_text(discarded)
+    ))
 }
 
 fn discard_here(store: &Store, table: &str, ids: Vec<DeadLetterId>, all: bool) -> CliResult<u64> {
@@ -295,7 +302,9 @@ fn letter(stored: &StoredDeadLetter) -> Letter {
         error: letter.error.clone(),
         key: bytes(&letter.key),
         value: bytes(&letter.value),
-        headers: headers.map(|(name, value)| (name.clone(), bytes(value))).collect(),
+        headers: headers
+            .map(|(name, value)| (name.clone(), bytes(value)))
+            .collect(),
     }
 }
 
@@ -345,7 +354,10 @@ fn full(letter: &Letter) -> String {
     line("refused", &time_text(letter.refused_millis));
     line("error", &escape_control(&letter.error));
     for (name, value) in &letter.headers {
-        line("header", &format!("{}: {}", escape_control(name), bytes_shown(value)));
+        line(
+            "header",
+            &format!("{}: {}", escape_control(name), bytes_shown(value)),
+        );
     }
     line("key", &bytes_shown(&letter.key));
     line("value", &bytes_shown(&letter.value));
@@ -359,7 +371,11 @@ fn told(report: &Report) -> String {
         count_text(report.tried)
     );
     if report.filtered > 0 {
-        let _ = write!(text, ", {} are left out by `where`", count_text(report.filtered));
+        let _ = write!(
+            text,
+            ", {} are left out by `where`",
+            count_text(report.filtered)
+        );
     }
     if report.failed > 0 {
         let _ = write!(text, ", {} still fail", count_text(report.failed));

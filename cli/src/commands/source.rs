@@ -289,7 +289,9 @@ fn seek(config: &Config, server: &Remote, command: SeekCommand) -> CliResult {
     let sought: Sought = understood(&reply)?;
     let topic = escape_control(&sought.topic);
     if sought.moved.is_empty() {
-        return print_text(&format!("{table} is there already: nothing moved in {topic}\n"));
+        return print_text(&format!(
+            "{table} is there already: nothing moved in {topic}\n"
+        ));
     }
     let mut text = String::new();
     for (partition, change) in sought.moved {
@@ -367,7 +369,11 @@ fn table_rows(source: &Source) -> Vec<Vec<String>> {
                 let problem = copies.problem.as_deref().unwrap_or("under way");
                 let waiting = count_text(copies.waiting);
                 let copies = format!("{waiting} dead letters to {}: {problem}", copies.topic);
-                reason = [reason, copies].into_iter().filter(|t| !t.is_empty()).collect::<Vec<_>>().join("; ");
+                reason = [reason, copies]
+                    .into_iter()
+                    .filter(|t| !t.is_empty())
+                    .collect::<Vec<_>>()
+                    .join("; ");
             }
             vec![
                 source.topic.clone(),
@@ -425,8 +431,15 @@ mod tests {
         let rows = table_rows(&held);
         assert_eq!(
             rows[0],
-            ["t", "a", "degraded", "3", "12,345", "2",
-             "held back: memory; 2 dead letters to dead: no such topic"]
+            [
+                "t",
+                "a",
+                "degraded",
+                "3",
+                "12,345",
+                "2",
+                "held back: memory; 2 dead letters to dead: no such topic"
+            ]
         );
         assert_eq!(rows[1][2..], ["stopped", "0", "0", "0", "lost"]);
         assert_eq!(partition_rows(&held)[0], ["t", "a", "0", "7", "10", "3"]);

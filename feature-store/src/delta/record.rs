@@ -354,9 +354,7 @@ impl Head {
                 let name = reader.text()?;
                 let present = reader.varint()? == 1;
                 let value = reader.take()?;
-                letter
-                    .headers
-                    .push((name, present.then(|| value.to_vec())));
+                letter.headers.push((name, present.then(|| value.to_vec())));
             }
         }
         let resolved = reader.count()?;
@@ -510,7 +508,10 @@ mod tests {
                 refused_millis: 1_000,
             }],
             leader_epochs: vec![Some(6)],
-            resolved: vec![DeadLetterId { log: 2, number: 300 }],
+            resolved: vec![DeadLetterId {
+                log: 2,
+                number: 300,
+            }],
             forwarded: Some(DeadLetterId { log: 1, number: 0 }),
         };
         encode::<()>(77, &[1, 2], &[false, true], false, &head, |out| {
@@ -545,14 +546,20 @@ mod tests {
         assert_eq!(head.dead_letters[0].headers.len(), 2);
         assert_eq!(head.dead_letters[0].headers[1].1.as_deref(), Some(&[7][..]));
         assert_eq!(head.dead_letters[0].refused_millis, 1_000);
-        assert_eq!(head.resolved, [DeadLetterId { log: 2, number: 300 }]);
+        assert_eq!(
+            head.resolved,
+            [DeadLetterId {
+                log: 2,
+                number: 300
+            }]
+        );
         assert_eq!(head.forwarded, Some(DeadLetterId { log: 1, number: 0 }));
 
         // Written by format 1: one topic, one position, no put id, no time, nothing replaced,
         // one dead letter.
         let old = [
-            1, 1, b't', 1, b'x', 1, 0, 0, 10, 0, 0, 0, 0, 1, 1, b't', 0, 4, 1, 1, b'e', 0, 0, 1,
-            1, b'v',
+            1, 1, b't', 1, b'x', 1, 0, 0, 10, 0, 0, 0, 0, 1, 1, b't', 0, 4, 1, 1, b'e', 0, 0, 1, 1,
+            b'v',
         ];
         let read = Head::decode(&mut Reader::new(&old)).unwrap();
         assert_eq!(read.positions, [(0, 0, 5)]);

@@ -336,7 +336,10 @@ impl TableInner {
     fn check_resolved(&self, resolved: &[DeadLetterId]) -> Result<(), CommitError> {
         let state = self.dead.lock();
         let mut seen = HashSet::new();
-        match resolved.iter().find(|id| !state.keeps(**id) || !seen.insert(**id)) {
+        match resolved
+            .iter()
+            .find(|id| !state.keeps(**id) || !seen.insert(**id))
+        {
             Some(&id) => Err(CommitError::NoDeadLetter {
                 table: self.name.name.clone(),
                 id,

@@ -51,7 +51,10 @@ impl TableInner {
     fn in_memory(&self, page: &DeadLetterPage) -> (Vec<StoredDeadLetter>, Vec<u64>) {
         let writer = self.writer.lock();
         let present = (writer.log.incarnation, &writer.dead_letters);
-        let closed = writer.closed.iter().map(|c| (c.incarnation, &c.dead_letters));
+        let closed = writer
+            .closed
+            .iter()
+            .map(|c| (c.incarnation, &c.dead_letters));
         let mut logs: Vec<_> = closed.chain([present]).collect();
         if page.newest_first {
             logs.reverse();
@@ -135,7 +138,12 @@ impl TableInner {
 
     fn sweep_dead_letters(&self) -> Result<(), WorkError> {
         let settled = self.dead.lock().settled_logs();
-        let any = self.published_files.lock().1.iter().any(|f| settled.contains(&f.log));
+        let any = self
+            .published_files
+            .lock()
+            .1
+            .iter()
+            .any(|f| settled.contains(&f.log));
         if !any {
             return Ok(());
         }

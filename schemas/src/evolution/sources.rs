@@ -60,7 +60,11 @@ pub(super) fn plan_kafka(
         text(&was.max_bytes),
         text(&is.max_bytes),
     );
-    set("dead_letters.max_age", text(&was.max_age), text(&is.max_age));
+    set(
+        "dead_letters.max_age",
+        text(&was.max_age),
+        text(&is.max_age),
+    );
     set(
         "dead_letters.max_rate",
         text(&was.max_rate),
