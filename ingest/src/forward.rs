@@ -81,15 +81,16 @@ impl Forwarders {
                 wanted.insert(table.id(), (table, Route { topic, source }));
             }
         }
-        let changed = |id: &TableId, running: &Running| {
-            wanted
-                .get(id)
-                .is_none_or(|(_, route)| *route != running.route)
-        };
-        let ending = self
-            .running
-            .extract_if(.., |id, running| changed(id, running));
-        ending.for_each(|(_, running)| running.end());
+        for (id, running) in std::mem::take(&mut self.running) {
+            if wanted
+                .get(&id)
+                .is_some_and(|(_, route)| *route == running.route)
+            {
+                self.running.insert(id, running);
+            } else {
+                running.end();
+            }
+        }
         for (id, (table, route)) in wanted {
             if self.running.contains_key(&id) {
                 continue;

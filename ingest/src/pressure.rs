@@ -16,8 +16,6 @@ use crate::config::IngestConfig;
 
 /// How often it is looked at.
 pub(crate) const INTERVAL: Duration = Duration::from_millis(50);
-/// Logs smaller than this are not closed for their memory's sake.
-const SMALL_LOG_BYTES: u64 = 1 << 20;
 /// Of a file system whose minimum nobody set: a twentieth, at most this.
 const MIN_FREE_BYTES: u64 = 1 << 30;
 
@@ -125,7 +123,7 @@ impl PressureGauge {
             logs.sort_by_key(|(open, _)| std::cmp::Reverse(*open));
             let mut open_bytes: u64 = logs.iter().map(|(open, _)| open).sum();
             for (open, table) in logs {
-                if open < SMALL_LOG_BYTES || open_bytes <= self.low(seen) / 2 {
+                if open_bytes <= self.low(seen) / 2 {
                     break;
                 }
                 match table.close_log() {
