@@ -56,6 +56,8 @@ pub(crate) struct Session<'s> {
     trouble: Option<String>,
     /// What the consumer was told to read when it was last assigned; `None` when nothing.
     assigned: Option<Offsets>,
+    /// True while the consumer has partitions.
+    consuming: bool,
     past_end_tries: u32,
     ends: Offsets,
     ends_at: Option<Instant>,
@@ -112,6 +114,7 @@ impl<'s> Session<'s> {
             held: None,
             trouble: None,
             assigned: None,
+            consuming: false,
             past_end_tries: 0,
             ends: Offsets::new(),
             ends_at: None,
@@ -168,13 +171,13 @@ impl<'s> Session<'s> {
     /// Lets go of every partition, and of what is prefetched of them; polls on, for librdkafka
     /// has more to say than records.
     fn idle(&mut self) -> Option<Ended> {
-        if self.assigned.take().is_some()
-            && let Err(e) = self.consumer.unassign()
-        {
-            return Some(Ended::Retry(format!(
-                "cannot let go of {}: {e}",
-                self.topic.name
-            )));
+        if self.consuming {
+            self.assigned = None;
+            if let Err(e) = self.consumer.unassign() {
+                let topic = &self.topic.name;
+                return Some(Ended::Retry(format!("cannot let go of {topic}: {e}")));
+            }
+            self.consuming = false;
         }
         self.publish();
         if let Some(Polled::Failed {
@@ -325,6 +328,7 @@ impl<'s> Session<'s> {
             .map_err(|e| format!("cannot assign {}: {e}", self.topic.name))?;
         tracing::debug!(topic = self.topic.name, ?least, "assigned");
         self.assigned = Some(least);
+        self.consuming = true;
         Ok(())
     }
 

@@ -63,14 +63,16 @@ impl TableInner {
         for (log, letters) in logs {
             self.take_from(log, letters, page, &mut found);
         }
-        (found, writer.closed_logs())
+        let mut in_memory = writer.closed_logs();
+        in_memory.push(writer.log.incarnation);
+        (found, in_memory)
     }
 
     fn page(&self, page: &DeadLetterPage) -> Result<Vec<StoredDeadLetter>, ReadError> {
-        let (in_memory, closed) = self.in_memory(page);
-        // A log that becomes a segment just now has its file already: count it once.
+        let (in_memory, logs) = self.in_memory(page);
+        // A log that became a segment since then has its file already: count it once.
         let mut files: Vec<DeadLetterFile> = self.published_files.lock().1.clone();
-        files.retain(|file| !closed.contains(&file.log) && !self.dead.lock().is_settled(file.log));
+        files.retain(|file| !logs.contains(&file.log) && !self.dead.lock().is_settled(file.log));
         files.sort_unstable_by_key(|file| file.log);
         if page.newest_first {
             files.reverse();
