@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
-    apply, check, completions, config, delete, demo, describe, flush, get, init, leases, load, ls,
-    merge, plan, put, scan, serve, top, version,
+    apply, check, completions, config, dead_letters, delete, demo, describe, flush, get, init,
+    leases, load, ls, merge, plan, put, scan, serve, source, top, version,
 };
 use crate::config::{Config, FlagValue};
 use crate::error::CliResult;
@@ -184,6 +184,10 @@ pub enum Command {
     Top(top::TopArgs),
     /// List who holds mapped files over the local lane
     Leases(leases::LeasesArgs),
+    /// Show and steer the Kafka sources of a running server
+    Source(source::SourceArgs),
+    /// Show, replay or discard records that could not be applied
+    DeadLetters(dead_letters::DeadLettersArgs),
     /// Verify every checksum and invariant of a store
     Check(check::CheckArgs),
     /// Start a store with an in-process mock Kafka broker and show it at work

@@ -21,6 +21,7 @@ mod progress;
 mod remote;
 mod rows;
 mod server;
+mod sources;
 mod table_report;
 mod target;
 mod values;
@@ -60,6 +61,8 @@ fn run(cli: Cli) -> CliResult {
         Command::Merge(args) => args.run(global),
         Command::Leases(args) => args.run(global),
         Command::Top(args) => args.run(global),
+        Command::Source(args) => args.run(global),
+        Command::DeadLetters(args) => args.run(global),
         Command::Check(args) => args.run(global),
         Command::Demo(args) => args.run(global),
         Command::Config(args) => args.run(global),

@@ -9,13 +9,13 @@ use std::sync::Arc;
 
 use pinion_feature_store::Store;
 use pinion_flight_server::{
-    BoundAddresses, Hooks, LaneConfig, ServerConfig, SourceControl, install_metrics, serve,
+    BoundAddresses, Hooks, LaneConfig, ServerConfig, install_metrics, serve,
 };
-use pinion_ingest::{Ingest, IngestConfig, IngestHandle, SourceState};
-use serde_json::{Value, json};
+use pinion_ingest::{Ingest, IngestConfig};
 
 use crate::config::Config;
 use crate::error::{CliError, CliResult};
+use crate::sources::KafkaSources;
 
 /// The server's settings.
 ///
@@ -97,6 +97,17 @@ pub fn ingest_config(config: &Config) -> IngestConfig {
     if let Some(instance) = config.text("kafka.instance") {
         instance.clone_into(&mut ingest.instance);
     }
+    if let Some(bytes) = config.bytes("kafka.queue_bytes") {
+        ingest.queue_bytes = bytes;
+    }
+    if let Some(bytes) = config.bytes("kafka.memory_bytes") {
+        ingest.memory_bytes = bytes;
+    }
+    ingest.min_free_disk = config.bytes("kafka.min_free_disk");
+    if !config.switch("kafka.monitors") {
+        ingest.monitor_interval = None;
+    }
+    ingest.secrets_dir = config.path("kafka.secrets_dir");
     ingest
 }
 
@@ -145,49 +156,5 @@ pub async fn asked_to_end() {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
-    }
-}
-
-/// The sources as the Flight server sees them.
-struct KafkaSources(Arc<IngestHandle>);
-
-impl SourceControl for KafkaSources {
-    fn list(&self) -> Value {
-        json!({ "sources": self.0.status() })
-    }
-
-    fn act(&self, body: &Value) -> Result<Value, String> {
-        let topic = body
-            .get("topic")
-            .and_then(Value::as_str)
-            .ok_or("a topic is due: {\"action\": \"pause\" | \"resume\", \"topic\": NAME}")?;
-        let done = match body.get("action").and_then(Value::as_str) {
-            Some("pause") => self.0.pause(topic),
-            Some("resume") => self.0.resume(topic),
-            other => {
-                return Err(format!(
-                    "unknown source action {:?}; known: list, pause, resume",
-                    other.unwrap_or_default()
-                ));
-            }
-        };
-        done.map_err(|e| e.to_string())?;
-        Ok(self.list())
-    }
-
-    fn record_metrics(&self) {
-        self.0.record_metrics();
-    }
-
-    fn stopped(&self, topic: &str) -> Option<String> {
-        let status = self.0.status();
-        match status.into_iter().find(|source| source.topic == topic) {
-            None => Some(format!("no table reads topic {topic:?}")),
-            Some(source) => match source.state {
-                SourceState::Stopped { reason } => Some(reason),
-                SourceState::Paused => Some("it is paused".to_owned()),
-                SourceState::Starting | SourceState::Running | SourceState::Degraded { .. } => None,
-            },
-        }
     }
 }

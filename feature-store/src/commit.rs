@@ -2,6 +2,7 @@
 
 use arrow_array::RecordBatch;
 
+use crate::dead_letters::DeadLetterId;
 use crate::positions::Position;
 use crate::snapshot::SnapshotId;
 
@@ -44,6 +45,10 @@ pub struct DeadLetter {
     pub key: Option<Vec<u8>>,
     /// Record value as it came.
     pub value: Option<Vec<u8>>,
+    /// Record headers in order. Empty also for those of releases that did not keep them.
+    pub headers: Vec<(String, Option<Vec<u8>>)>,
+    /// When it was refused, milliseconds since the Unix epoch; -1 when that is not known.
+    pub refused_millis: i64,
 }
 
 /// Everything that becomes visible together: all of it or none.
@@ -55,6 +60,11 @@ pub struct Commit {
     pub positions: Vec<Position>,
     /// Records dead-lettered on the way.
     pub dead_letters: Vec<DeadLetter>,
+    /// Dead letters of earlier commits that this one settles: replayed, discarded, or too old.
+    /// The commit is refused if one of them is settled already.
+    pub resolved: Vec<DeadLetterId>,
+    /// Everything up to this dead letter was copied elsewhere.
+    pub forwarded: Option<DeadLetterId>,
     /// Identity of a put: a commit whose id was seen before is acknowledged, not applied.
     pub put_id: Option<String>,
 }

@@ -257,6 +257,14 @@ pub enum CommitError {
         /// Table name.
         table: String,
     },
+    /// The commit settles a dead letter that is settled already, or never was.
+    #[error("table {table} keeps no dead letter {id} any more: it was settled meanwhile")]
+    NoDeadLetter {
+        /// Table name.
+        table: String,
+        /// The dead letter.
+        id: crate::dead_letters::DeadLetterId,
+    },
 }
 
 /// Why a read failed. The snapshot stays usable.

@@ -14,6 +14,7 @@ mod catalog;
 mod check;
 mod commit;
 mod compat;
+mod dead_letters;
 mod delta;
 mod error;
 pub mod fail;
@@ -44,6 +45,9 @@ mod worker;
 pub use catalog::{TableId, TablePlan};
 pub use check::{CheckProblem, CheckReport};
 pub use commit::{Change, Commit, DeadLetter, Receipt, WriteToken};
+pub use dead_letters::{
+    DeadLetterCounts, DeadLetterId, DeadLetterPage, NotADeadLetterId, StoredDeadLetter,
+};
 pub use error::{
     ApplyError, CommitError, OpenError, ReadError, RowProblem, SnapshotError, UnknownService,
     UnknownTable, WorkError,

@@ -10,11 +10,13 @@ use std::path::Path;
 use roaring::RoaringBitmap;
 use serde::{Deserialize, Serialize};
 
+use crate::dead_letters::{DeadLetterId, ResolvedDeadLetters};
 use crate::numbered::{self, CreateNumberedError, ReadNumberedError};
 use crate::positions::Positions;
 use crate::segment::SegmentMeta;
 
-pub(crate) const FORMAT_VERSION: u32 = 1;
+/// 2: the checkpoint may name dead letters that were resolved and forwarded.
+pub(crate) const FORMAT_VERSION: u32 = 2;
 pub(crate) const KIND: &str = "manifest";
 const SUPERSEDED_KIND: &str = "sup";
 
@@ -51,6 +53,12 @@ pub(crate) struct Checkpoint {
     pub max_event: Option<i64>,
     /// Newest last.
     pub put_ids: Vec<String>,
+    /// Of the dead letters in files.
+    #[serde(default, skip_serializing_if = "ResolvedDeadLetters::is_empty")]
+    pub resolved_dead_letters: ResolvedDeadLetters,
+    /// Everything up to it was copied elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forwarded_dead_letter: Option<DeadLetterId>,
 }
 
 /// A dead-letter file: the dead letters of one log, kept when it became a segment.

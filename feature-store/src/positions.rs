@@ -18,6 +18,8 @@ pub struct Position {
     pub partition: i32,
     /// Next offset to read.
     pub next_offset: i64,
+    /// Leader epoch of the record before it, where the broker told it.
+    pub leader_epoch: Option<i32>,
 }
 
 /// The positions of one table: topic name -> (topic id, partition -> next offset).
@@ -31,6 +33,9 @@ pub struct Positions {
 struct TopicPositions {
     topic_id: String,
     next_offsets: BTreeMap<i32, i64>,
+    /// Of the partitions where it is known.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    leader_epochs: BTreeMap<i32, i32>,
 }
 
 impl Positions {
@@ -41,6 +46,12 @@ impl Positions {
             .next_offsets
             .get(&partition)
             .copied()
+    }
+
+    /// Leader epoch of the last record before the position, where it is known.
+    pub fn leader_epoch(&self, topic: &str, partition: i32) -> Option<i32> {
+        let epochs = &self.topics.get(topic)?.leader_epochs;
+        epochs.get(&partition).copied()
     }
 
     /// The identity the topic had when it was last read.
@@ -58,6 +69,7 @@ impl Positions {
                     topic_id: t.topic_id.clone(),
                     partition,
                     next_offset,
+                    leader_epoch: t.leader_epochs.get(&partition).copied(),
                 })
         })
     }
@@ -67,15 +79,21 @@ impl Positions {
         self.topics.is_empty()
     }
 
-    /// Sets a position. The last one set wins; the caller keeps them from going back.
+    /// Sets a position. The last one set wins, also one that lies further back: that is how
+    /// records are read again.
     pub fn set(&mut self, position: &Position) {
         let topic = self.topics.entry(position.topic.clone()).or_default();
         if topic.topic_id != position.topic_id {
             topic.topic_id.clone_from(&position.topic_id);
             topic.next_offsets.clear();
+            topic.leader_epochs.clear();
         }
         topic
             .next_offsets
             .insert(position.partition, position.next_offset);
+        match position.leader_epoch {
+            Some(epoch) => topic.leader_epochs.insert(position.partition, epoch),
+            None => topic.leader_epochs.remove(&position.partition),
+        };
     }
 }

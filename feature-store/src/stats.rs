@@ -42,6 +42,9 @@ pub struct TableStats {
     pub max_event_time: Option<String>,
     /// Dead letters kept.
     pub dead_letters: u64,
+    /// Bytes that the dead-letter log takes.
+    #[serde(default)]
+    pub dead_letter_bytes: u64,
     /// Merges finished since the table was opened.
     pub merges: u64,
     /// Bytes written into segments since the table was opened.

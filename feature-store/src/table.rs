@@ -7,6 +7,7 @@
 //! to swap the list of levels.
 
 mod commit;
+mod dead_letters;
 mod load;
 mod recover;
 #[cfg(test)]
@@ -26,11 +27,12 @@ use pinion_schemas::TableDefinition;
 
 use crate::catalog::TableId;
 use crate::commit::{Commit, DeadLetter, Receipt, WriteToken};
+use crate::dead_letters::DeadLetterState;
 use crate::delta::file::LogFileWriter;
 use crate::delta::record::{Place, TopicTable};
 use crate::delta::rows::LogRows;
 use crate::delta::{Log, LogView};
-use crate::error::{CommitError, OpenError, ReadError, RowProblem, SnapshotError};
+use crate::error::{CommitError, OpenError, RowProblem, SnapshotError, WorkError};
 use crate::level::Level;
 use crate::manifest::{Checkpoint, DeadLetterFile, LogEnd, Manifest};
 use crate::order;
@@ -60,6 +62,8 @@ pub(crate) struct TableInner {
     log_ends: Vec<LogEnd>,
     /// Number and dead-letter files of the newest manifest.
     published_files: Mutex<(u64, Vec<DeadLetterFile>)>,
+    /// Locked last, by whoever holds whichever other lock.
+    dead: Mutex<DeadLetterState>,
     log_sync: LogSync,
     /// Signalled after every publish.
     published: (Mutex<u64>, Condvar),
@@ -448,13 +452,21 @@ impl Table {
         }
     }
 
-    /// The newest dead letters, at most `limit`, newest first.
+    /// Bytes of the log being written, and of closed ones that wait to become segments. Their
+    /// rows are in memory, about as large.
+    pub fn log_bytes(&self) -> (u64, u64) {
+        let writer = self.0.writer.lock();
+        let open = writer.file.as_ref().map_or(0, LogFileWriter::end_bytes);
+        (open, writer.closed.iter().map(|c| c.end_bytes).sum())
+    }
+
+    /// Closes the log, so that the background makes a segment of it soon.
     ///
     /// # Errors
     ///
-    /// `Log` if a dead-letter file cannot be read.
-    pub fn dead_letters(&self, limit: usize) -> Result<Vec<DeadLetter>, ReadError> {
-        self.0.dead_letters(limit)
+    /// The log stays as it was.
+    pub fn close_log(&self) -> Result<(), WorkError> {
+        self.0.close_log()
     }
 
     /// Figures about the table.
@@ -481,19 +493,12 @@ impl Table {
                 Level::Segment(_) => 0,
             })
             .sum();
-        let (log_bytes, dead, in_memory) = {
-            let writer = self.0.writer.lock();
-            let open = writer.file.as_ref().map_or(0, LogFileWriter::end_bytes);
-            let closed: u64 = writer.closed.iter().map(|c| c.end_bytes).sum();
-            let closed_dead: usize = writer.closed.iter().map(|c| c.dead_letters.len()).sum();
-            let dead = (writer.dead_letters.len() + closed_dead) as u64;
-            (open + closed, dead, writer.closed_logs())
+        let log_bytes = {
+            let (open, closed) = self.log_bytes();
+            open + closed
         };
-        let (manifest, kept_dead) = {
-            let files = self.0.published_files.lock();
-            let others = files.1.iter().filter(|f| !in_memory.contains(&f.log));
-            (files.0, others.map(|f| f.dead_letters).sum::<u64>())
-        };
+        let manifest = self.0.published_files.lock().0;
+        let dead = self.dead_letter_counts();
         let counters = &self.0.counters;
         TableStats {
             table: self.name(),
@@ -509,7 +514,8 @@ impl Table {
                 .max_event
                 .zip(snapshot.version.event_type())
                 .map(|(ticks, data_type)| order::show_ticks(data_type, ticks)),
-            dead_letters: dead + kept_dead,
+            dead_letters: dead.kept,
+            dead_letter_bytes: dead.bytes,
             merges: counters.merges.load(Ordering::Relaxed),
             segment_bytes_written: counters.segment_bytes_written.load(Ordering::Relaxed),
             log_bytes_written: counters.log_bytes_written.load(Ordering::Relaxed),

@@ -1,7 +1,7 @@
 //! DoAction: administration by name, JSON in and JSON out.
 
 use arrow_flight::{Action, ActionType};
-use pinion_feature_store::{DeadLetter, Service, ServicePlan, Table, TablePlan};
+use pinion_feature_store::{Service, ServicePlan, Table, TablePlan};
 use pinion_schemas::Definition;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -9,13 +9,9 @@ use serde_json::{Value, json};
 use tonic::Code;
 
 use crate::command::{CommandError, checked_table_name};
+use crate::dead_letters;
 use crate::error::Failure;
 use crate::service::SharedContext;
-
-/// Dead letters returned at once.
-const MAX_DEAD_LETTERS: usize = 10_000;
-/// Dead letters returned when the request does not say.
-const DEFAULT_DEAD_LETTERS: usize = 100;
 
 /// Name and description of every action, for ListActions.
 const ACTIONS: &[(&str, &str)] = &[
@@ -25,7 +21,7 @@ const ACTIONS: &[(&str, &str)] = &[
     ),
     (
         "dead_letters",
-        r#"{"table", "limit"?}: records that could not be decoded, newest first"#,
+        r#"{"table", "action"?: "list" | "show" | "replay" | "discard", …}: records that could not be applied"#,
     ),
     (
         "describe",
@@ -48,7 +44,7 @@ const ACTIONS: &[(&str, &str)] = &[
     ("pins", "not served by this release"),
     (
         "source",
-        r#"{"action": "list" | …}: the sources that feed the tables"#,
+        r#"{"action": "list" | "pause" | "resume" | "seek", …}: the sources that feed the tables"#,
     ),
     ("stats", r#"{"table"?}: figures of one table or all"#),
     ("unpin", "not served by this release"),
@@ -100,14 +96,6 @@ struct AnyTable {
     table: Option<String>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct DeadLetters {
-    table: String,
-    #[serde(default)]
-    limit: Option<usize>,
-}
-
 /// Carries out one action and returns its result.
 pub(crate) async fn act(context: SharedContext, action: Action) -> Result<Value, Failure> {
     // Every action may touch the disk.
@@ -151,14 +139,7 @@ pub(crate) fn act_now(context: &SharedContext, action: &Action) -> Result<Value,
             Ok(reply)
         }
         "source" => source(context, parse_or_default("source", body)?),
-        "dead_letters" => {
-            let DeadLetters { table, limit } = parse("dead_letters", body)?;
-            let table = context.store.table(checked_table_name(&table)?)?;
-            let limit = limit.unwrap_or(DEFAULT_DEAD_LETTERS).min(MAX_DEAD_LETTERS);
-            let letters = table.dead_letters(limit)?;
-            let letters: Vec<Value> = letters.iter().map(dead_letter).collect();
-            Ok(json!({"table": table.name(), "dead_letters": letters}))
-        }
+        "dead_letters" => dead_letters::act(context, parse("dead_letters", body)?),
         "leases" => {
             let Nothing {} = parse_or_default("leases", body)?;
             Ok(context.leases.list())
@@ -351,27 +332,4 @@ fn source(context: &SharedContext, body: Value) -> Result<Value, Failure> {
             .act(&body)
             .map_err(|problem| Failure::invalid("SOURCE", problem)),
     }
-}
-
-/// Keys and values as text where they are UTF-8, else as base64.
-fn dead_letter(letter: &DeadLetter) -> Value {
-    use base64::Engine;
-    let bytes = |bytes: &Option<Vec<u8>>| match bytes {
-        None => Value::Null,
-        Some(bytes) => match std::str::from_utf8(bytes) {
-            Ok(text) => json!(text),
-            Err(_) => {
-                json!({"base64": base64::engine::general_purpose::STANDARD.encode(bytes)})
-            }
-        },
-    };
-    json!({
-        "topic": letter.topic,
-        "partition": letter.partition,
-        "offset": letter.offset,
-        "timestamp_millis": letter.timestamp_millis,
-        "error": letter.error,
-        "key": bytes(&letter.key),
-        "value": bytes(&letter.value),
-    })
 }

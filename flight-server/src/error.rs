@@ -193,6 +193,11 @@ impl From<CommitError> for Failure {
             CommitError::Io { ref table, .. } => {
                 Failure::of(Code::Unavailable, "LOG_WRITE", &error).with("table", table.clone())
             }
+            CommitError::NoDeadLetter { ref table, ref id } => {
+                Failure::of(Code::FailedPrecondition, "NO_DEAD_LETTER", &error)
+                    .with("table", table.clone())
+                    .with("id", id.to_string())
+            }
             CommitError::Dropped { ref table } => {
                 Failure::of(Code::NotFound, "UNKNOWN_TABLE", &error).with("table", table.clone())
             }

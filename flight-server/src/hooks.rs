@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use pinion_feature_store::{DeadLetterId, Table};
 use serde_json::Value;
 
 /// The sources (Kafka consumers) that feed the store, as far as the server needs them.
@@ -15,6 +16,21 @@ pub trait SourceControl: Send + Sync {
     ///
     /// A message for the caller: an unknown verb or source, or why it cannot be done.
     fn act(&self, body: &Value) -> Result<Value, String>;
+
+    /// Tries dead letters of a table again, for the `dead_letters` action: those with these ids,
+    /// or all of them. Gives the reply.
+    ///
+    /// # Errors
+    ///
+    /// A message for the caller: why it cannot be done.
+    fn replay_dead_letters(
+        &self,
+        table: &Table,
+        ids: Option<&[DeadLetterId]>,
+    ) -> Result<Value, String> {
+        let _ = (table, ids);
+        Err("these sources replay nothing".to_owned())
+    }
 
     /// Why no more records of this topic will arrive, or `None` while it is being read.
     ///

@@ -25,6 +25,7 @@ mod barrier;
 mod command;
 mod config;
 mod connection;
+mod dead_letters;
 mod encode;
 mod error;
 mod exchange;

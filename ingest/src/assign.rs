@@ -107,6 +107,7 @@ mod tests {
                 topic_id: topic_id.to_owned(),
                 partition,
                 next_offset,
+                leader_epoch: None,
             });
         }
         positions

@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
+
+use crate::secrets::{self, Reach};
 
 /// Settings of all sources. Durations and limits are read once, at start.
 #[derive(Clone)]
@@ -32,6 +35,17 @@ pub struct IngestConfig {
     pub discovery_interval: Duration,
     /// Longest wait for one answer of a broker.
     pub request_timeout: Duration,
+    /// Bound of each consumer's queue of prefetched records (`queued.max.messages.kbytes`).
+    pub queue_bytes: u64,
+    /// Memory that streams may take: queues, and rows that are in no segment yet. Sources wait
+    /// while it is used up.
+    pub memory_bytes: u64,
+    /// Sources wait while the disk has less free. `None`: a twentieth of it, at most 1 GiB.
+    pub min_free_disk: Option<u64>,
+    /// How often positions are told to the brokers, for lag monitors; `None`: never.
+    pub monitor_interval: Option<Duration>,
+    /// Where options of tables may read secrets from.
+    pub secrets_dir: Option<PathBuf>,
 }
 
 impl Default for IngestConfig {
@@ -48,6 +62,11 @@ impl Default for IngestConfig {
             catalog_poll: Duration::from_millis(200),
             discovery_interval: Duration::from_secs(10),
             request_timeout: Duration::from_secs(5),
+            queue_bytes: 16 << 20,
+            memory_bytes: 1 << 30,
+            min_free_disk: None,
+            monitor_interval: Some(Duration::from_secs(5)),
+            secrets_dir: None,
         }
     }
 }
@@ -66,6 +85,11 @@ impl fmt::Debug for IngestConfig {
             .field("catalog_poll", &self.catalog_poll)
             .field("discovery_interval", &self.discovery_interval)
             .field("request_timeout", &self.request_timeout)
+            .field("queue_bytes", &self.queue_bytes)
+            .field("memory_bytes", &self.memory_bytes)
+            .field("min_free_disk", &self.min_free_disk)
+            .field("monitor_interval", &self.monitor_interval)
+            .field("secrets_dir", &self.secrets_dir)
             .finish()
     }
 }
@@ -99,6 +123,40 @@ pub enum IngestError {
         /// The system's words.
         problem: String,
     },
+    /// A reference in an option leads nowhere.
+    #[error("the Kafka option {option:?}: {problem}")]
+    Secret {
+        /// The option.
+        option: String,
+        /// What is missing; never a secret.
+        problem: String,
+    },
+    /// What is paused cannot be read or written.
+    #[error("{problem}")]
+    PauseFile {
+        /// The file and what is wrong.
+        problem: String,
+    },
+    /// No table of this name has a Kafka source.
+    #[error("no table {table:?} that reads a topic{}", tables_read(.known))]
+    UnknownTable {
+        /// What was asked for.
+        table: String,
+        /// Tables that read a topic.
+        known: Vec<String>,
+    },
+    /// What was asked for does not go with the state of the topic or the table.
+    #[error("{problem}")]
+    Refused {
+        /// Why, and the way out.
+        problem: String,
+    },
+    /// The brokers, or the disk, did not do their part; asking again may help.
+    #[error("{problem}")]
+    Failed {
+        /// What they said.
+        problem: String,
+    },
     /// No table reads this topic.
     #[error("no table reads topic {topic:?}{}", topics_read(.known))]
     UnknownTopic {
@@ -114,6 +172,14 @@ fn topics_read(topics: &[String]) -> String {
         "; no topic is read".to_owned()
     } else {
         format!(" (topics read: {})", topics.join(", "))
+    }
+}
+
+fn tables_read(tables: &[String]) -> String {
+    if tables.is_empty() {
+        "; no table reads one".to_owned()
+    } else {
+        format!(" (tables that do: {})", tables.join(", "))
     }
 }
 
@@ -162,6 +228,12 @@ impl IngestConfig {
         let limits = [
             ("batch_rows", self.batch_rows == 0),
             ("batch_bytes", self.batch_bytes == 0),
+            ("queue_bytes", self.queue_bytes == 0),
+            ("memory_bytes", self.memory_bytes == 0),
+            (
+                "monitor_interval",
+                self.monitor_interval.is_some_and(|i| i.is_zero()),
+            ),
             ("value_max_bytes", self.value_max_bytes == 0),
             ("catalog_poll", self.catalog_poll.is_zero()),
             ("discovery_interval", self.discovery_interval.is_zero()),
@@ -189,17 +261,68 @@ impl IngestConfig {
             .set("fetch.queue.backoff.ms", "1")
             .set("reconnect.backoff.ms", "50")
             .set("reconnect.backoff.max.ms", "500")
-            .set("queued.max.messages.kbytes", "16384")
+            .set(
+                "queued.max.messages.kbytes",
+                self.queue_kbytes().to_string(),
+            )
+            // librdkafka keeps `fetch.max.bytes`, by which one answer may overshoot, below it.
             .set("socket.nagle.disable", "true")
             .set("allow.auto.create.topics", "false");
-        for (option, value) in self.options.iter().chain(table_options) {
-            client.set(plain_name(option), value);
-        }
+        self.set_options(&mut client, table_options)?;
         client.set("bootstrap.servers", brokers);
         for (option, value, _) in RESERVED {
             client.set(*option, *value);
         }
         client.set("group.id", format!("pinion.{}", self.instance));
+        Ok(client)
+    }
+}
+
+impl IngestConfig {
+    fn queue_kbytes(&self) -> u64 {
+        self.queue_bytes.div_ceil(1 << 10).clamp(1, 2_097_151)
+    }
+
+    /// The server's options, then the table's, with their secrets.
+    fn set_options(
+        &self,
+        client: &mut ClientConfig,
+        table_options: &BTreeMap<String, String>,
+    ) -> Result<(), IngestError> {
+        let server = self.options.iter().map(|option| (option, Reach::Server));
+        let reach = Reach::Table(self.secrets_dir.as_deref());
+        let table = table_options.iter().map(|option| (option, reach));
+        for ((option, value), reach) in server.chain(table) {
+            let value = secrets::resolve(value, reach).map_err(|problem| IngestError::Secret {
+                option: option.clone(),
+                problem,
+            })?;
+            client.set(plain_name(option), value);
+        }
+        Ok(())
+    }
+
+    /// librdkafka's settings for a producer of dead letters.
+    pub(crate) fn producer_config(
+        &self,
+        brokers: &str,
+        table_options: &BTreeMap<String, String>,
+    ) -> Result<ClientConfig, IngestError> {
+        let mut client = ClientConfig::new();
+        client
+            .set("client.id", "pinion")
+            .set("reconnect.backoff.ms", "50")
+            .set("reconnect.backoff.max.ms", "500")
+            .set(
+                "queue.buffering.max.kbytes",
+                self.queue_kbytes().to_string(),
+            )
+            .set("message.max.bytes", "104857600");
+        self.set_options(&mut client, table_options)?;
+        client
+            .set("bootstrap.servers", brokers)
+            .set("enable.idempotence", "true")
+            .set("acks", "all");
         Ok(client)
     }
 }

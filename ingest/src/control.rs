@@ -1,16 +1,19 @@
 //! How the supervisor steers a source's thread.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use pinion_feature_store::Table;
+use pinion_feature_store::{Table, TableId};
 
 /// What a source should be doing.
 #[derive(Clone, Default)]
 pub(crate) struct Desired {
     pub(crate) tables: Vec<Table>,
     pub(crate) paused: bool,
+    /// Tables that are set aside by command.
+    pub(crate) paused_tables: BTreeSet<TableId>,
 }
 
 /// Shared between a source's thread and its supervisor. Every change raises the generation.
@@ -20,6 +23,37 @@ pub(crate) struct Control {
     changed: Condvar,
     generation: AtomicU64,
     stopping: AtomicBool,
+    /// Guards the positions of its tables.
+    pub(crate) gate: PositionGate,
+}
+
+/// Keeps positions from being written from two sides: by the source, which moves them forward
+/// with what it read, and by a seek, which moves them anywhere.
+#[derive(Debug, Default)]
+pub(crate) struct PositionGate(Mutex<u64>);
+
+impl PositionGate {
+    /// How often positions were moved from outside.
+    pub(crate) fn moves(&self) -> u64 {
+        *self.0.lock()
+    }
+
+    /// Writes positions, unless they were moved since there were `seen` moves.
+    pub(crate) fn unless_moved<T>(&self, seen: u64, write: impl FnOnce() -> T) -> Option<T> {
+        let moves = self.0.lock();
+        (*moves == seen).then(write)
+    }
+
+    /// Moves positions from outside. What the source has read but not applied, it forgets.
+    pub(crate) fn move_positions<T, E>(
+        &self,
+        write: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
+        let mut moves = self.0.lock();
+        let written = write()?;
+        *moves += 1;
+        Ok(written)
+    }
 }
 
 impl Control {

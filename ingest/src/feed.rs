@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use pinion_feature_store::{Change, Commit, CommitError, DeadLetter, Position, Table};
-use pinion_schemas::{StartPolicy, TableDefinition};
+use pinion_schemas::{KafkaSource, OnLost, StartPolicy, TableDefinition};
 
 use crate::assign::{Offsets, Opening, open_topic};
+use crate::bounds::DeadLetterBounds;
+use crate::control::PositionGate;
 use crate::decode::{Decoded, Decoder, Incoming, Run, RunKind};
 
 /// One thing a micro-batch brought, in the order it came.
@@ -61,6 +63,38 @@ pub(crate) struct TopicView {
 pub(crate) type ResolveStart<'a> =
     &'a dyn Fn(StartPolicy, &BTreeSet<i32>) -> Result<Offsets, String>;
 
+/// Lets positions be written, as long as nobody else moved them.
+#[derive(Clone, Copy)]
+pub(crate) struct Permit<'g> {
+    pub(crate) gate: &'g PositionGate,
+    /// Moves known when the positions in hand were read.
+    pub(crate) seen: u64,
+}
+
+impl Permit<'_> {
+    fn write<T>(self, write: impl FnOnce() -> Result<T, FeedProblem>) -> Result<T, FeedProblem> {
+        self.gate.unless_moved(self.seen, write).unwrap_or_else(|| {
+            Err(FeedProblem::Wait(
+                "its positions were moved meanwhile".to_owned(),
+            ))
+        })
+    }
+}
+
+/// Header names and values of a record.
+pub(crate) type Headers = Vec<(String, Option<Vec<u8>>)>;
+
+/// What a micro-batch knows beside its records.
+pub(crate) struct Beside<'r> {
+    /// Of each partition the last record: its offset and leader epoch.
+    pub(crate) epochs: BTreeMap<i32, (i64, i32)>,
+    /// Headers of the record at an index: asked for records that become dead letters.
+    pub(crate) headers: &'r dyn Fn(usize) -> Headers,
+}
+
+/// Nothing: for commits without records.
+const NO_HEADERS: &dyn Fn(usize) -> Headers = &|_| Vec::new();
+
 /// A table that is reading.
 pub(crate) struct Feed {
     table: Table,
@@ -68,6 +102,11 @@ pub(crate) struct Feed {
     topic_id: String,
     decoder: Decoder,
     next: Offsets,
+    /// Leader epochs of the records before `next`, where they are known.
+    epochs: BTreeMap<i32, i32>,
+    bounds: DeadLetterBounds,
+    /// True when opening it set lost positions anew.
+    reset: bool,
 }
 
 impl Feed {
@@ -80,6 +119,7 @@ impl Feed {
         topic: &TopicView,
         value_max_bytes: usize,
         resolve: ResolveStart<'_>,
+        permit: Permit<'_>,
     ) -> Result<Feed, FeedProblem> {
         let name = &definition.name;
         let Some(source) = &definition.kafka else {
@@ -96,13 +136,15 @@ impl Feed {
         }
         let decoder = Decoder::new(definition, source, value_max_bytes)
             .map_err(|e| FeedProblem::Stop(format!("table {name}: {e}")))?;
+        let stored = table.positions();
         let opening = open_topic(
-            &table.positions(),
+            &stored,
             &topic.name,
             &topic.id,
             &topic.partitions,
             source.partitions.as_deref(),
         );
+        let mut reset = false;
         let (next, fresh, topic_id) = match opening {
             Opening::Continue {
                 positions,
@@ -114,34 +156,51 @@ impl Feed {
                 (next, partitions, topic.id.clone())
             }
             Opening::Recreated { stored, current } => {
-                return Err(FeedProblem::Stop(format!(
+                let lost = format!(
                     "topic {} was re-created: table {name} last read the topic with id {stored}, \
-                     now it has id {current}, and stored positions mean nothing in it; to read \
-                     the new topic, drop the table and apply it again",
+                     now it has id {current}, and stored positions mean nothing in it",
                     topic.name
-                )));
+                );
+                let Some(policy) = start_after_loss(source.on_lost) else {
+                    return Err(FeedProblem::Stop(format!("{lost}; {}", way_out(name))));
+                };
+                let partitions: BTreeSet<i32> = topic
+                    .partitions
+                    .iter()
+                    .copied()
+                    .filter(|p| source.partitions.as_ref().is_none_or(|o| o.contains(p)))
+                    .collect();
+                let next = resolve(policy, &partitions).map_err(FeedProblem::Wait)?;
+                note_reset(source, name, &lost);
+                reset = true;
+                (next, partitions, topic.id.clone())
             }
         };
+        let epochs = next
+            .keys()
+            .filter(|partition| !fresh.contains(partition))
+            .filter_map(|&p| Some((p, stored.leader_epoch(&topic.name, p)?)))
+            .collect();
         let mut feed = Feed {
             table: table.clone(),
             topic: topic.name.clone(),
             topic_id,
             decoder,
             next,
+            epochs,
+            bounds: DeadLetterBounds::new(&source.dead_letters),
+            reset,
         };
         if !fresh.is_empty() {
             let positions = feed.next.iter().filter(|(p, _)| fresh.contains(p));
             let positions = positions
                 .map(|(&p, &next)| feed.position(p, next))
                 .collect();
-            feed.commit(
-                &mut [],
-                Commit {
-                    positions,
-                    ..Commit::default()
-                },
-                &[],
-            )?;
+            let commit = Commit {
+                positions,
+                ..Commit::default()
+            };
+            permit.write(|| feed.commit(&mut [], commit, &[], NO_HEADERS, 0))?;
         }
         Ok(feed)
     }
@@ -149,6 +208,47 @@ impl Feed {
     /// Next offset to read of each partition.
     pub(crate) fn positions(&self) -> &Offsets {
         &self.next
+    }
+
+    /// Leader epoch of the record before a partition's position, where it is known.
+    pub(crate) fn leader_epoch(&self, partition: i32) -> Option<i32> {
+        self.epochs.get(&partition).copied()
+    }
+
+    /// True when opening it set lost positions anew.
+    pub(crate) fn was_reset(&self) -> bool {
+        self.reset
+    }
+
+    /// Sets the position of a partition whose next record is lost, as the source's `on_lost`
+    /// says. `lost` tells what happened.
+    pub(crate) fn reset(
+        &mut self,
+        partition: i32,
+        next_offset: i64,
+        source: &KafkaSource,
+        lost: &str,
+        permit: Permit<'_>,
+    ) -> Result<(), FeedProblem> {
+        self.epochs.remove(&partition);
+        let commit = Commit {
+            positions: vec![self.position(partition, next_offset)],
+            ..Commit::default()
+        };
+        permit.write(|| self.commit(&mut [], commit, &[], NO_HEADERS, 0))?;
+        note_reset(source, &self.table.name(), lost);
+        self.next.insert(partition, next_offset);
+        Ok(())
+    }
+
+    /// Why the source has to stop for its dead letters, once.
+    pub(crate) fn over_rate(&mut self) -> Option<String> {
+        let problem = self.bounds.over_rate()?;
+        let (name, topic) = (self.table.name(), &self.topic);
+        Some(format!(
+            "table {name}: {problem}; see `pinion dead-letters list {name}`, and when the \
+             definition or the producer is repaired read on with `pinion source resume {topic}`"
+        ))
     }
 
     /// True when some column is read from a header.
@@ -165,6 +265,7 @@ impl Feed {
         records: &[Incoming<'_>],
         steps: &[Step],
         now_millis: i64,
+        beside: &Beside<'_>,
     ) -> Result<Taken, FeedProblem> {
         let Advance {
             selected,
@@ -194,17 +295,36 @@ impl Feed {
                     "table {name}: decoded columns do not fit together: {e}"
                 ))
             })?;
+        let before = self.epochs.clone();
+        for (partition, next) in &advanced {
+            // Control records may lie behind the last record: of which epoch is not known.
+            match beside.epochs.get(partition) {
+                Some((offset, epoch)) if offset + 1 == *next => {
+                    self.epochs.insert(*partition, *epoch)
+                }
+                _ => self.epochs.remove(partition),
+            };
+        }
         let commit = Commit {
             positions: advanced
                 .iter()
                 .map(|(&p, &next)| self.position(p, next))
                 .collect(),
-            dead_letters: self.dead_letters(records, &refused),
+            dead_letters: self.dead_letters(records, &refused, beside.headers, now_millis),
             ..Commit::default()
         };
-        let mut applied = self.commit(&mut runs, commit, records)?;
+        let committed = self.commit(&mut runs, commit, records, beside.headers, now_millis);
+        let mut applied = match committed {
+            Ok(applied) => applied,
+            Err(problem) => {
+                self.epochs = before;
+                return Err(problem);
+            }
+        };
         applied.filtered = filtered;
         applied.duplicates = duplicates;
+        self.bounds
+            .count(selected.len() as u64, applied.dead_letters);
         self.next.extend(advanced);
         Ok(Taken {
             applied,
@@ -219,9 +339,14 @@ impl Feed {
         runs: &mut [Run],
         mut commit: Commit,
         records: &[Incoming<'_>],
+        headers: &dyn Fn(usize) -> Headers,
+        now_millis: i64,
     ) -> Result<Applied, FeedProblem> {
         let mut checked_all = false;
         loop {
+            self.bounds
+                .check_room(&self.table, &commit.dead_letters)
+                .map_err(FeedProblem::Stop)?;
             commit.changes = runs
                 .iter()
                 .filter(|r| !r.records.is_empty())
@@ -262,7 +387,7 @@ impl Feed {
             }
             commit
                 .dead_letters
-                .extend(self.dead_letters(records, &refused));
+                .extend(self.dead_letters(records, &refused, headers, now_millis));
         }
     }
 
@@ -272,6 +397,7 @@ impl Feed {
             topic_id: self.topic_id.clone(),
             partition,
             next_offset,
+            leader_epoch: self.epochs.get(&partition).copied(),
         }
     }
 
@@ -279,11 +405,15 @@ impl Feed {
         &self,
         records: &[Incoming<'_>],
         refused: &[(usize, String)],
+        headers: &dyn Fn(usize) -> Headers,
+        now_millis: i64,
     ) -> Vec<DeadLetter> {
         let of = |(index, reason): &(usize, String)| {
-            records
-                .get(*index)
-                .map(|record| self.dead_letter(record, reason))
+            records.get(*index).map(|record| DeadLetter {
+                headers: headers(*index),
+                refused_millis: now_millis,
+                ..self.dead_letter(record, reason)
+            })
         };
         refused.iter().filter_map(of).collect()
     }
@@ -297,8 +427,38 @@ impl Feed {
             error: reason.to_owned(),
             key: record.key.map(<[u8]>::to_vec),
             value: record.value.map(<[u8]>::to_vec),
+            headers: Vec::new(),
+            refused_millis: -1,
         }
     }
+}
+
+/// Where to read on after a loss, unless the table is to stop.
+pub(crate) fn start_after_loss(policy: OnLost) -> Option<StartPolicy> {
+    match policy {
+        OnLost::Stop => None,
+        OnLost::Earliest => Some(StartPolicy::Earliest),
+        OnLost::Latest => Some(StartPolicy::Latest),
+    }
+}
+
+/// How a table that stopped for lost records reads on.
+pub(crate) fn way_out(table: &str) -> String {
+    format!(
+        "to read on, `pinion source seek {table} --earliest` (what the topic has) or --latest \
+         (what comes from now on)"
+    )
+}
+
+fn note_reset(source: &KafkaSource, table: &str, lost: &str) {
+    let policy = source.on_lost;
+    tracing::warn!(
+        table,
+        topic = source.topic,
+        "position lost, set to the {policy} by on_lost: {lost}"
+    );
+    let labels = [("topic", source.topic.clone()), ("table", table.to_owned())];
+    metrics::counter!("pinion_source_resets_total", &labels).increment(1);
 }
 
 /// What a micro-batch is to a table.
@@ -349,7 +509,7 @@ fn advance(next: &Offsets, records: &[Incoming<'_>], steps: &[Step]) -> Advance 
     }
 }
 
-fn change(run: &Run) -> Change {
+pub(crate) fn change(run: &Run) -> Change {
     match run.kind {
         RunKind::Upsert => Change::Upsert(run.batch.clone()),
         RunKind::Delete => Change::Delete(run.batch.clone()),
@@ -374,7 +534,7 @@ fn count(runs: &[Run], commit: &Commit, late: u64) -> Applied {
 }
 
 /// Whether a refused commit may succeed later. No `_` arm: a new error has to choose.
-fn problem_of(error: &CommitError) -> FeedProblem {
+pub(crate) fn problem_of(error: &CommitError) -> FeedProblem {
     let text = with_causes(error);
     match error {
         CommitError::Io { .. } | CommitError::Read(_) | CommitError::Schema { .. } => {
@@ -386,6 +546,7 @@ fn problem_of(error: &CommitError) -> FeedProblem {
         | CommitError::Dropped { .. }
         | CommitError::TooLarge { .. }
         | CommitError::EmptyPutId { .. }
+        | CommitError::NoDeadLetter { .. }
         | CommitError::Row { .. } => FeedProblem::Stop(text),
     }
 }

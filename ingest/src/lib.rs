@@ -7,29 +7,40 @@
 //! So a crash at any moment leaves either all of it or none, and a restart reads on from the
 //! stored position. Kafka's own committed offsets are not used, and not written.
 //!
-//! What stops a table is said in [`IngestHandle::status`] and never worked around: an offset
-//! that the topic no longer has, a topic re-created under the same name, a table that takes no
-//! writes. What may pass (brokers away, a full disk) is tried again with growing pauses, and
+//! What stops a table is said in [`IngestHandle::status`] and never worked around in silence: an
+//! offset that the topic no longer has, a topic re-created under the same name, a table that takes
+//! no writes, too many dead letters. [`IngestHandle::seek`] is the way on from a lost position. What may pass (brokers away, a full disk) is tried again with growing pauses, and
 //! nothing advances meanwhile.
 //!
 //! Inside: `supervisor` (which sources run), `source` (one topic's thread), `session` (one
 //! connection of it), `feed` (one table on it), `decode` (records to columns), `assign` (where to read from), `broker`
 //! (questions to it), `freshness` (arrival to visible), `measure` (metrics), `native` (librdkafka calls, the only unsafe code), `control`, `status`,
-//! `config`. JSON to Arrow is `pinion_feature_store::json`.
+//! `config`, `secrets` (in options), `pauses` (kept over restarts), `seek`, `pressure` (memory and
+//! disk), `monitors` (offsets for lag monitors), and for dead letters `bounds`, `replay`, `forward`,
+//! `expire`. JSON to Arrow is `pinion_feature_store::json`.
 //!
 //! [`Commit`]: pinion_feature_store::Commit
 
 #![deny(unsafe_code)]
 
 mod assign;
+mod bounds;
 mod broker;
 mod config;
 mod control;
 mod decode;
+mod expire;
 mod feed;
+mod forward;
 mod freshness;
 mod measure;
+mod monitors;
 mod native;
+mod pauses;
+mod pressure;
+mod replay;
+mod secrets;
+mod seek;
 mod session;
 mod slot;
 mod source;
@@ -41,5 +52,7 @@ pub use freshness::{
     Buckets, FRESHNESS_BOUNDS_SECONDS, Freshness, FreshnessReport, PartitionFreshness, Recent,
     TimestampKind,
 };
-pub use status::{SourceState, SourceStatus, TableProgress};
+pub use replay::{ReplayFailure, ReplayOf, ReplayReport, replay_dead_letters};
+pub use seek::{Move, Seek, SeekTo, Sought};
+pub use status::{Forwarding, SourceState, SourceStatus, TableProgress};
 pub use supervisor::{Ingest, IngestHandle};

@@ -12,10 +12,10 @@ use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 use std::time::Duration;
 
-use rdkafka::ClientContext;
 use rdkafka::bindings as rdsys;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
+use rdkafka::{ClientContext, TopicPartitionList};
 
 use crate::freshness::TimestampKind;
 
@@ -199,6 +199,13 @@ impl Record<'_> {
         (millis != -1).then_some((kind, millis))
     }
 
+    /// Leader epoch of its batch, where the broker told it.
+    pub(crate) fn leader_epoch(&self) -> Option<i32> {
+        // SAFETY: valid message.
+        let epoch = unsafe { rdsys::rd_kafka_message_leader_epoch(self.message.as_ptr()) };
+        (epoch >= 0).then_some(epoch)
+    }
+
     /// Its headers in order. A header whose name is no UTF-8 is left out.
     pub(crate) fn headers(&self) -> Vec<(&str, Option<&[u8]>)> {
         let mut found = Vec::new();
@@ -250,6 +257,109 @@ pub(crate) fn cached_watermarks<C: ConsumerContext>(
         )
     };
     (status == RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR && high >= 0).then_some((low, high))
+}
+
+/// Notes in an assignment by which leader epoch the record before a partition's offset was
+/// written: librdkafka then compares it with the brokers' when leaders change.
+pub(crate) fn set_leader_epoch(
+    list: &mut TopicPartitionList,
+    topic: &str,
+    partition: i32,
+    leader_epoch: i32,
+) {
+    let Ok(topic) = CString::new(topic) else {
+        return;
+    };
+    // SAFETY: the list is valid and borrowed alone, the topic NUL-terminated; an element found
+    // in it is valid as long as it is.
+    unsafe {
+        let element =
+            rdsys::rd_kafka_topic_partition_list_find(list.ptr(), topic.as_ptr(), partition);
+        if !element.is_null() {
+            rdsys::rd_kafka_topic_partition_set_leader_epoch(element, leader_epoch);
+        }
+    }
+}
+
+/// Sets the committed offsets of a group that has no members, for those who watch it. Waits for
+/// the answer.
+///
+/// # Errors
+///
+/// librdkafka's words.
+pub(crate) fn set_group_offsets<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    group: &str,
+    offsets: &TopicPartitionList,
+    timeout: Duration,
+) -> Result<(), String> {
+    let failed = |reason: &str| reason.to_owned();
+    let group = CString::new(group).map_err(|_| failed("its name holds a NUL"))?;
+    let millis = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
+    let client = consumer.client().native_ptr();
+    // SAFETY: every pointer handed over was just made or borrowed from a live value; each thing
+    // made is wrapped at once in an `Owned` that destroys it once, the event before the queue.
+    // librdkafka copies the request and options during the call, and completes on the queue.
+    unsafe {
+        let request = Owned::new(
+            rdsys::rd_kafka_AlterConsumerGroupOffsets_new(group.as_ptr(), offsets.ptr()),
+            rdsys::rd_kafka_AlterConsumerGroupOffsets_destroy,
+        )
+        .ok_or_else(|| failed("no valid offsets"))?;
+        let options = Owned::new(
+            rdsys::rd_kafka_AdminOptions_new(
+                client,
+                rdsys::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_ALTERCONSUMERGROUPOFFSETS,
+            ),
+            rdsys::rd_kafka_AdminOptions_destroy,
+        )
+        .ok_or_else(|| failed("out of memory"))?;
+        rdsys::rd_kafka_AdminOptions_set_request_timeout(options.ptr, millis, ptr::null_mut(), 0);
+        let queue = Owned::new(
+            rdsys::rd_kafka_queue_new(client),
+            rdsys::rd_kafka_queue_destroy,
+        )
+        .ok_or_else(|| failed("out of memory"))?;
+        let mut requests = [request.ptr];
+        rdsys::rd_kafka_AlterConsumerGroupOffsets(
+            client,
+            requests.as_mut_ptr(),
+            requests.len(),
+            options.ptr,
+            queue.ptr,
+        );
+        let event = Owned::new(
+            rdsys::rd_kafka_queue_poll(queue.ptr, millis.saturating_add(500)),
+            rdsys::rd_kafka_event_destroy,
+        )
+        .ok_or_else(|| failed("timed out"))?;
+        if rdsys::rd_kafka_event_error(event.ptr) != RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR {
+            return Err(text(rdsys::rd_kafka_event_error_string(event.ptr)));
+        }
+        let result = rdsys::rd_kafka_event_AlterConsumerGroupOffsets_result(event.ptr);
+        if result.is_null() {
+            return Err(failed("the answer is of another kind"));
+        }
+        let mut count = 0_usize;
+        let groups = rdsys::rd_kafka_AlterConsumerGroupOffsets_result_groups(result, &mut count);
+        if groups.is_null() || count == 0 {
+            return Err(failed("the answer is empty"));
+        }
+        let error = rdsys::rd_kafka_group_result_error(*groups);
+        if !error.is_null() {
+            return Err(text(rdsys::rd_kafka_error_string(error)));
+        }
+        let partitions = rdsys::rd_kafka_group_result_partitions(*groups);
+        if !partitions.is_null() {
+            for index in 0..usize::try_from((*partitions).cnt).unwrap_or(0) {
+                let code = (*(*partitions).elems.add(index)).err;
+                if code != RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR {
+                    return Err(text(rdsys::rd_kafka_err2str(code)));
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Why the broker did not tell a topic's id.

@@ -7,9 +7,11 @@
 //! same name stops the table with the reason.
 
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use pinion_schemas::StartPolicy;
 use rdkafka::consumer::Consumer as _;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
@@ -18,7 +20,9 @@ use crate::assign::{Offsets, least_positions};
 use crate::broker::{Consumer, TopicWatch, resolve_start, watermarks};
 use crate::control::Desired;
 use crate::decode::Incoming;
-use crate::feed::{Feed, FeedProblem, Step, TopicView};
+use crate::feed::{
+    Beside, Feed, FeedProblem, Headers, Permit, Step, TopicView, start_after_loss, way_out,
+};
 use crate::freshness::{Arrival, Freshness, Visible};
 use crate::native::{self, EventQueue, Polled, Record};
 use crate::slot::{Reading, Slot};
@@ -45,10 +49,16 @@ pub(crate) struct Session<'s> {
     /// Generation of the commands followed so far.
     generation: Option<u64>,
     paused: bool,
+    /// Moves of positions from outside that are followed already.
+    moves_seen: u64,
+    /// Why sources are held back now.
+    held: Option<String>,
     /// What the consumer or the broker complained about last.
     trouble: Option<String>,
     /// What the consumer was told to read when it was last assigned; `None` when nothing.
     assigned: Option<Offsets>,
+    /// True while the consumer has partitions.
+    consuming: bool,
     past_end_tries: u32,
     /// By the wall clock: records from before count as backlog.
     started_millis: i64,
@@ -75,6 +85,28 @@ impl Gathered<'_> {
             timestamp: record.timestamp(),
         })
     }
+
+    /// Headers of a record, copied.
+    fn headers(&self, index: usize) -> Headers {
+        let Some(record) = self.records.get(index) else {
+            return Vec::new();
+        };
+        let copied =
+            |(name, value): (&str, Option<&[u8]>)| (name.to_owned(), value.map(<[u8]>::to_vec));
+        record.headers().into_iter().map(copied).collect()
+    }
+
+    /// Of each partition the last record: its offset and leader epoch.
+    fn epochs(&self) -> BTreeMap<i32, (i64, i32)> {
+        let mut epochs = BTreeMap::new();
+        for record in &self.records {
+            match record.leader_epoch() {
+                Some(epoch) => epochs.insert(record.partition(), (record.offset(), epoch)),
+                None => epochs.remove(&record.partition()),
+            };
+        }
+        epochs
+    }
 }
 
 impl<'s> Session<'s> {
@@ -92,8 +124,11 @@ impl<'s> Session<'s> {
             slots: Vec::new(),
             generation: None,
             paused: false,
+            moves_seen: source.control.gate.moves(),
+            held: None,
             trouble: None,
             assigned: None,
+            consuming: false,
             past_end_tries: 0,
             started_millis: now_millis(),
             ends: Offsets::new(),
@@ -108,6 +143,11 @@ impl<'s> Session<'s> {
             if control.stopping() {
                 return Ended::Stopped;
             }
+            let moves = control.gate.moves();
+            if moves != self.moves_seen {
+                self.moves_seen = moves;
+                self.reopen(|slot| slot.feed().is_some());
+            }
             if self.generation != Some(control.generation()) {
                 let (generation, desired) = control.desired();
                 self.generation = Some(generation);
@@ -121,9 +161,12 @@ impl<'s> Session<'s> {
                 self.publish();
                 return Ended::Halted(reason);
             }
-            if self.paused || !self.slots.iter().any(|s| s.feed().is_some()) {
-                self.publish();
-                control.sleep(self.generation.unwrap_or(0), POLL_WAIT);
+            self.held = self.source.pressure.held().map(|held| held.reason);
+            let held = self.paused || self.held.is_some();
+            if held || !self.slots.iter().any(|s| s.feed().is_some()) {
+                if let Some(ended) = self.idle() {
+                    return ended;
+                }
                 continue;
             }
             if let Err(reason) = self.assign() {
@@ -140,14 +183,44 @@ impl<'s> Session<'s> {
         }
     }
 
-    /// Takes over the tables and the pause that the supervisor wants.
+    /// Lets go of every partition, and of what is prefetched of them; polls on, for librdkafka
+    /// has more to say than records.
+    fn idle(&mut self) -> Option<Ended> {
+        if self.consuming {
+            self.assigned = None;
+            if let Err(e) = self.consumer.unassign() {
+                let topic = &self.topic.name;
+                return Some(Ended::Retry(format!("cannot let go of {topic}: {e}")));
+            }
+            self.consuming = false;
+        }
+        self.publish();
+        if let Some(Polled::Failed {
+            code,
+            partition,
+            message,
+        }) = self.events.poll(POLL_WAIT)
+            && code != RDKafkaErrorCode::AutoOffsetReset
+        {
+            return self.handle_failure(code, partition, &message);
+        }
+        None
+    }
+
+    /// Takes over the tables and the pauses that the supervisor wants.
     fn follow(&mut self, desired: &Desired) {
         self.paused = desired.paused;
         let mut former = std::mem::take(&mut self.slots);
         for table in &desired.tables {
             let definition = table.definition();
             let known = former.iter().position(|s| s.table.id() == table.id());
+            let paused = desired.paused_tables.contains(&table.id());
             let slot = match known.map(|i| former.swap_remove(i)) {
+                Some(mut slot) if paused => {
+                    slot.reading = Reading::Paused;
+                    slot.definition = definition;
+                    slot
+                }
                 Some(slot) if *slot.definition == *definition && slot.feed().is_some() => slot,
                 known => {
                     let known_freshness = known
@@ -156,21 +229,29 @@ impl<'s> Session<'s> {
                     let mut slot = Slot {
                         table: table.clone(),
                         definition,
-                        total: known.map(|s| s.total).unwrap_or_default(),
+                        total: known.as_ref().map(|s| s.total).unwrap_or_default(),
+                        resets: known.as_ref().map_or(0, |s| s.resets),
                         freshness: known_freshness,
                         last_millis: None,
                         pause: BACKOFF.0,
-                        reading: Reading::Stopped {
-                            reason: String::new(),
-                        },
+                        reading: Reading::Paused,
                     };
-                    self.open(&mut slot);
+                    if !paused {
+                        self.open(&mut slot);
+                    }
                     slot
                 }
             };
             self.slots.push(slot);
         }
         self.assigned = None;
+    }
+
+    fn permit(&self) -> Permit<'s> {
+        Permit {
+            gate: &self.source.control.gate,
+            seen: self.moves_seen,
+        }
     }
 
     fn open(&self, slot: &mut Slot) {
@@ -185,9 +266,13 @@ impl<'s> Session<'s> {
             &self.topic,
             self.source.config.value_max_bytes,
             &resolve,
+            self.permit(),
         );
         match opened {
-            Ok(feed) => slot.reading = Reading::Open(Box::new(feed)),
+            Ok(feed) => {
+                slot.resets += u64::from(feed.was_reset());
+                slot.reading = Reading::Open(Box::new(feed));
+            }
             Err(problem) => slot.set_aside(problem),
         }
     }
@@ -227,7 +312,7 @@ impl<'s> Session<'s> {
         for slot in &self.slots {
             match &slot.reading {
                 Reading::Stopped { reason } => reasons.push(reason.as_str()),
-                Reading::Open(_) | Reading::Waiting { .. } => return None,
+                Reading::Open(_) | Reading::Waiting { .. } | Reading::Paused => return None,
             }
         }
         (!reasons.is_empty()).then(|| reasons.join("; "))
@@ -249,12 +334,21 @@ impl<'s> Session<'s> {
         for (&partition, &next) in &least {
             list.add_partition_offset(&self.topic.name, partition, Offset::Offset(next))
                 .map_err(|e| format!("cannot read {} from {next}: {e}", self.topic.name))?;
+            let mut feeds = self.slots.iter().filter_map(Slot::feed);
+            let epoch = feeds.find_map(|feed| {
+                let here = feed.positions().get(&partition) == Some(&next);
+                feed.leader_epoch(partition).filter(|_| here)
+            });
+            if let Some(epoch) = epoch {
+                native::set_leader_epoch(&mut list, &self.topic.name, partition, epoch);
+            }
         }
         self.consumer
             .assign(&list)
             .map_err(|e| format!("cannot assign {}: {e}", self.topic.name))?;
         tracing::debug!(topic = self.topic.name, ?least, "assigned");
         self.assigned = Some(least);
+        self.consuming = true;
         Ok(())
     }
 
@@ -341,27 +435,27 @@ impl<'s> Session<'s> {
             })
             .collect();
         let now_millis = now_millis();
-        for slot in &mut self.slots {
-            let Reading::Open(feed) = &mut slot.reading else {
-                continue;
-            };
-            match feed.apply(&incoming, &gathered.steps, now_millis) {
-                Ok(taken) => {
-                    let visible = Visible {
-                        at: Instant::now(),
-                        unix_nanos: now_nanos(),
-                        started_millis: self.started_millis,
-                    };
-                    let arrivals = taken.records.iter().filter_map(|&i| gathered.arrival(i));
-                    slot.freshness.record(arrivals, visible);
-                    if let Some(last) = taken.records.last() {
-                        slot.last_millis = incoming.get(*last).and_then(|r| r.timestamp_millis);
-                    }
-                    slot.pause = BACKOFF.0;
-                    slot.count(&taken.applied);
-                }
-                Err(problem) => slot.set_aside(problem),
-            }
+        let headers = |index: usize| gathered.headers(index);
+        let beside = Beside {
+            epochs: gathered.epochs(),
+            headers: &headers,
+        };
+        let permit = self.permit();
+        let started_millis = self.started_millis;
+        let slots = &mut self.slots;
+        let applied = permit.gate.unless_moved(permit.seen, || {
+            apply_to(
+                slots,
+                gathered,
+                &incoming,
+                now_millis,
+                started_millis,
+                &beside,
+            );
+        });
+        if applied.is_none() {
+            // The next round opens the tables where they are now.
+            self.assigned = None;
         }
     }
 
@@ -376,7 +470,12 @@ impl<'s> Session<'s> {
         match code {
             RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => {
                 match partition {
-                    Some(partition) => self.check_range(partition).err().map(Ended::Retry),
+                    Some(partition) => {
+                        let truncated = message.contains("truncation");
+                        self.check_range(partition, truncated)
+                            .err()
+                            .map(Ended::Retry)
+                    }
                     None => Some(Ended::Retry(format!(
                         "offset of {topic} out of range: {message}"
                     ))),
@@ -402,41 +501,68 @@ impl<'s> Session<'s> {
         }
     }
 
-    /// Stops the tables whose position the partition no longer has, and reads on for the rest.
-    fn check_range(&mut self, partition: i32) -> Result<(), String> {
+    /// Stops the tables whose position the partition no longer has, or moves them as their
+    /// `on_lost` says, and reads on for the rest. `truncated`: librdkafka found that the
+    /// brokers' records before the position are not those that were read.
+    fn check_range(&mut self, partition: i32, truncated: bool) -> Result<(), String> {
         let timeout = self.source.config.request_timeout;
         let topic = self.topic.name.clone();
         let (low, high) = watermarks(self.consumer, &topic, partition, timeout)?;
         self.past_end_tries += 1;
+        let past_end = self.past_end_tries >= PAST_END_TRIES;
+        let permit = self.permit();
         let mut wait = true;
         for slot in &mut self.slots {
-            let Some(next) = slot
-                .feed()
-                .and_then(|f| f.positions().get(&partition))
-                .copied()
-            else {
+            let Reading::Open(feed) = &mut slot.reading else {
                 continue;
             };
+            let Some(next) = feed.positions().get(&partition).copied() else {
+                continue;
+            };
+            let known_epoch = feed.leader_epoch(partition).is_some();
             let lost = if next < low {
                 format!(
                     "its next record, offset {next} of {topic} partition {partition}, is gone: \
                      the topic starts at {low} now"
                 )
-            } else if next > high && self.past_end_tries >= PAST_END_TRIES {
+            } else if next > high && past_end {
                 format!(
                     "it has read {topic} partition {partition} up to offset {next}, but the \
                      topic ends at {high}: the topic lost records"
                 )
+            } else if truncated && known_epoch {
+                format!(
+                    "the records of {topic} partition {partition} before offset {next} are not \
+                     those that it has read: the topic lost records and took others"
+                )
             } else {
                 continue;
             };
-            let reason = format!(
-                "table {}: {lost}; to start over by the start policy, drop the table and apply \
-                 it again",
-                slot.table.name()
-            );
-            slot.set_aside(FeedProblem::Stop(reason));
             wait = false;
+            let source = slot.definition.kafka.as_ref();
+            let policy = source.and_then(|s| Some((s, start_after_loss(s.on_lost)?)));
+            let problem = match policy {
+                Some((source, policy)) => {
+                    let to = if policy == StartPolicy::Earliest {
+                        low
+                    } else {
+                        high
+                    };
+                    match feed.reset(partition, to, source, &lost, permit) {
+                        Ok(()) => {
+                            slot.resets += 1;
+                            continue;
+                        }
+                        Err(problem) => problem,
+                    }
+                }
+                None => {
+                    let table = slot.table.name();
+                    let way_out = way_out(&table);
+                    FeedProblem::Stop(format!("table {table}: {lost}; {way_out}"))
+                }
+            };
+            slot.set_aside(problem);
         }
         if wait {
             self.trouble = Some(format!(
@@ -481,11 +607,49 @@ impl<'s> Session<'s> {
         }
         let waiting = self.slots.iter().find_map(|slot| match &slot.reading {
             Reading::Waiting { reason, .. } => Some(reason.clone()),
-            Reading::Open(_) | Reading::Stopped { .. } => None,
+            Reading::Open(_) | Reading::Stopped { .. } | Reading::Paused => None,
         });
-        match self.trouble.clone().or(waiting) {
+        let held = self.held.as_ref().map(|why| format!("held back: {why}"));
+        match held.or_else(|| self.trouble.clone()).or(waiting) {
             Some(reason) => SourceState::Degraded { reason },
             None => SourceState::Running,
+        }
+    }
+}
+
+/// Applies a micro-batch to every table that reads. One that cannot take it is set aside.
+fn apply_to(
+    slots: &mut [Slot],
+    gathered: &Gathered<'_>,
+    incoming: &[Incoming<'_>],
+    now_millis: i64,
+    started_millis: i64,
+    beside: &Beside<'_>,
+) {
+    for slot in slots {
+        let Reading::Open(feed) = &mut slot.reading else {
+            continue;
+        };
+        match feed.apply(incoming, &gathered.steps, now_millis, beside) {
+            Ok(taken) => {
+                let visible = Visible {
+                    at: Instant::now(),
+                    unix_nanos: now_nanos(),
+                    started_millis,
+                };
+                let arrivals = taken.records.iter().filter_map(|&i| gathered.arrival(i));
+                slot.freshness.record(arrivals, visible);
+                if let Some(last) = taken.records.last() {
+                    slot.last_millis = incoming.get(*last).and_then(|r| r.timestamp_millis);
+                }
+                slot.pause = BACKOFF.0;
+                let over_rate = feed.over_rate();
+                slot.count(&taken.applied);
+                if let Some(reason) = over_rate {
+                    slot.set_aside(FeedProblem::Stop(reason));
+                }
+            }
+            Err(problem) => slot.set_aside(problem),
         }
     }
 }

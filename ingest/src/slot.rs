@@ -23,6 +23,8 @@ pub(crate) struct Slot {
     pub(crate) freshness: Freshness,
     /// Timestamp of the record applied last.
     pub(crate) last_millis: Option<i64>,
+    /// Times that a lost position was set anew.
+    pub(crate) resets: u64,
     pub(crate) reading: Reading,
     /// Next pause, when the table cannot go on: grows until a batch is applied.
     pub(crate) pause: Duration,
@@ -36,6 +38,8 @@ pub(crate) enum Reading {
     Waiting { at: Instant, reason: String },
     /// Somebody has to act.
     Stopped { reason: String },
+    /// By command.
+    Paused,
 }
 
 impl Slot {
@@ -43,7 +47,7 @@ impl Slot {
     pub(crate) fn feed(&self) -> Option<&Feed> {
         match &self.reading {
             Reading::Open(feed) => Some(feed),
-            Reading::Waiting { .. } | Reading::Stopped { .. } => None,
+            Reading::Waiting { .. } | Reading::Stopped { .. } | Reading::Paused => None,
         }
     }
 
@@ -100,16 +104,10 @@ impl Slot {
                 },
                 self.stored_positions(topic),
             ),
+            Reading::Paused => (SourceState::Paused, self.stored_positions(topic)),
         };
         let lag = lag(&positions, ends);
         TableProgress {
-            lag,
-            lag_seconds: match self.last_millis {
-                Some(millis) if lag > 0 => (now_millis() - millis).max(0) as f64 / 1e3,
-                _ => 0.0,
-            },
-            table: self.table.name(),
-            state,
             positions,
             rows: self.total.rows,
             deletes: self.total.deletes,
@@ -117,7 +115,14 @@ impl Slot {
             filtered: self.total.filtered,
             late: self.total.late,
             duplicates: self.total.duplicates,
+            lag,
+            lag_seconds: match self.last_millis {
+                Some(millis) if lag > 0 => (now_millis() - millis).max(0) as f64 / 1e3,
+                _ => 0.0,
+            },
             freshness: Some(self.freshness.clone()),
+            resets: self.resets,
+            ..TableProgress::new(self.table.name(), state)
         }
     }
 

@@ -5,11 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use pinion_schemas::TableDefinition;
 
 use crate::broker::{Consumer, TopicWatch, describe_topic};
-use crate::config::IngestConfig;
+use crate::config::{IngestConfig, IngestError};
 use crate::control::Control;
+use crate::monitors::Monitors;
 use crate::native::LogContext;
+use crate::pressure::Pressure;
 use crate::session::Session;
 use crate::status::{SourceState, SourceStatus};
 
@@ -25,12 +28,26 @@ pub(crate) struct SourceKey {
     pub(crate) options: BTreeMap<String, String>,
 }
 
+impl SourceKey {
+    /// The source that a table is read by; `None` when it has none, or no brokers are known.
+    pub(crate) fn of(definition: &TableDefinition, config: &IngestConfig) -> Option<SourceKey> {
+        let source = definition.kafka.as_ref()?;
+        let brokers = source.brokers.as_ref().or(config.brokers.as_ref())?;
+        Some(SourceKey {
+            topic: source.topic.clone(),
+            brokers: brokers.clone(),
+            options: source.options.clone(),
+        })
+    }
+}
+
 /// A source before and between its connections.
 pub(crate) struct Source {
     pub(crate) key: SourceKey,
     pub(crate) config: Arc<IngestConfig>,
     pub(crate) control: Arc<Control>,
     pub(crate) status: Arc<Mutex<SourceStatus>>,
+    pub(crate) pressure: Pressure,
 }
 
 /// How a connection ended.
@@ -85,6 +102,8 @@ impl Source {
             .client_config(&self.key.brokers, &self.key.options)
         {
             Ok(settings) => settings,
+            // The secret may be put in place any moment.
+            Err(e @ IngestError::Secret { .. }) => return Ended::Retry(e.to_string()),
             Err(e) => return Ended::Halted(e.to_string()),
         };
         let consumer: Arc<Consumer> = match settings.create_with_context(LogContext) {
@@ -106,6 +125,7 @@ impl Source {
             Ok(watch) => watch,
             Err(e) => return Ended::Retry(e.to_string()),
         };
+        let _monitors = Monitors::start(self, &consumer);
         let Some(mut session) = Session::new(self, &consumer, topic) else {
             return Ended::Retry("librdkafka gave the consumer no queue".to_owned());
         };

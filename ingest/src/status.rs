@@ -76,6 +76,47 @@ pub struct TableProgress {
     pub duplicates: u64,
     /// How soon records become visible; `None` while the table's source cannot even be tried.
     pub freshness: Option<Freshness>,
+    /// Times that a lost position was set anew by the table's `on_lost`, since the server
+    /// started.
+    pub resets: u64,
+    /// Dead letters that are kept.
+    pub dead_letters_kept: u64,
+    /// How far copying them is, where they are copied.
+    pub forwarding: Option<Forwarding>,
+}
+
+/// How far copying a table's dead letters to a topic is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Forwarding {
+    /// The topic they go to.
+    pub topic: String,
+    /// Dead letters that are not there yet.
+    pub waiting: u64,
+    /// What stands in the way, when something does.
+    pub problem: Option<String>,
+}
+
+impl TableProgress {
+    /// A table that has not read anything.
+    pub(crate) fn new(table: String, state: SourceState) -> TableProgress {
+        TableProgress {
+            table,
+            state,
+            positions: BTreeMap::new(),
+            lag: 0,
+            lag_seconds: 0.0,
+            rows: 0,
+            deletes: 0,
+            dead_letters: 0,
+            filtered: 0,
+            late: 0,
+            duplicates: 0,
+            freshness: None,
+            resets: 0,
+            dead_letters_kept: 0,
+            forwarding: None,
+        }
+    }
 }
 
 /// Records from a table's positions to the end of the topic.

@@ -9,10 +9,16 @@ use parking_lot::{Condvar, Mutex};
 use pinion_feature_store::{Store, Table, TableId};
 
 use crate::config::{IngestConfig, IngestError};
-use crate::control::Control;
+use crate::control::{Control, Desired};
+use crate::expire::Expiry;
+use crate::forward::{Forwarders, Problems};
 use crate::measure;
+use crate::pauses::{PauseFile, Paused};
+use crate::pressure::{self, Pressure, PressureGauge};
+use crate::replay::{ReplayOf, ReplayReport, replay_dead_letters};
+use crate::seek::{self, Seek, Sought};
 use crate::source::{Source, SourceKey};
-use crate::status::{SourceState, SourceStatus, TableProgress};
+use crate::status::{Forwarding, SourceState, SourceStatus, TableProgress};
 
 /// Starts ingest.
 #[derive(Debug)]
@@ -29,16 +35,33 @@ impl Ingest {
     /// A setting that no broker is needed to refuse, or no thread to be had.
     pub fn start(store: Store, config: IngestConfig) -> Result<IngestHandle, IngestError> {
         config.check()?;
+        let pause_file = PauseFile::of(store.dir());
+        let paused = pause_file
+            .read()
+            .map_err(|problem| IngestError::PauseFile { problem })?;
+        let gauge = PressureGauge::new(&config);
+        let mut forwarders = Forwarders::default();
+        let expiry = Expiry::start(store.clone())?;
         let shared = Arc::new(Shared {
             store,
             config: Arc::new(config),
-            inner: Mutex::new(Inner::default()),
+            pause_file,
+            pressure: gauge.shared.clone(),
+            forward_problems: Arc::clone(&forwarders.problems),
+            inner: Mutex::new(Inner {
+                paused,
+                ..Inner::default()
+            }),
             wake: Condvar::new(),
         });
         let supervisor = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("pinion-ingest".to_owned())
-            .spawn(move || supervisor.run())
+            .spawn(move || {
+                supervisor.run(&gauge, &mut forwarders);
+                forwarders.end();
+                drop(expiry);
+            })
             .map_err(|e| IngestError::Thread {
                 what: "ingest".to_owned(),
                 problem: e.to_string(),
@@ -67,6 +90,9 @@ impl IngestHandle {
             .map(|r| r.status.lock().clone())
             .collect();
         all.extend(inner.unstartable.iter().cloned());
+        drop(inner);
+        let tables = all.iter_mut().flat_map(|source| &mut source.tables);
+        tables.for_each(|progress| self.shared.count_dead_letters(progress));
         all.sort_by(|a, b| (&a.topic, &a.brokers).cmp(&(&b.topic, &b.brokers)));
         all
     }
@@ -77,11 +103,11 @@ impl IngestHandle {
     }
 
     /// Stops reading a topic, for every table on it, until [`IngestHandle::resume`]. A batch in
-    /// progress is still applied. Lasts until the server ends.
+    /// progress is still applied. Lasts over restarts.
     ///
     /// # Errors
     ///
-    /// `UnknownTopic` when no table reads it.
+    /// `UnknownTopic` when no table reads it, `PauseFile` when it cannot be noted.
     pub fn pause(&self, topic: &str) -> Result<(), IngestError> {
         self.set_paused(topic, true)
     }
@@ -90,31 +116,121 @@ impl IngestHandle {
     ///
     /// # Errors
     ///
-    /// `UnknownTopic` when no table reads it.
+    /// As [`IngestHandle::pause`].
     pub fn resume(&self, topic: &str) -> Result<(), IngestError> {
         self.set_paused(topic, false)
     }
 
     fn set_paused(&self, topic: &str, paused: bool) -> Result<(), IngestError> {
         let mut inner = self.shared.inner.lock();
-        let mut found = false;
-        for (_, running) in inner.running.iter().filter(|(key, _)| key.topic == topic) {
-            running.control.update(|desired| desired.paused = paused);
-            found = true;
-        }
-        if !found {
+        let running = inner.running.keys().any(|key| key.topic == topic);
+        if !running && !inner.paused.topics.contains(topic) {
             let known: BTreeSet<String> = inner.running.keys().map(|k| k.topic.clone()).collect();
             return Err(IngestError::UnknownTopic {
                 topic: topic.to_owned(),
                 known: known.into_iter().collect(),
             });
         }
+        let mut next = inner.paused.clone();
         if paused {
-            inner.paused.insert(topic.to_owned());
+            next.topics.insert(topic.to_owned());
         } else {
-            inner.paused.remove(topic);
+            next.topics.remove(topic);
+        }
+        self.shared.note_paused(&mut inner, next)?;
+        for (_, running) in inner.running.iter().filter(|(key, _)| key.topic == topic) {
+            running.control.update(|desired| desired.paused = paused);
         }
         Ok(())
+    }
+
+    /// Stops reading for one table, while others on its topic go on, until
+    /// [`IngestHandle::resume_table`]. Lasts over restarts.
+    ///
+    /// # Errors
+    ///
+    /// `UnknownTable` when it reads no topic, `PauseFile` when it cannot be noted.
+    pub fn pause_table(&self, table: &str) -> Result<(), IngestError> {
+        self.set_table_paused(table, true)
+    }
+
+    /// Reads a paused table's topic for it again, from where it stood; tries a stopped one again.
+    ///
+    /// # Errors
+    ///
+    /// As [`IngestHandle::pause_table`].
+    pub fn resume_table(&self, table: &str) -> Result<(), IngestError> {
+        self.set_table_paused(table, false)
+    }
+
+    fn set_table_paused(&self, table: &str, paused: bool) -> Result<(), IngestError> {
+        let shared = &self.shared;
+        let (found, ..) = seek::source_of(&shared.store, &shared.config, table)?;
+        let mut inner = shared.inner.lock();
+        let mut next = inner.paused.clone();
+        if paused {
+            next.tables.insert(table.to_owned());
+        } else {
+            next.tables.remove(table);
+        }
+        shared.note_paused(&mut inner, next)?;
+        for running in inner.running.values() {
+            if running.tables.contains(&found.id()) {
+                running.control.update(|desired| {
+                    if paused {
+                        desired.paused_tables.insert(found.id());
+                    } else {
+                        desired.paused_tables.remove(&found.id());
+                    }
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves a table's positions, while it is read or after it stopped. Returns once the new
+    /// positions are on disk; reading goes on from there at once, unless it is paused.
+    ///
+    /// # Errors
+    ///
+    /// `UnknownTable`; `Refused` for a place that does not exist, or one that would double rows
+    /// without leave; `Failed` when brokers or disk do not answer. Then nothing moved.
+    pub fn seek(&self, seek: &Seek) -> Result<Sought, IngestError> {
+        let shared = &self.shared;
+        let (table, definition, key) = seek::source_of(&shared.store, &shared.config, &seek.table)?;
+        let resolved = seek::resolve(&shared.config, &definition, &key, seek)?;
+        // Under the lock: the source cannot be replaced by another meanwhile.
+        let inner = shared.inner.lock();
+        let running = inner
+            .running
+            .get(&key)
+            .filter(|r| r.tables.contains(&table.id()));
+        let Some(running) = running else {
+            return Err(IngestError::Failed {
+                problem: format!(
+                    "the source of table {} is just starting: try again",
+                    seek.table
+                ),
+            });
+        };
+        let gate = &running.control.gate;
+        let sought = seek::commit(gate, &table, &definition, seek, &resolved)?;
+        tracing::info!(table = seek.table, topic = key.topic, moved = ?sought.moved, "positions moved");
+        running.control.update(|_| {});
+        Ok(sought)
+    }
+
+    /// Tries a table's dead letters again by its present definition.
+    ///
+    /// # Errors
+    ///
+    /// As [`replay_dead_letters`].
+    pub fn replay_dead_letters(
+        &self,
+        table: &Table,
+        wanted: &ReplayOf,
+    ) -> Result<ReplayReport, IngestError> {
+        replay_dead_letters(table, self.shared.config.value_max_bytes, wanted)
     }
 
     /// Ends every source and waits for the threads. What was read is committed; nothing else
@@ -138,6 +254,9 @@ impl Drop for IngestHandle {
 struct Shared {
     store: Store,
     config: Arc<IngestConfig>,
+    pause_file: PauseFile,
+    pressure: Pressure,
+    forward_problems: Problems,
     inner: Mutex<Inner>,
     wake: Condvar,
 }
@@ -146,7 +265,7 @@ struct Shared {
 struct Inner {
     running: BTreeMap<SourceKey, Running>,
     unstartable: Vec<SourceStatus>,
-    paused: BTreeSet<String>,
+    paused: Paused,
     stopping: bool,
 }
 
@@ -167,16 +286,23 @@ impl Running {
 }
 
 impl Shared {
-    fn run(&self) {
+    fn run(&self, gauge: &PressureGauge, forwarders: &mut Forwarders) {
         let mut seen = None;
+        let mut looked: Option<Instant> = None;
         loop {
-            let version = self.store.catalog_version();
-            if seen != Some(version) {
-                seen = Some(version);
-                self.reconcile();
+            if looked.is_none_or(|at| at.elapsed() >= self.config.catalog_poll) {
+                looked = Some(Instant::now());
+                let version = self.store.catalog_version();
+                if seen != Some(version) {
+                    seen = Some(version);
+                    self.reconcile();
+                    forwarders.follow(&self.store, &self.config);
+                }
             }
+            let sources = self.inner.lock().running.len();
+            gauge.look(&self.store, sources);
             let mut inner = self.inner.lock();
-            let until = Instant::now() + self.config.catalog_poll;
+            let until = Instant::now() + self.config.catalog_poll.min(pressure::INTERVAL);
             while !inner.stopping && !self.wake.wait_until(&mut inner, until).timed_out() {}
             if inner.stopping {
                 let running = std::mem::take(&mut inner.running);
@@ -189,6 +315,46 @@ impl Shared {
                 return;
             }
         }
+    }
+
+    /// Keeps what is paused; on error it stays as it was.
+    fn note_paused(&self, inner: &mut Inner, next: Paused) -> Result<(), IngestError> {
+        if next != inner.paused {
+            self.pause_file
+                .write(&next)
+                .map_err(|e| IngestError::PauseFile {
+                    problem: format!("cannot note what is paused: {e}"),
+                })?;
+            inner.paused = next;
+        }
+        Ok(())
+    }
+
+    /// Fills in what the table itself knows of its dead letters.
+    fn count_dead_letters(&self, progress: &mut TableProgress) {
+        let Ok(table) = self.store.table(&progress.table) else {
+            return;
+        };
+        let counts = table.dead_letter_counts();
+        progress.dead_letters_kept = counts.kept;
+        let definition = table.definition();
+        let topic = definition
+            .kafka
+            .as_ref()
+            .and_then(|k| k.dead_letter_topic.clone());
+        progress.forwarding = topic.map(|topic| Forwarding {
+            topic,
+            waiting: counts.unforwarded,
+            problem: self.forward_problems.lock().get(&progress.table).cloned(),
+        });
+    }
+
+    /// Those of these tables that are paused.
+    fn paused_tables(inner: &Inner, tables: &[Table]) -> BTreeSet<TableId> {
+        let paused = tables
+            .iter()
+            .filter(|t| inner.paused.tables.contains(&t.name()));
+        paused.map(Table::id).collect()
     }
 
     /// Brings the sources in line with the catalog.
@@ -216,14 +382,19 @@ impl Shared {
             }
         }
         for (key, tables) in wanted {
-            let paused = inner.paused.contains(&key.topic);
+            let paused = inner.paused.topics.contains(&key.topic);
             let table_ids = ids(&tables);
+            let desired = Desired {
+                paused_tables: Shared::paused_tables(&inner, &tables),
+                tables,
+                paused,
+            };
             if let Some(running) = inner.running.get_mut(&key) {
                 running.tables = table_ids;
-                running.control.update(|desired| desired.tables = tables);
+                running.control.update(|now| *now = desired);
                 continue;
             }
-            match self.spawn(&key, tables, table_ids, paused) {
+            match self.spawn(&key, desired, table_ids) {
                 Ok(running) => {
                     tracing::info!(topic = key.topic, brokers = key.brokers, "source starts");
                     inner.running.insert(key, running);
@@ -249,15 +420,8 @@ impl Shared {
             let Some(source) = &definition.kafka else {
                 continue;
             };
-            match source.brokers.as_ref().or(self.config.brokers.as_ref()) {
-                Some(brokers) => {
-                    let key = SourceKey {
-                        topic: source.topic.clone(),
-                        brokers: brokers.clone(),
-                        options: source.options.clone(),
-                    };
-                    wanted.entry(key).or_default().push(table);
-                }
+            match SourceKey::of(&definition, &self.config) {
+                Some(key) => wanted.entry(key).or_default().push(table),
                 None => {
                     let reason = format!(
                         "no Kafka brokers are known for table {}: set `brokers` in its \
@@ -266,20 +430,8 @@ impl Shared {
                     );
                     let state = SourceState::Stopped { reason };
                     let mut status = empty_status(&source.topic, "", state.clone());
-                    status.tables.push(TableProgress {
-                        table: definition.name.clone(),
-                        state,
-                        positions: BTreeMap::new(),
-                        lag: 0,
-                        lag_seconds: 0.0,
-                        rows: 0,
-                        deletes: 0,
-                        dead_letters: 0,
-                        filtered: 0,
-                        late: 0,
-                        duplicates: 0,
-                        freshness: None,
-                    });
+                    let progress = TableProgress::new(definition.name.clone(), state);
+                    status.tables.push(progress);
                     unstartable.push(status);
                 }
             }
@@ -290,15 +442,11 @@ impl Shared {
     fn spawn(
         &self,
         key: &SourceKey,
-        tables: Vec<Table>,
+        wanted: Desired,
         table_ids: BTreeSet<TableId>,
-        paused: bool,
     ) -> Result<Running, IngestError> {
         let control = Arc::new(Control::default());
-        control.update(|desired| {
-            desired.tables = tables;
-            desired.paused = paused;
-        });
+        control.update(|desired| *desired = wanted);
         let status = Arc::new(Mutex::new(empty_status(
             &key.topic,
             &key.brokers,
@@ -309,6 +457,7 @@ impl Shared {
             config: Arc::clone(&self.config),
             control: Arc::clone(&control),
             status: Arc::clone(&status),
+            pressure: self.pressure.clone(),
         };
         let thread = std::thread::Builder::new()
             .name("pinion-source".to_owned())

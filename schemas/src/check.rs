@@ -196,7 +196,14 @@ impl TableDefinition {
     }
 
     fn check_kafka(&self, kafka: &KafkaSource) -> Result<(), DefinitionError> {
-        check_topic(&kafka.topic)?;
+        check_topic("source.kafka.topic", &kafka.topic)?;
+        if let Some(topic) = &kafka.dead_letter_topic {
+            const PATH: &str = "source.kafka.dead_letter_topic";
+            check_topic(PATH, topic)?;
+            if *topic == kafka.topic {
+                return Err(refuse(PATH, "it is the topic that the table reads", None));
+            }
+        }
         at_most(
             "source.kafka.brokers",
             kafka.brokers.as_deref().unwrap_or(""),
@@ -269,7 +276,7 @@ fn check_partitions(partitions: Option<&[i32]>) -> Result<(), DefinitionError> {
     Ok(())
 }
 
-fn check_topic(topic: &str) -> Result<(), DefinitionError> {
+fn check_topic(path: &str, topic: &str) -> Result<(), DefinitionError> {
     let is_topic = !topic.is_empty()
         && topic.len() <= 249
         && topic != "."
@@ -286,7 +293,7 @@ fn check_topic(topic: &str) -> Result<(), DefinitionError> {
         .flat_map(char::escape_debug)
         .collect();
     Err(refuse(
-        "source.kafka.topic",
+        path,
         format!("\"{shown}\" is not a topic name"),
         Some("1 to 249 of A-Z, a-z, 0-9, \".\", \"_\" and \"-\""),
     ))

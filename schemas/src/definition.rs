@@ -10,8 +10,9 @@ use std::sync::Arc;
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use serde::{Deserialize, Serialize};
 
+use crate::limits::DeadLetterLimits;
 use crate::policies::{
-    BatchFormat, History, KeyFormat, LookupLayout, StartPolicy, UnknownFields, ValueFormat,
+    BatchFormat, History, KeyFormat, LookupLayout, OnLost, StartPolicy, UnknownFields, ValueFormat,
 };
 use crate::span::Span;
 use crate::types::{self, storage_type};
@@ -203,6 +204,15 @@ pub struct KafkaSource {
     /// Only these partitions; `None`: all.
     #[serde(default)]
     pub partitions: Option<Vec<i32>>,
+    /// What happens when the topic no longer has the next record.
+    #[serde(default)]
+    pub on_lost: OnLost,
+    /// Bounds of the table's dead-letter log.
+    #[serde(default)]
+    pub dead_letters: DeadLetterLimits,
+    /// A topic that dead letters are copied to, at least once.
+    #[serde(default)]
+    pub dead_letter_topic: Option<String>,
     /// Settings handed to librdkafka as they are. May hold secrets: never print the values.
     #[serde(default)]
     pub options: BTreeMap<String, String>,
@@ -222,6 +232,9 @@ impl KafkaSource {
             max_future: None,
             unknown_fields: None,
             partitions: None,
+            on_lost: OnLost::default(),
+            dead_letters: DeadLetterLimits::default(),
+            dead_letter_topic: None,
             options: BTreeMap::new(),
         }
     }

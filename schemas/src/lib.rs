@@ -40,6 +40,7 @@ mod defaults;
 mod definition;
 mod evolution;
 mod keys;
+mod limits;
 mod names;
 mod parse;
 mod policies;
@@ -54,9 +55,10 @@ pub use definition::{
 };
 pub use evolution::{Change, EvolutionError, can_widen, plan_evolution};
 pub use keys::{EncodedKeys, KeyEncoder, KeyError, KeyTypeError, check_key_type, key_hash};
+pub use limits::{ByteSize, DeadLetterLimits, Share};
 pub use names::{NameError, nearest, valid_name};
 pub use policies::{
-    BatchFormat, History, KeyFormat, LookupLayout, StartPolicy, UnknownFields, UnknownWord,
+    BatchFormat, History, KeyFormat, LookupLayout, OnLost, StartPolicy, UnknownFields, UnknownWord,
     ValueFormat,
 };
 pub use service::{Definition, ServiceDefinition};

@@ -10,6 +10,7 @@ use crate::definition::{
     BatchSource, DefinitionError, Feature, KafkaSource, KeyColumn, TableDefinition, TimeColumn,
     default_max_future,
 };
+use crate::limits::DeadLetterLimits;
 use crate::toml_reader::{Section, Source};
 use crate::types::parse_type;
 
@@ -56,8 +57,12 @@ const KAFKA_KEYS: &[&str] = &[
     "max_future",
     "unknown_fields",
     "partitions",
+    "on_lost",
+    "dead_letters",
+    "dead_letter_topic",
     "options",
 ];
+const DEAD_LETTER_KEYS: &[&str] = &["max_bytes", "max_age", "max_rate"];
 
 impl TableDefinition {
     /// Reads a table definition.
@@ -273,7 +278,22 @@ fn read_kafka(section: &Section<'_>) -> Result<KafkaSource, DefinitionError> {
                 .as_integer()
                 .and_then(|number| i32::try_from(number).ok())
         })?,
+        on_lost: section.parsed("on_lost")?.unwrap_or_default(),
+        dead_letters: read_dead_letters(section)?,
+        dead_letter_topic: section.owned_text("dead_letter_topic")?,
         options: section.text_map("options")?,
+    })
+}
+
+fn read_dead_letters(kafka: &Section<'_>) -> Result<DeadLetterLimits, DefinitionError> {
+    let Some(section) = kafka.section("dead_letters")? else {
+        return Ok(DeadLetterLimits::default());
+    };
+    section.only(DEAD_LETTER_KEYS, |_| None)?;
+    Ok(DeadLetterLimits {
+        max_bytes: section.parsed("max_bytes")?,
+        max_age: section.parsed("max_age")?,
+        max_rate: section.parsed("max_rate")?,
     })
 }
 

@@ -84,6 +84,20 @@ pub enum StartPolicy {
     At(i64),
 }
 
+/// What happens when a topic no longer has what a table is to read next: records were removed
+/// before they were read, the topic was made again under its name, or its end lies before what
+/// was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum OnLost {
+    /// The table stops with the reason.
+    #[default]
+    Stop,
+    /// It reads on from the oldest record there is.
+    Earliest,
+    /// It reads on from the end.
+    Latest,
+}
+
 /// A word that is not one of a setting's values.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("unknown {what} \"{text}\" (known: {known})")]
@@ -152,6 +166,9 @@ fn unknown_word(what: &'static str, text: &str, known: &'static str) -> UnknownW
 words!(UnknownFields, "setting", "ignore, refuse", { Ignore => "ignore", Refuse => "refuse" });
 words!(LookupLayout, "layout", "columns, rows", { Columns => "columns", Rows => "rows" });
 words!(ValueFormat, "format", "json", { Json => "json" });
+words!(OnLost, "policy", "stop, earliest, latest", {
+    Stop => "stop", Earliest => "earliest", Latest => "latest"
+});
 words!(KeyFormat, "key format", "json, string", { Json => "json", String => "string" });
 words!(BatchFormat, "format", "parquet, csv, jsonl, arrow", {
     Parquet => "parquet", Csv => "csv", Jsonl => "jsonl", Arrow => "arrow"

@@ -8,7 +8,8 @@ use serde_json::Value as Json;
 use crate::definition::{
     BatchSource, Feature, KafkaSource, TableDefinition, TimeColumn, default_max_future,
 };
-use crate::policies::{LookupLayout, StartPolicy, UnknownFields, ValueFormat};
+use crate::limits::DeadLetterLimits;
+use crate::policies::{LookupLayout, OnLost, StartPolicy, UnknownFields, ValueFormat};
 use crate::types::format_type;
 
 impl TableDefinition {
@@ -135,12 +136,29 @@ fn render_kafka(kafka: &KafkaSource, out: &mut Toml) {
     if let Some(partitions) = &kafka.partitions {
         out.set("partitions", format!("{partitions:?}"));
     }
+    if kafka.on_lost != OnLost::default() {
+        out.text("on_lost", kafka.on_lost);
+    }
+    render_dead_letters(kafka, out);
     if !kafka.options.is_empty() {
         out.header("[source.kafka.options]");
         for (name, value) in &kafka.options {
             out.text(name, value);
         }
     }
+}
+
+fn render_dead_letters(kafka: &KafkaSource, out: &mut Toml) {
+    let limits = &kafka.dead_letters;
+    if *limits != DeadLetterLimits::default() {
+        let members = [
+            ("max_bytes", limits.max_bytes.map(|v| quoted(v.to_string()))),
+            ("max_age", limits.max_age.map(|v| quoted(v.to_string()))),
+            ("max_rate", limits.max_rate.map(|v| quoted(v.to_string()))),
+        ];
+        out.set("dead_letters", inline(&members));
+    }
+    out.optional("dead_letter_topic", kafka.dead_letter_topic.as_ref());
 }
 
 fn render_json(value: &Json) -> String {

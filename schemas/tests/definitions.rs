@@ -2,8 +2,8 @@
 
 use arrow_schema::DataType;
 use pinion_schemas::{
-    BatchFormat, Feature, History, KeyFormat, LookupLayout, Span, StartPolicy, TableDefinition,
-    UnknownFields, ValueFormat,
+    BatchFormat, ByteSize, Feature, History, KeyFormat, LookupLayout, OnLost, Span, StartPolicy,
+    TableDefinition, UnknownFields, ValueFormat,
 };
 use proptest::prelude::*;
 use serde_json::json;
@@ -102,6 +102,9 @@ where = { type = "click", version = 2, live = true }
 max_future = "1m"
 unknown_fields = "ignore"
 partitions = [0, 2]
+on_lost = "latest"
+dead_letters = { max_bytes = "16 MiB", max_age = "30d", max_rate = "2.5%" }
+dead_letter_topic = "events-dead"
 
 [source.kafka.options]
 security.protocol = "SASL_SSL"
@@ -155,6 +158,11 @@ fn every_setting_is_read_and_survives_a_round_trip() {
     assert_eq!(kafka.where_equals["version"], "2");
     assert_eq!(kafka.where_equals["live"], "true");
     assert_eq!(kafka.partitions.as_deref(), Some(&[0, 2][..]));
+    assert_eq!(kafka.on_lost, OnLost::Latest);
+    assert_eq!(kafka.dead_letters.max_bytes, Some(ByteSize(16 << 20)));
+    assert_eq!(kafka.dead_letters.max_age, Some("30d".parse().unwrap()));
+    assert_eq!(kafka.dead_letters.max_rate, Some("2.5%".parse().unwrap()));
+    assert_eq!(kafka.dead_letter_topic.as_deref(), Some("events-dead"));
     assert_eq!(kafka.options["fetch.wait.max.ms"], "5");
     assert_eq!(kafka.options["security.protocol"], "SASL_SSL");
 

@@ -90,7 +90,7 @@ class Log:
         self.next_offsets = {}
         self.errors = []
 
-    def send(self, value, key=None, partition=None, timestamp_millis=0):
+    def send(self, value, key=None, partition=None, timestamp_millis=0, headers=None):
         """Queues one record; blocks only while the client's queue is full."""
 
         def delivered(error, message):
@@ -103,6 +103,8 @@ class Log:
                 self.records.setdefault(partition, {})[offset] = (key, value, message.timestamp()[1])
 
         options = {} if partition is None else {"partition": partition}
+        if headers is not None:
+            options["headers"] = headers
         while True:
             try:
                 self.producer.produce(

@@ -206,6 +206,36 @@ pub const SETTINGS: &[Setting] = &[
         None,
         "Name in consumer groups, for lag monitors",
     ),
+    setting(
+        "kafka.monitors",
+        Kind::Switch,
+        Some("true"),
+        "Tell the brokers the positions, as offsets of groups pinion.<instance>.<table>",
+    ),
+    setting(
+        "kafka.queue_bytes",
+        Kind::Bytes,
+        Some("16 MiB"),
+        "Records that each source may hold prefetched",
+    ),
+    setting(
+        "kafka.memory_bytes",
+        Kind::Bytes,
+        Some("1 GiB"),
+        "Memory of streams: prefetched records, and rows in logs; sources wait beyond it",
+    ),
+    setting(
+        "kafka.min_free_disk",
+        Kind::Bytes,
+        None,
+        "Sources wait while the disk has less free; a twentieth of it, at most 1 GiB, when unset",
+    ),
+    setting(
+        "kafka.secrets_dir",
+        Kind::Path,
+        None,
+        "Where options of tables may name files with secrets",
+    ),
 ];
 
 /// The setting of that name.

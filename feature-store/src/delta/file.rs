@@ -14,7 +14,8 @@ use std::sync::Arc;
 use rustix::fs::FallocateFlags;
 
 pub(crate) const HEADER_BYTES: u64 = 4096;
-pub(crate) const FORMAT_VERSION: u32 = 1;
+/// 2: heads of records may hold what `record` says. Logs of 1 are read as they are.
+pub(crate) const FORMAT_VERSION: u32 = 2;
 const MAGIC: &[u8; 8] = b"PINLOG\0\0";
 const ALLOCATE_BYTES: u64 = 8 << 20;
 

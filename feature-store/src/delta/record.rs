@@ -9,13 +9,16 @@
 //! 28  flags   u32  1 = some rows are deletes, 2 = the log is sealed here
 //! 32  key hashes   u64 each, one per row
 //!     kinds        one bit per row when flag 1 is set, padded to 8
-//!     head         varint length, then positions, put id, superseded rows, dead letters
+//!     head         varint length, then positions, put id, superseded rows, dead letters, and
+//!                  since format 2, unless all of it is empty: leader epochs of the positions,
+//!                  headers and times of the dead letters, dead letters resolved, forwarded
 //!     body         the columns (see `body`), from the next multiple of 8
 //! ```
 //! All integers little endian. The CRC makes a record whole or absent; a record with flag
 //! 2 says that nothing follows.
 
 use crate::commit::DeadLetter;
+use crate::dead_letters::DeadLetterId;
 use crate::positions::Position;
 
 pub(crate) const MAGIC: u32 = u32::from_le_bytes(*b"PREC");
@@ -45,9 +48,13 @@ pub(crate) struct Head {
     pub new_topics: Vec<(String, String)>,
     /// (topic number, partition, next offset).
     pub positions: Vec<(u32, i32, i64)>,
+    /// One per position; none at all when none is known.
+    pub leader_epochs: Vec<Option<i32>>,
     pub put_id: Option<String>,
     pub replaced: Vec<Replaced>,
     pub dead_letters: Vec<DeadLetter>,
+    pub resolved: Vec<DeadLetterId>,
+    pub forwarded: Option<DeadLetterId>,
     /// Greatest event time of the record's rows, in ticks: recovery needs no column for it.
     pub max_event: Option<i64>,
 }
@@ -75,6 +82,9 @@ impl TopicTable {
             head.positions
                 .push((number as u32, p.partition, p.next_offset));
         }
+        if positions.iter().any(|p| p.leader_epoch.is_some()) {
+            head.leader_epochs = positions.iter().map(|p| p.leader_epoch).collect();
+        }
     }
 
     /// Takes back topics named by a record that was not written.
@@ -88,13 +98,15 @@ impl TopicTable {
         self.topics.extend(head.new_topics.iter().cloned());
         head.positions
             .iter()
-            .map(|&(number, partition, next_offset)| {
+            .enumerate()
+            .map(|(at, &(number, partition, next_offset))| {
                 let (topic, topic_id) = self.topics.get(number as usize)?.clone();
                 Some(Position {
                     topic,
                     topic_id,
                     partition,
                     next_offset,
+                    leader_epoch: head.leader_epochs.get(at).copied().flatten(),
                 })
             })
             .collect()
@@ -127,6 +139,9 @@ pub(crate) struct Reader<'a> {
 impl<'a> Reader<'a> {
     pub(crate) fn new(bytes: &'a [u8]) -> Reader<'a> {
         Reader { bytes, at: 0 }
+    }
+    pub(crate) fn is_empty(&self) -> bool {
+        self.at >= self.bytes.len()
     }
     pub(crate) fn at(&self) -> usize {
         self.at
@@ -222,6 +237,37 @@ impl Head {
                 put_bytes(out, part.as_deref().unwrap_or(b""));
             }
         }
+        self.encode_tail(out);
+    }
+
+    /// What format 2 added. A head without any of it is as format 1 wrote it.
+    fn encode_tail(&self, out: &mut Vec<u8>) {
+        let plain = |d: &DeadLetter| d.headers.is_empty() && d.refused_millis == -1;
+        if self.leader_epochs.is_empty()
+            && self.dead_letters.iter().all(plain)
+            && self.resolved.is_empty()
+            && self.forwarded.is_none()
+        {
+            return;
+        }
+        put_varint(out, self.leader_epochs.len() as u64);
+        for epoch in &self.leader_epochs {
+            put_signed(out, epoch.map_or(-1, i64::from));
+        }
+        for d in &self.dead_letters {
+            put_signed(out, d.refused_millis);
+            put_varint(out, d.headers.len() as u64);
+            for (name, value) in &d.headers {
+                put_bytes(out, name.as_bytes());
+                put_varint(out, u64::from(value.is_some()));
+                put_bytes(out, value.as_deref().unwrap_or(b""));
+            }
+        }
+        put_varint(out, self.resolved.len() as u64);
+        for id in self.resolved.iter().chain(&self.forwarded) {
+            put_varint(out, id.log);
+            put_varint(out, u64::from(id.number));
+        }
     }
 
     pub(crate) fn decode(reader: &mut Reader<'_>) -> Option<Head> {
@@ -282,9 +328,49 @@ impl Head {
                 error,
                 key,
                 value,
+                headers: Vec::new(),
+                refused_millis: -1,
             });
         }
+        if reader.is_empty() {
+            return Some(head);
+        }
+        head.decode_tail(reader)?;
         Some(head)
+    }
+
+    fn decode_tail(&mut self, reader: &mut Reader<'_>) -> Option<()> {
+        let epochs = reader.count()?;
+        if epochs != 0 && epochs != self.positions.len() {
+            return None;
+        }
+        for _ in 0..epochs {
+            let epoch = i32::try_from(reader.signed()?).ok()?;
+            self.leader_epochs.push((epoch >= 0).then_some(epoch));
+        }
+        for letter in &mut self.dead_letters {
+            letter.refused_millis = reader.signed()?;
+            for _ in 0..reader.count()? {
+                let name = reader.text()?;
+                let present = reader.varint()? == 1;
+                let value = reader.take()?;
+                letter.headers.push((name, present.then(|| value.to_vec())));
+            }
+        }
+        let resolved = reader.count()?;
+        let id = |reader: &mut Reader<'_>| {
+            Some(DeadLetterId {
+                log: reader.varint()?,
+                number: u32::try_from(reader.varint()?).ok()?,
+            })
+        };
+        for _ in 0..resolved {
+            self.resolved.push(id(reader)?);
+        }
+        if !reader.is_empty() {
+            self.forwarded = Some(id(reader)?);
+        }
+        Some(())
     }
 }
 
@@ -418,7 +504,15 @@ mod tests {
                 error: "bad".into(),
                 key: None,
                 value: Some(vec![0, 1]),
+                headers: vec![("h".into(), None), ("h".into(), Some(vec![7]))],
+                refused_millis: 1_000,
             }],
+            leader_epochs: vec![Some(6)],
+            resolved: vec![DeadLetterId {
+                log: 2,
+                number: 300,
+            }],
+            forwarded: Some(DeadLetterId { log: 1, number: 0 }),
         };
         encode::<()>(77, &[1, 2], &[false, true], false, &head, |out| {
             out.extend_from_slice(&[5; 11]);
@@ -443,6 +537,37 @@ mod tests {
             Some(&[0u8, 1][..])
         );
         assert_eq!(&bytes[view.body_at..view.body_at + 11], &[5; 11]);
+    }
+
+    #[test]
+    fn what_format_2_added_reads_back_and_a_head_without_it_is_of_format_1() {
+        let head = decode(&sample()).unwrap().head;
+        assert_eq!(head.leader_epochs, [Some(6)]);
+        assert_eq!(head.dead_letters[0].headers.len(), 2);
+        assert_eq!(head.dead_letters[0].headers[1].1.as_deref(), Some(&[7][..]));
+        assert_eq!(head.dead_letters[0].refused_millis, 1_000);
+        assert_eq!(
+            head.resolved,
+            [DeadLetterId {
+                log: 2,
+                number: 300
+            }]
+        );
+        assert_eq!(head.forwarded, Some(DeadLetterId { log: 1, number: 0 }));
+
+        // Written by format 1: one topic, one position, no put id, no time, nothing replaced,
+        // one dead letter.
+        let old = [
+            1, 1, b't', 1, b'x', 1, 0, 0, 10, 0, 0, 0, 0, 1, 1, b't', 0, 4, 1, 1, b'e', 0, 0, 1, 1,
+            b'v',
+        ];
+        let read = Head::decode(&mut Reader::new(&old)).unwrap();
+        assert_eq!(read.positions, [(0, 0, 5)]);
+        assert_eq!(read.dead_letters[0].offset, 2);
+        assert_eq!(read.dead_letters[0].refused_millis, -1);
+        let mut again = Vec::new();
+        read.encode(&mut again);
+        assert_eq!(again, old);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use arrow_select::concat::concat_batches;
 
 use crate::commit::DeadLetter;
 use crate::compat::Version;
+use crate::dead_letters::DeadLetterId;
 use crate::error::{OpenError, ReadError};
 use crate::positions::Position;
 use crate::segment::map_file;
@@ -62,6 +63,8 @@ pub(crate) struct ReplayEvent {
     pub positions: Vec<Position>,
     pub put_id: Option<String>,
     pub dead_letters: Vec<DeadLetter>,
+    pub resolved: Vec<DeadLetterId>,
+    pub forwarded: Option<DeadLetterId>,
 }
 
 /// One row, decoded with the rest of its record.
@@ -188,11 +191,18 @@ impl Replayed {
         self.valid_bytes = (at + view.length) as u64;
         let head = view.head;
         self.max_event = self.max_event.max(head.max_event);
-        if !positions.is_empty() || head.put_id.is_some() || !head.dead_letters.is_empty() {
+        let settles = !head.resolved.is_empty() || head.forwarded.is_some();
+        if !positions.is_empty()
+            || head.put_id.is_some()
+            || !head.dead_letters.is_empty()
+            || settles
+        {
             self.events.push(ReplayEvent {
                 positions,
                 put_id: head.put_id,
                 dead_letters: head.dead_letters,
+                resolved: head.resolved,
+                forwarded: head.forwarded,
             });
         }
     }

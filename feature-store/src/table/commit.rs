@@ -1,5 +1,6 @@
 //! Applying a commit.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,8 +11,9 @@ use hashbrown::HashTable;
 use pinion_schemas::EncodedKeys;
 
 use super::{ClosedState, TableInner, Writer};
-use crate::commit::{Change, Commit, Receipt, WriteToken};
+use crate::commit::{Change, Commit, DeadLetter, Receipt, WriteToken};
 use crate::compat::{Times, Version};
+use crate::dead_letters::DeadLetterId;
 use crate::delta::file::{HEADER_BYTES, LogFileWriter, LogHeader};
 use crate::delta::record::{self, Head, Place, Replaced, TopicTable};
 use crate::delta::rows::LogRows;
@@ -219,7 +221,9 @@ impl TableInner {
             .put_id
             .as_ref()
             .is_some_and(|id| writer.put_id_set.contains(id));
-        if seen || (rows == 0 && commit.positions.is_empty() && commit.dead_letters.is_empty()) {
+        let settles = !commit.resolved.is_empty() || commit.forwarded.is_some();
+        let empty = commit.positions.is_empty() && commit.dead_letters.is_empty() && !settles;
+        if seen || (rows == 0 && empty) {
             return Ok(Receipt {
                 rows: 0,
                 late: 0,
@@ -227,6 +231,7 @@ impl TableInner {
                 token: writer.token(),
             });
         }
+        self.check_resolved(&commit.resolved)?;
         let version = Arc::clone(&writer.log.version);
         if let Some((row, problem)) = self
             .late_rows(&version, &prepared.times, rows, writer.max_event)
@@ -252,6 +257,8 @@ impl TableInner {
             put_id: commit.put_id.clone(),
             replaced: resolved.replaced,
             dead_letters: commit.dead_letters,
+            resolved: commit.resolved,
+            forwarded: commit.forwarded,
             max_event: prepared.times.max_event(),
             ..Head::default()
         };
@@ -318,7 +325,7 @@ impl TableInner {
         if let Some(id) = commit.put_id {
             writer.remember_put(id, self.options.put_ids_kept);
         }
-        writer.dead_letters.extend(head.dead_letters);
+        self.note_dead_letters(writer, head);
         self.publish_writer(writer);
         crate::fail::point("commit.appended");
         Ok(Receipt {
@@ -327,6 +334,33 @@ impl TableInner {
             applied: true,
             token: writer.token(),
         })
+    }
+
+    /// Refuses a commit that settles a dead letter twice.
+    fn check_resolved(&self, resolved: &[DeadLetterId]) -> Result<(), CommitError> {
+        let state = self.dead.lock();
+        let mut seen = HashSet::new();
+        match resolved
+            .iter()
+            .find(|id| !state.keeps(**id) || !seen.insert(**id))
+        {
+            Some(&id) => Err(CommitError::NoDeadLetter {
+                table: self.name.name.clone(),
+                id,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes over the dead letters of a commit, and what it settled.
+    fn note_dead_letters(&self, writer: &mut Writer, head: Head) {
+        let mut state = self.dead.lock();
+        let count = u32::try_from(head.dead_letters.len()).unwrap_or(u32::MAX);
+        let bytes = head.dead_letters.iter().map(DeadLetter::size_bytes).sum();
+        state.add(writer.log.incarnation, count, bytes);
+        head.resolved.into_iter().for_each(|id| state.resolve(id));
+        head.forwarded.into_iter().for_each(|id| state.forward(id));
+        writer.dead_letters.extend(head.dead_letters);
     }
 
     /// Memory and log no longer agree: only reachable through a bug.
@@ -430,6 +464,19 @@ impl TableInner {
         Ok(resolved)
     }
 
+    /// The state behind the writer's last record.
+    fn checkpoint(&self, writer: &Writer) -> Checkpoint {
+        let dead = self.dead.lock();
+        Checkpoint {
+            next_sequence: writer.log.base_sequence + u64::from(writer.rows.len()),
+            positions: Positions::clone(&writer.positions),
+            max_event: writer.max_event,
+            put_ids: writer.put_ids.iter().cloned().collect(),
+            resolved_dead_letters: dead.resolved(),
+            forwarded_dead_letter: dead.forwarded(),
+        }
+    }
+
     /// Starts a new log when the present one is full.
     fn make_room(&self, writer: &mut Writer, rows: u32) -> Result<(), CommitError> {
         let capacity = writer
@@ -476,7 +523,7 @@ impl TableInner {
             writer.closed.push(ClosedState {
                 incarnation: writer.log.incarnation,
                 end_bytes: file.end_bytes(),
-                checkpoint: writer.checkpoint(),
+                checkpoint: self.checkpoint(writer),
                 dead_letters: std::mem::take(&mut writer.dead_letters),
             });
         }
@@ -513,15 +560,6 @@ impl Writer {
     /// Logs that wait to become segments.
     pub(super) fn closed_logs(&self) -> Vec<u64> {
         self.closed.iter().map(|c| c.incarnation).collect()
-    }
-
-    pub(super) fn checkpoint(&self) -> Checkpoint {
-        Checkpoint {
-            next_sequence: self.log.base_sequence + u64::from(self.rows.len()),
-            positions: Positions::clone(&self.positions),
-            max_event: self.max_event,
-            put_ids: self.put_ids.iter().cloned().collect(),
-        }
     }
 
     pub(super) fn remember_put(&mut self, id: String, keep: usize) {

@@ -20,6 +20,7 @@ use super::{ClosedState, Counters, OpenedTable, Table, TableDirs, TableInner, Wo
 use crate::catalog::{TableEntry, open_error};
 use crate::commit::DeadLetter;
 use crate::compat::Version;
+use crate::dead_letters::DeadLetterState;
 use crate::delta::file::{list_logs, log_path};
 use crate::delta::record::{Place, TopicTable};
 use crate::delta::replay::{Replayed, Walked};
@@ -226,6 +227,7 @@ impl Opener<'_> {
 
 /// State gathered while replaying.
 struct Replay {
+    dead: DeadLetterState,
     positions: Positions,
     max_event: Option<i64>,
     put_ids: VecDeque<String>,
@@ -297,6 +299,7 @@ pub(crate) fn open_table(
     let mut segments = segments.into_iter();
     let mut taken = 0;
     let mut replay = Replay {
+        dead: dead_letters_in_files(&manifest),
         positions: manifest.checkpoint.positions.clone(),
         max_event: manifest.checkpoint.max_event.max(manifest.floor_max_event),
         put_ids: manifest.checkpoint.put_ids.iter().cloned().collect(),
@@ -329,11 +332,19 @@ pub(crate) fn open_table(
             valid_bytes: log.valid_bytes,
         };
         log_levels.push((closed, taken));
-        let mut dead_letters = Vec::new();
+        let (mut dead_letters, mut settled) = (Vec::new(), Vec::new());
         for event in &log.events {
             event.positions.iter().for_each(|p| replay.positions.set(p));
             replay.remember_put(event.put_id.as_ref(), options.put_ids_kept);
             dead_letters.extend(event.dead_letters.iter().cloned());
+            settled.push((event.resolved.clone(), event.forwarded));
+        }
+        let bytes = dead_letters.iter().map(DeadLetter::size_bytes).sum();
+        let count = u32::try_from(dead_letters.len()).unwrap_or(u32::MAX);
+        replay.dead.add(log.incarnation, count, bytes);
+        for (resolved, forwarded) in settled {
+            resolved.into_iter().for_each(|id| replay.dead.resolve(id));
+            forwarded.into_iter().for_each(|id| replay.dead.forward(id));
         }
         replaced.append(&mut log.replaced);
         let end_bytes = log.valid_bytes;
@@ -350,6 +361,8 @@ pub(crate) fn open_table(
                 positions: replay.positions.clone(),
                 max_event: replay.max_event,
                 put_ids: replay.put_ids.iter().cloned().collect(),
+                resolved_dead_letters: replay.dead.resolved(),
+                forwarded_dead_letter: replay.dead.forwarded(),
             },
             dead_letters,
         });
@@ -469,6 +482,7 @@ pub(crate) fn open_table(
         }),
         log_ends: manifest.log_ends.clone(),
         published_files: Mutex::new((manifest.number, manifest.dead_letter_files.clone())),
+        dead: Mutex::new(replay.dead),
         work: Mutex::new(Work { manifest, writable }),
         log_sync: LogSync::default(),
         published: Default::default(),
@@ -627,7 +641,24 @@ fn remove_orphans(dirs: &TableDirs, manifest: &Manifest) {
     Manifest::remove_below(&dirs.manifest, manifest.number);
 }
 
-fn dead_letter_path(dir: &Path, log: u64) -> std::path::PathBuf {
+/// What the manifest says of the dead letters in files.
+fn dead_letters_in_files(manifest: &Manifest) -> DeadLetterState {
+    let mut state = DeadLetterState::default();
+    for file in &manifest.dead_letter_files {
+        let count = u32::try_from(file.dead_letters).unwrap_or(u32::MAX);
+        state.add(file.log, count, file.bytes);
+    }
+    let checkpoint = &manifest.checkpoint;
+    let resolved = checkpoint.resolved_dead_letters.iter();
+    resolved.for_each(|id| state.resolve(id));
+    checkpoint
+        .forwarded_dead_letter
+        .into_iter()
+        .for_each(|id| state.forward(id));
+    state
+}
+
+pub(super) fn dead_letter_path(dir: &Path, log: u64) -> std::path::PathBuf {
     dir.join(format!("{log:016x}.dead"))
 }
 

@@ -7,14 +7,14 @@ use std::sync::atomic::Ordering;
 
 use roaring::RoaringBitmap;
 
-use super::{Table, TableInner, Work, Writer};
+use super::{Table, TableInner, Work};
 use crate::commit::DeadLetter;
 use crate::compat::Version;
 use crate::delta::file::log_path;
 use crate::delta::record::Place;
 use crate::error::{CommitError, ReadError, WorkError};
 use crate::level::{Level, SegmentLevel};
-use crate::manifest::{Checkpoint, DeadLetterFile, Manifest, SegmentEntry};
+use crate::manifest::{Checkpoint, Manifest, SegmentEntry};
 use crate::merge::plan::{MergeLimits, SegmentSize, plan_merge};
 use crate::merge::{Merging, Written, write_segment};
 use crate::numbered::CreateNumberedError;
@@ -37,7 +37,7 @@ impl TableInner {
         }
     }
 
-    fn check_writable(&self, work: &Work) -> Result<(), WorkError> {
+    pub(super) fn check_writable(&self, work: &Work) -> Result<(), WorkError> {
         let cause = if work.writable {
             self.read_only_cause()
         } else {
@@ -336,6 +336,7 @@ impl TableInner {
             manifest.checkpoint = done.checkpoint.clone();
             manifest.next_log = manifest.next_log.max(done.incarnation + 1);
         }
+        let settled = self.leave_out_settled(&mut manifest);
         match manifest.create(&self.dirs.manifest, &superseded) {
             Ok(()) => {}
             Err(CreateNumberedError::NotCreated(e)) => return Err(self.manifest_error(e)),
@@ -348,6 +349,11 @@ impl TableInner {
         }
         *self.published_files.lock() = (manifest.number, manifest.dead_letter_files.clone());
         work.manifest = manifest;
+        if !settled.is_empty() {
+            // An older manifest names them still.
+            Manifest::remove_below(&self.dirs.manifest, work.manifest.number);
+            self.remove_settled(&settled);
+        }
         Ok(())
     }
 
@@ -395,36 +401,6 @@ impl TableInner {
         let levels = self.roll(&mut writer, version, 0, None)?;
         self.publish(self.snapshot_of(&writer, levels));
         Ok(())
-    }
-
-    pub(super) fn dead_letters(&self, limit: usize) -> Result<Vec<DeadLetter>, ReadError> {
-        let (mut newest, in_memory) = {
-            let writer: parking_lot::MutexGuard<'_, Writer> = self.writer.lock();
-            let closed = writer.closed.iter().flat_map(|c| &c.dead_letters);
-            let newest: Vec<DeadLetter> = closed
-                .chain(&writer.dead_letters)
-                .rev()
-                .take(limit)
-                .cloned()
-                .collect();
-            (newest, writer.closed_logs())
-        };
-        // A log that becomes a segment just now has its file already: count it once.
-        let mut files: Vec<DeadLetterFile> = self.published_files.lock().1.clone();
-        files.retain(|file| !in_memory.contains(&file.log));
-        for file in files.iter().rev() {
-            if newest.len() >= limit {
-                break;
-            }
-            let letters = super::recover::read_dead_letters(&self.dirs.dead_letters, file)
-                .map_err(|problem| ReadError::Log {
-                    table: self.name.name.clone(),
-                    log: file.log,
-                    problem,
-                })?;
-            newest.extend(letters.into_iter().rev().take(limit - newest.len()));
-        }
-        Ok(newest)
     }
 }
 

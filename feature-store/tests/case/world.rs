@@ -431,6 +431,7 @@ pub(super) fn position(partition: i32, next_offset: i64) -> Position {
         topic_id: "id".to_owned(),
         partition,
         next_offset,
+        leader_epoch: None,
     }
 }
 

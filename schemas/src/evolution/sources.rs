@@ -53,6 +53,28 @@ pub(super) fn plan_kafka(
         text(&new.unknown_fields),
     );
     set("partitions", partitions(old), partitions(new));
+    set("on_lost", old.on_lost.to_string(), new.on_lost.to_string());
+    let (was, is) = (&old.dead_letters, &new.dead_letters);
+    set(
+        "dead_letters.max_bytes",
+        text(&was.max_bytes),
+        text(&is.max_bytes),
+    );
+    set(
+        "dead_letters.max_age",
+        text(&was.max_age),
+        text(&is.max_age),
+    );
+    set(
+        "dead_letters.max_rate",
+        text(&was.max_rate),
+        text(&is.max_rate),
+    );
+    set(
+        "dead_letter_topic",
+        text(&old.dead_letter_topic),
+        text(&new.dead_letter_topic),
+    );
     plan_options(old, new, changes);
 }
 

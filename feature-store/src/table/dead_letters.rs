@@ -1,0 +1,259 @@
+//! Reading and settling a table's dead letters. What they are: see `crate::dead_letters`.
+
+use super::recover::{dead_letter_path, read_dead_letters};
+use super::{Table, TableInner, Work};
+use crate::commit::{Commit, DeadLetter};
+use crate::dead_letters::{DeadLetterCounts, DeadLetterId, DeadLetterPage, StoredDeadLetter};
+use crate::error::{CommitError, ReadError, WorkError};
+use crate::manifest::{DeadLetterFile, Manifest};
+
+impl TableInner {
+    /// Dead letters of one log that a page covers and that are not resolved.
+    fn unresolved<'a>(
+        &self,
+        log: u64,
+        letters: impl Iterator<Item = (usize, &'a DeadLetter)>,
+        page: &DeadLetterPage,
+        found: &mut Vec<StoredDeadLetter>,
+    ) {
+        let state = self.dead.lock();
+        for (number, letter) in letters {
+            if found.len() >= page.limit {
+                return;
+            }
+            let number = u32::try_from(number).unwrap_or(u32::MAX);
+            let id = DeadLetterId { log, number };
+            if page.covers(id) && state.keeps(id) {
+                found.push(StoredDeadLetter {
+                    id,
+                    letter: letter.clone(),
+                });
+            }
+        }
+    }
+
+    fn take_from(
+        &self,
+        log: u64,
+        letters: &[DeadLetter],
+        page: &DeadLetterPage,
+        found: &mut Vec<StoredDeadLetter>,
+    ) {
+        let numbered = letters.iter().enumerate();
+        if page.newest_first {
+            self.unresolved(log, numbered.rev(), page, found);
+        } else {
+            self.unresolved(log, numbered, page, found);
+        }
+    }
+
+    /// Those of logs in memory, and which logs these are: closed ones, and the present one.
+    fn in_memory(&self, page: &DeadLetterPage) -> (Vec<StoredDeadLetter>, Vec<u64>) {
+        let writer = self.writer.lock();
+        let present = (writer.log.incarnation, &writer.dead_letters);
+        let closed = writer
+            .closed
+            .iter()
+            .map(|c| (c.incarnation, &c.dead_letters));
+        let mut logs: Vec<_> = closed.chain([present]).collect();
+        if page.newest_first {
+            logs.reverse();
+        }
+        let mut found = Vec::new();
+        for (log, letters) in logs {
+            self.take_from(log, letters, page, &mut found);
+        }
+        let mut in_memory = writer.closed_logs();
+        in_memory.push(writer.log.incarnation);
+        (found, in_memory)
+    }
+
+    fn page(&self, page: &DeadLetterPage) -> Result<Vec<StoredDeadLetter>, ReadError> {
+        let (in_memory, logs) = self.in_memory(page);
+        // A log that became a segment since then has its file already: count it once.
+        let mut files: Vec<DeadLetterFile> = self.published_files.lock().1.clone();
+        files.retain(|file| !logs.contains(&file.log) && !self.dead.lock().is_settled(file.log));
+        files.sort_unstable_by_key(|file| file.log);
+        if page.newest_first {
+            files.reverse();
+        }
+        let mut found = if page.newest_first {
+            in_memory.clone()
+        } else {
+            Vec::new()
+        };
+        for file in &files {
+            let count = u32::try_from(file.dead_letters).unwrap_or(u32::MAX);
+            if found.len() >= page.limit {
+                break;
+            }
+            if !page.touches(file.log, count) {
+                continue;
+            }
+            match read_dead_letters(&self.dirs.dead_letters, file) {
+                Ok(letters) => self.take_from(file.log, &letters, page, &mut found),
+                // Settled since we looked, and swept.
+                Err(_) if self.dead.lock().is_settled(file.log) => {}
+                Err(problem) => {
+                    return Err(ReadError::Log {
+                        table: self.name.name.clone(),
+                        log: file.log,
+                        problem,
+                    });
+                }
+            }
+        }
+        if !page.newest_first {
+            found.extend(in_memory);
+        }
+        found.truncate(page.limit);
+        Ok(found)
+    }
+
+    /// Takes files out of a manifest in which every dead letter is resolved. The caller has
+    /// synced the logs: what resolved them is on disk.
+    pub(super) fn leave_out_settled(&self, manifest: &mut Manifest) -> Vec<u64> {
+        let settled = self.dead.lock().settled_logs();
+        let files = &mut manifest.dead_letter_files;
+        let gone: Vec<u64> = files
+            .iter()
+            .map(|file| file.log)
+            .filter(|log| settled.contains(log))
+            .collect();
+        files.retain(|file| !gone.contains(&file.log));
+        let kept: Vec<u64> = files.iter().map(|file| file.log).collect();
+        manifest
+            .checkpoint
+            .resolved_dead_letters
+            .retain(|log| kept.contains(&log));
+        gone
+    }
+
+    /// Removes files that the newest manifest no longer names.
+    pub(super) fn remove_settled(&self, gone: &[u64]) {
+        let mut state = self.dead.lock();
+        for &log in gone {
+            state.forget(log);
+            let _ = std::fs::remove_file(dead_letter_path(&self.dirs.dead_letters, log));
+        }
+    }
+
+    fn sweep_dead_letters(&self) -> Result<(), WorkError> {
+        let settled = self.dead.lock().settled_logs();
+        let any = self
+            .published_files
+            .lock()
+            .1
+            .iter()
+            .any(|f| settled.contains(&f.log));
+        if !any {
+            return Ok(());
+        }
+        let mut work: parking_lot::MutexGuard<'_, Work> = self.work.lock();
+        self.check_writable(&work)?;
+        let current = self.current.load_full();
+        self.publish_manifest(&mut work, &current.levels, current.end_sequence, None, &[])
+    }
+}
+
+impl Table {
+    /// The newest dead letters, at most `limit`, newest first.
+    ///
+    /// # Errors
+    ///
+    /// `Log` if a dead-letter file cannot be read.
+    pub fn dead_letters(&self, limit: usize) -> Result<Vec<DeadLetter>, ReadError> {
+        let found = self.0.page(&DeadLetterPage::newest(limit))?;
+        Ok(found.into_iter().map(|stored| stored.letter).collect())
+    }
+
+    /// A part of the dead-letter log, without what is settled. Reads the files it needs.
+    ///
+    /// # Errors
+    ///
+    /// `Log` if a dead-letter file cannot be read.
+    pub fn dead_letter_page(
+        &self,
+        page: &DeadLetterPage,
+    ) -> Result<Vec<StoredDeadLetter>, ReadError> {
+        self.0.page(page)
+    }
+
+    /// One dead letter; `None` when it is settled or never was.
+    ///
+    /// # Errors
+    ///
+    /// `Log` if its file cannot be read.
+    pub fn dead_letter(&self, id: DeadLetterId) -> Result<Option<StoredDeadLetter>, ReadError> {
+        let after = match id.number.checked_sub(1) {
+            Some(number) => Some(DeadLetterId { number, ..id }),
+            None => id.log.checked_sub(1).map(|log| DeadLetterId {
+                log,
+                number: u32::MAX,
+            }),
+        };
+        let found = self.0.page(&DeadLetterPage::oldest_after(after, 1))?;
+        Ok(found.into_iter().find(|stored| stored.id == id))
+    }
+
+    /// How many there are. Reads no file.
+    pub fn dead_letter_counts(&self) -> DeadLetterCounts {
+        self.0.dead.lock().counts()
+    }
+
+    /// The last dead letter that was copied elsewhere.
+    pub fn forwarded_dead_letter(&self) -> Option<DeadLetterId> {
+        self.0.dead.lock().forwarded()
+    }
+
+    /// Settles dead letters that nobody needs any more, and frees their files where all of a
+    /// file is settled.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::commit`]; then none is settled.
+    pub fn discard_dead_letters(&self, ids: Vec<DeadLetterId>) -> Result<(), CommitError> {
+        self.commit(Commit {
+            resolved: ids,
+            ..Commit::default()
+        })?;
+        self.sweep_dead_letters();
+        Ok(())
+    }
+
+    /// Settles dead letters refused before a moment (milliseconds since the Unix epoch), and
+    /// tells how many.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::commit`], or a file that cannot be read.
+    pub fn expire_dead_letters(&self, before_millis: i64) -> Result<u64, CommitError> {
+        const STEP: usize = 1_000;
+        let mut expired = 0;
+        loop {
+            let oldest = self.0.page(&DeadLetterPage::oldest_after(None, STEP))?;
+            let old: Vec<DeadLetterId> = oldest
+                .iter()
+                .take_while(|stored| stored.letter.refused_millis < before_millis)
+                .map(|stored| stored.id)
+                .collect();
+            let (found, wanted) = (old.len(), oldest.len());
+            if found > 0 {
+                self.discard_dead_letters(old)?;
+                expired += found as u64;
+            }
+            if found < wanted || wanted < STEP {
+                return Ok(expired);
+            }
+        }
+    }
+
+    /// Removes the files of dead letters that are all settled. A failure is logged: the next
+    /// merge does it.
+    pub fn sweep_dead_letters(&self) {
+        if let Err(error) = self.0.sweep_dead_letters() {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(table = %self.name(), error, "settled dead letters could not be removed");
+        }
+    }
+}

@@ -1,0 +1,438 @@
+//! Steering sources, against librdkafka's mock cluster: backpressure, moved and lost positions,
+//! pauses, bounds of dead letters. What needs a real broker is tested end to end.
+
+use std::time::{Duration, Instant};
+
+use arrow_array::cast::AsArray;
+use arrow_array::types::Int64Type;
+use pinion_feature_store::{ScanRequest, Store, StoreOptions, Table};
+use pinion_ingest::{
+    Ingest, IngestConfig, IngestError, IngestHandle, ReplayOf, Seek, SeekTo, SourceState,
+    TableProgress, replay_dead_letters,
+};
+use pinion_schemas::TableDefinition;
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::mocking::MockCluster;
+use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
+
+/// A store, and a broker with one partition.
+struct Bench {
+    cluster: MockCluster<'static, DefaultProducerContext>,
+    producer: BaseProducer,
+    dir: tempfile::TempDir,
+    produced: i64,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let cluster = MockCluster::new(1).expect("mock cluster");
+        cluster.create_topic("events", 1, 1).expect("topic");
+        let producer = ClientConfig::new()
+            .set("bootstrap.servers", cluster.bootstrap_servers())
+            .set("linger.ms", "0")
+            .create()
+            .expect("producer");
+        let dir = tempfile::tempdir().expect("directory");
+        Store::init(dir.path()).expect("init");
+        Bench {
+            cluster,
+            producer,
+            dir,
+            produced: 0,
+        }
+    }
+
+    fn open(&self) -> Store {
+        Store::open(self.dir.path(), StoreOptions::default()).expect("open")
+    }
+
+    fn config(&self) -> IngestConfig {
+        IngestConfig {
+            brokers: Some(self.cluster.bootstrap_servers()),
+            fetch_wait: Duration::from_millis(10),
+            catalog_poll: Duration::from_millis(20),
+            request_timeout: Duration::from_secs(2),
+            min_free_disk: Some(1),
+            ..IngestConfig::default()
+        }
+    }
+
+    fn start(&self, store: &Store) -> IngestHandle {
+        Ingest::start(store.clone(), self.config()).expect("ingest")
+    }
+
+    fn send(&mut self, value: &str) {
+        let headers = OwnedHeaders::new().insert(Header {
+            key: "trace",
+            value: Some("x"),
+        });
+        let record = BaseRecord::<str, str>::to("events").key("k").payload(value);
+        self.producer
+            .send(record.headers(headers).timestamp(5))
+            .map_err(|(e, _)| e)
+            .expect("send");
+        self.produced += 1;
+    }
+
+    fn flush(&self) {
+        self.producer.flush(Duration::from_secs(20)).expect("flush");
+    }
+
+    /// Rows whose value is their offset, as long as nothing else was sent.
+    fn send_rows(&mut self, count: i64) {
+        for _ in 0..count {
+            let n = self.produced;
+            self.send(&format!(r#"{{"id":"k{n}","ts":{n},"v":{n}}}"#));
+        }
+        self.flush();
+    }
+}
+
+fn apply(store: &Store, history: &str, source: &str) -> Table {
+    let text = format!(
+        "[table]\nname = \"t\"\nentity = [{{ name = \"id\", type = \"string\" }}]\n\
+         event_time = {{ name = \"ts\", type = \"timestamp[ms, tz=UTC]\" }}\n\
+         history = \"{history}\"\n[features]\nv = \"int64\"\n\
+         [source.kafka]\ntopic = \"events\"\n{source}\n"
+    );
+    let definition = TableDefinition::parse_toml(&text).expect("definition");
+    store.apply(vec![definition]).expect("apply");
+    store.table("t").expect("table")
+}
+
+fn values(table: &Table) -> Vec<i64> {
+    let request = ScanRequest {
+        columns: Some(vec!["v".to_owned()]),
+        ..ScanRequest::default()
+    };
+    let mut found = Vec::new();
+    for scanned in table.snapshot().scan(&request).expect("scan") {
+        let batch = scanned.expect("batch").batch;
+        found.extend_from_slice(batch.column(0).as_primitive::<Int64Type>().values());
+    }
+    found.sort_unstable();
+    found
+}
+
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !done() {
+        assert!(
+            started.elapsed() < Duration::from_secs(30),
+            "timed out waiting for {what}"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn position(table: &Table) -> Option<i64> {
+    table.positions().next_offset("events", 0)
+}
+
+fn wait_for_position(table: &Table, next: i64) {
+    wait_for("the position", || position(table) == Some(next));
+}
+
+fn progress(ingest: &IngestHandle) -> Option<TableProgress> {
+    ingest
+        .status()
+        .into_iter()
+        .next()?
+        .tables
+        .into_iter()
+        .next()
+}
+
+fn wait_for_stop(ingest: &IngestHandle) -> String {
+    let mut found = String::new();
+    wait_for("a stop", || match progress(ingest).map(|p| p.state) {
+        Some(SourceState::Stopped { reason }) => {
+            found = reason;
+            true
+        }
+        _ => false,
+    });
+    found
+}
+
+fn seek(to: SeekTo) -> Seek {
+    Seek {
+        table: "t".to_owned(),
+        partition: None,
+        to,
+        back_only: false,
+        allow_duplicates: false,
+    }
+}
+
+#[test]
+fn a_disk_with_too_little_free_holds_the_source_back_and_says_so() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "latest", "");
+    bench.send_rows(10);
+    let config = IngestConfig {
+        min_free_disk: Some(u64::MAX),
+        ..bench.config()
+    };
+    let ingest = Ingest::start(store.clone(), config).expect("ingest");
+    wait_for("the hold", || {
+        let state = ingest.status().into_iter().next().map(|s| s.state);
+        matches!(state, Some(SourceState::Degraded { reason })
+            if reason.contains("held back") && reason.contains("min_free_disk"))
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(values(&table).is_empty());
+    ingest.stop();
+    let _ingest = bench.start(&store);
+    wait_for_position(&table, 10);
+}
+
+#[test]
+fn a_backlog_larger_than_the_memory_comes_through_whole_and_logs_stay_small() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "all", "");
+    bench.send_rows(40_000);
+    let config = IngestConfig {
+        memory_bytes: 2 << 20,
+        queue_bytes: 64 << 10,
+        ..bench.config()
+    };
+    let ingest = Ingest::start(store.clone(), config).expect("ingest");
+    let (mut largest, mut held) = (0, false);
+    wait_for("all of it", || {
+        let (open, closed) = table.log_bytes();
+        largest = largest.max(open + closed);
+        let state = ingest.status().into_iter().next().map(|s| s.state);
+        held |= matches!(state, Some(SourceState::Degraded { reason })
+            if reason.contains("kafka.memory_bytes"));
+        position(&table) == Some(40_000)
+    });
+    assert_eq!(values(&table), (0..40_000).collect::<Vec<_>>());
+    assert!(
+        held,
+        "nothing ever waited; the largest log had {largest} bytes"
+    );
+}
+
+#[test]
+fn a_seek_moves_a_running_table_both_ways_and_refuses_what_does_not_exist() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "latest", "");
+    let ingest = bench.start(&store);
+    bench.send_rows(100);
+    wait_for_position(&table, 100);
+    let before = progress(&ingest).map_or(0, |p| p.rows);
+    let sought = ingest.seek(&seek(SeekTo::Earliest)).expect("seek");
+    assert_eq!(sought.moved[&0].from, Some(100));
+    assert_eq!(sought.moved[&0].to, 0);
+    wait_for("the records again", || {
+        progress(&ingest).is_some_and(|p| p.rows == before + 100)
+    });
+    assert_eq!(values(&table), (0..100).collect::<Vec<_>>());
+    assert_eq!(position(&table), Some(100));
+
+    let refused = ingest.seek(&seek(SeekTo::Offset(101)));
+    assert!(
+        matches!(refused, Err(IngestError::Refused { .. })),
+        "{refused:?}"
+    );
+    let forward = Seek {
+        back_only: true,
+        ..seek(SeekTo::Latest)
+    };
+    assert!(ingest.seek(&forward).expect("nothing").moved.is_empty());
+    let unknown = Seek {
+        table: "nope".to_owned(),
+        ..seek(SeekTo::Latest)
+    };
+    let unknown = ingest.seek(&unknown);
+    assert!(
+        matches!(unknown, Err(IngestError::UnknownTable { .. })),
+        "{unknown:?}"
+    );
+}
+
+#[test]
+fn a_history_table_is_not_read_again_unless_that_is_meant() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "all", "");
+    let ingest = bench.start(&store);
+    bench.send_rows(10);
+    wait_for_position(&table, 10);
+    let refused = ingest
+        .seek(&seek(SeekTo::Offset(5)))
+        .expect_err("duplicates");
+    assert!(
+        refused.to_string().contains("--allow-duplicates"),
+        "{refused}"
+    );
+    assert_eq!(position(&table), Some(10));
+    let meant = Seek {
+        allow_duplicates: true,
+        ..seek(SeekTo::Offset(5))
+    };
+    ingest.seek(&meant).expect("seek");
+    wait_for("five versions twice", || values(&table).len() == 15);
+}
+
+#[test]
+fn a_lost_position_is_set_anew_only_by_the_policy_and_counted() {
+    for (policy, next) in [("earliest", None), ("latest", Some(23))] {
+        let mut bench = Bench::new();
+        let store = bench.open();
+        let source = format!("on_lost = \"{policy}\"");
+        let table = apply(&store, "all", &source);
+        let ingest = bench.start(&store);
+        bench.send_rows(3);
+        wait_for_position(&table, 3);
+        ingest.stop();
+        // The mock keeps 5 MiB a partition.
+        let filler = format!(r#"{{"id":"{}","ts":1,"v":1}}"#, "x".repeat(500_000));
+        for _ in 0..20 {
+            bench.send(&filler);
+        }
+        bench.flush();
+        let ingest = bench.start(&store);
+        wait_for("the policy", || {
+            progress(&ingest).is_some_and(|p| p.resets == 1)
+        });
+        wait_for_position(&table, 23);
+        let filled = values(&table).len() - 3;
+        match next {
+            Some(_) => assert_eq!(filled, 0, "{policy}"),
+            None => assert!(filled > 0 && filled < 20, "{policy}: {filled}"),
+        }
+    }
+}
+
+#[test]
+fn a_paused_table_stays_paused_over_a_restart_and_reads_on_where_it_stood() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "all", "");
+    let ingest = bench.start(&store);
+    bench.send_rows(10);
+    wait_for_position(&table, 10);
+    ingest.pause_table("t").expect("pause");
+    ingest.stop();
+    let ingest = bench.start(&store);
+    bench.send_rows(10);
+    wait_for("the pause", || {
+        progress(&ingest).is_some_and(|p| p.state == SourceState::Paused)
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(position(&table), Some(10));
+    ingest.resume_table("t").expect("resume");
+    wait_for_position(&table, 20);
+    assert_eq!(values(&table), (0..20).collect::<Vec<_>>());
+}
+
+#[test]
+fn dead_letters_keep_their_headers_and_pass_once_the_definition_reads_them() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "all", "");
+    let _ingest = bench.start(&store);
+    bench.send_rows(2);
+    bench.send(r#"{"id":"a","ts":1,"v":"seven"}"#);
+    bench.send(r#"{"id":"b","ts":1,"other":7}"#);
+    bench.send(r#"{"ts":1,"v":7}"#);
+    bench.flush();
+    wait_for_position(&table, 5);
+    let letters = table.dead_letters(9).expect("letters");
+    assert_eq!(letters.len(), 2);
+    assert_eq!(
+        letters[0].headers,
+        [("trace".to_owned(), Some(b"x".to_vec()))]
+    );
+    assert!(letters[0].refused_millis > 1_600_000_000_000);
+
+    let report = replay_dead_letters(&table, 1 << 20, &ReplayOf::All).expect("replay");
+    assert_eq!((report.tried, report.passed, report.failed), (2, 0, 2));
+    assert!(report.failures[0].error.contains("field v"), "{report:?}");
+    // The key now comes from the record's key, so that the second has one.
+    apply(&store, "all", "fields = { id = \"$key\" }");
+    let report = replay_dead_letters(&table, 1 << 20, &ReplayOf::All).expect("replay");
+    assert_eq!((report.tried, report.passed, report.failed), (2, 1, 1));
+    let report = replay_dead_letters(&table, 1 << 20, &ReplayOf::All).expect("replay");
+    assert_eq!((report.tried, report.passed, report.failed), (1, 0, 1));
+    assert_eq!(values(&table).iter().filter(|v| **v == 7).count(), 1);
+}
+
+#[test]
+fn too_large_a_share_of_dead_letters_stops_the_table_and_keeps_them_to_look_at() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "all", "dead_letters = { max_rate = \"10%\" }");
+    let ingest = bench.start(&store);
+    bench.send_rows(90);
+    wait_for_position(&table, 90);
+    for _ in 0..30 {
+        bench.send("{broken");
+    }
+    bench.flush();
+    let reason = wait_for_stop(&ingest);
+    assert!(reason.contains("max_rate (10%)"), "{reason}");
+    let stopped_at = position(&table).expect("position");
+    assert!(stopped_at > 90);
+    let kept = table.dead_letter_counts().kept;
+    assert_eq!(i64::try_from(kept), Ok(stopped_at - 90));
+    ingest.resume("events").expect("resume");
+    wait_for_position(&table, 120);
+    assert_eq!(table.dead_letter_counts().kept, 30);
+}
+
+#[test]
+fn a_full_dead_letter_log_stops_the_table_before_the_batch_that_does_not_fit() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "all", "dead_letters = { max_bytes = \"1000 B\" }");
+    let ingest = bench.start(&store);
+    bench.send(&"x".repeat(500));
+    bench.flush();
+    wait_for_position(&table, 1);
+    bench.send(&"y".repeat(500));
+    bench.flush();
+    let reason = wait_for_stop(&ingest);
+    assert!(reason.contains("max_bytes (1000 B)"), "{reason}");
+    assert_eq!(position(&table), Some(1), "nothing was passed over");
+    let page = pinion_feature_store::DeadLetterPage::newest(9);
+    let kept = table.dead_letter_page(&page).expect("letters");
+    table
+        .discard_dead_letters(kept.iter().map(|stored| stored.id).collect())
+        .expect("discard");
+    ingest.resume("events").expect("resume");
+    wait_for_position(&table, 2);
+}
+
+#[test]
+fn monitors_read_the_positions_as_offsets_of_the_tables_group() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "all", "");
+    bench.send_rows(7);
+    let config = IngestConfig {
+        monitor_interval: Some(Duration::from_millis(100)),
+        ..bench.config()
+    };
+    let _ingest = Ingest::start(store.clone(), config).expect("ingest");
+    wait_for_position(&table, 7);
+    let monitor: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", bench.cluster.bootstrap_servers())
+        .set("group.id", "pinion.default.t")
+        .create()
+        .expect("consumer");
+    let mut wanted = rdkafka::TopicPartitionList::new();
+    wanted.add_partition("events", 0);
+    wait_for("the offset", || {
+        monitor
+            .committed_offsets(wanted.clone(), Duration::from_secs(2))
+            .is_ok_and(|found| found.elements()[0].offset() == rdkafka::Offset::Offset(7))
+    });
+}
