@@ -14,6 +14,9 @@ pub struct IngestConfig {
     /// librdkafka settings for every consumer, with or without the prefix `kafka.`; a table's
     /// own come on top. May hold secrets: never printed.
     pub options: BTreeMap<String, String>,
+    /// URL of the schema registry for tables that name none; user and password may stand in it,
+    /// or in the options `registry.user`, `registry.password`, `registry.token`. Never printed.
+    pub registry: Option<String>,
     /// Name of this server among those that read the same topics.
     pub instance: String,
     /// Most records in one micro-batch.
@@ -39,6 +42,7 @@ impl Default for IngestConfig {
         IngestConfig {
             brokers: None,
             options: BTreeMap::new(),
+            registry: None,
             instance: "default".to_owned(),
             batch_rows: 8_192,
             batch_bytes: 1 << 20,
@@ -57,6 +61,10 @@ impl fmt::Debug for IngestConfig {
         f.debug_struct("IngestConfig")
             .field("brokers", &self.brokers)
             .field("options", &self.options.keys().collect::<Vec<_>>())
+            .field(
+                "registry",
+                &self.registry.as_deref().map(pinion_schemas::without_password),
+            )
             .field("instance", &self.instance)
             .field("batch_rows", &self.batch_rows)
             .field("batch_bytes", &self.batch_bytes)
@@ -192,7 +200,8 @@ impl IngestConfig {
             .set("queued.max.messages.kbytes", "16384")
             .set("socket.nagle.disable", "true")
             .set("allow.auto.create.topics", "false");
-        for (option, value) in self.options.iter().chain(table_options) {
+        let options = self.options.iter().chain(table_options);
+        for (option, value) in options.filter(|(option, _)| !is_for_registry(option)) {
             client.set(plain_name(option), value);
         }
         client.set("bootstrap.servers", brokers);
@@ -218,6 +227,11 @@ fn check_options(options: &BTreeMap<String, String>) -> Result<(), IngestError> 
         }
     }
     Ok(())
+}
+
+/// True for an option of the schema registry's client.
+fn is_for_registry(option: &str) -> bool {
+    plain_name(option).starts_with("registry.")
 }
 
 fn plain_name(option: &str) -> &str {
@@ -280,6 +294,25 @@ mod tests {
         };
         let shown = format!("{config:?}");
         assert!(shown.contains("sasl.password") && !shown.contains("hunter2"));
+    }
+
+    #[test]
+    fn options_of_the_schema_registry_are_not_librdkafkas() {
+        let config = IngestConfig {
+            options: options("kafka.registry.password", "hunter2"),
+            registry: Some("http://me:hunter2@host".to_owned()),
+            ..IngestConfig::default()
+        };
+        let client = config
+            .client_config("b:1", &options("registry.user", "me"))
+            .expect("config");
+        assert_eq!(client.get("registry.password"), None);
+        assert_eq!(client.get("registry.user"), None);
+        let shown = format!("{config:?}");
+        assert!(
+            shown.contains("http://host") && !shown.contains("hunter2"),
+            "{shown}"
+        );
     }
 
     #[test]

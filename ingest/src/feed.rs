@@ -7,7 +7,9 @@ use pinion_feature_store::{Change, Commit, CommitError, DeadLetter, Position, Ta
 use pinion_schemas::{StartPolicy, TableDefinition};
 
 use crate::assign::{Offsets, Opening, open_topic};
-use crate::decode::{Decoded, Decoder, Incoming, Run, RunKind};
+use crate::decode::{
+    DecodeProblem, DecodeSettings, Decoded, Decoder, Incoming, Run, RunKind,
+};
 
 /// One thing a micro-batch brought, in the order it came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,7 +68,7 @@ impl Feed {
         table: &Table,
         definition: &Arc<TableDefinition>,
         topic: &TopicView,
-        value_max_bytes: usize,
+        settings: &DecodeSettings,
         resolve: ResolveStart<'_>,
     ) -> Result<Feed, FeedProblem> {
         let name = &definition.name;
@@ -82,7 +84,7 @@ impl Feed {
                 source.topic
             )));
         }
-        let decoder = Decoder::new(definition, source, value_max_bytes)
+        let decoder = Decoder::new(definition, source, settings)
             .map_err(|e| FeedProblem::Stop(format!("table {name}: {e}")))?;
         let opening = open_topic(
             &table.positions(),
@@ -166,10 +168,12 @@ impl Feed {
         } = self
             .decoder
             .decode(records, &selected, now_millis)
-            .map_err(|e| {
-                FeedProblem::Stop(format!(
+            .map_err(|problem| match problem {
+                // Nothing was applied: the same records come again.
+                DecodeProblem::Wait(reason) => FeedProblem::Wait(format!("table {name}: {reason}")),
+                DecodeProblem::Bug(e) => FeedProblem::Stop(format!(
                     "table {name}: decoded columns do not fit together: {e}"
-                ))
+                )),
             })?;
         let commit = Commit {
             positions: advanced
@@ -248,17 +252,24 @@ impl Feed {
         }
     }
 
+    /// One letter for each record, with its first reason: a record of many rows may have one
+    /// for each.
     fn dead_letters(
         &self,
         records: &[Incoming<'_>],
         refused: &[(usize, String)],
     ) -> Vec<DeadLetter> {
+        let mut seen = BTreeSet::new();
         let of = |(index, reason): &(usize, String)| {
             records
                 .get(*index)
                 .map(|record| self.dead_letter(record, reason))
         };
-        refused.iter().filter_map(of).collect()
+        refused
+            .iter()
+            .filter(|(index, _)| seen.insert(*index))
+            .filter_map(of)
+            .collect()
     }
 
     fn dead_letter(&self, record: &Incoming<'_>, reason: &str) -> DeadLetter {

@@ -13,7 +13,8 @@
 //! nothing advances meanwhile.
 //!
 //! Inside: `supervisor` (which sources run), `source` (one topic's thread), `session` (one
-//! connection of it), `feed` (one table on it), `decode` (records to columns), `assign` (where to read from), `broker`
+//! connection of it), `feed` (one table on it), `decode` (records to columns, whatever their
+//! format; `decode_only` measures it), `assign` (where to read from), `broker`
 //! (questions to it), `native` (librdkafka calls, the only unsafe code), `control`, `status`,
 //! `config`. JSON to Arrow is `pinion_feature_store::json`.
 //!
@@ -26,6 +27,7 @@ mod broker;
 mod config;
 mod control;
 mod decode;
+mod decode_only;
 mod feed;
 mod native;
 mod session;
@@ -35,5 +37,6 @@ mod status;
 mod supervisor;
 
 pub use config::{IngestConfig, IngestError};
+pub use decode_only::{DecodeOnly, DecodeOnlyError, DecodedCount, RawRecord};
 pub use status::{SourceState, SourceStatus, TableProgress};
 pub use supervisor::{Ingest, IngestHandle};

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use crate::broker::{Consumer, TopicWatch, describe_topic};
 use crate::config::IngestConfig;
 use crate::control::Control;
+use crate::decode::DecodeSettings;
 use crate::native::LogContext;
 use crate::session::Session;
 use crate::status::{SourceState, SourceStatus};
@@ -29,6 +30,7 @@ pub(crate) struct SourceKey {
 pub(crate) struct Source {
     pub(crate) key: SourceKey,
     pub(crate) config: Arc<IngestConfig>,
+    pub(crate) decoding: Arc<DecodeSettings>,
     pub(crate) control: Arc<Control>,
     pub(crate) status: Arc<Mutex<SourceStatus>>,
 }

@@ -10,6 +10,7 @@ use pinion_feature_store::{Store, Table, TableId};
 
 use crate::config::{IngestConfig, IngestError};
 use crate::control::Control;
+use crate::decode::DecodeSettings;
 use crate::source::{Source, SourceKey};
 use crate::status::{SourceState, SourceStatus, TableProgress};
 
@@ -30,6 +31,7 @@ impl Ingest {
         config.check()?;
         let shared = Arc::new(Shared {
             store,
+            decoding: Arc::new(DecodeSettings::new(&config)),
             config: Arc::new(config),
             inner: Mutex::new(Inner::default()),
             wake: Condvar::new(),
@@ -132,6 +134,7 @@ impl Drop for IngestHandle {
 struct Shared {
     store: Store,
     config: Arc<IngestConfig>,
+    decoding: Arc<DecodeSettings>,
     inner: Mutex<Inner>,
     wake: Condvar,
 }
@@ -296,6 +299,7 @@ impl Shared {
         let source = Source {
             key: key.clone(),
             config: Arc::clone(&self.config),
+            decoding: Arc::clone(&self.decoding),
             control: Arc::clone(&control),
             status: Arc::clone(&status),
         };

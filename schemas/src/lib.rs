@@ -36,6 +36,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod check_formats;
 mod defaults;
 mod definition;
 mod evolution;
@@ -49,6 +50,7 @@ mod span;
 mod toml_reader;
 mod types;
 
+pub use check_formats::without_password;
 pub use definition::{
     BatchSource, DefinitionError, Feature, KafkaSource, KeyColumn, TableDefinition, TimeColumn,
 };
@@ -56,7 +58,7 @@ pub use evolution::{Change, EvolutionError, can_widen, plan_evolution};
 pub use keys::{EncodedKeys, KeyEncoder, KeyError, KeyTypeError, check_key_type, key_hash};
 pub use names::{NameError, nearest, valid_name};
 pub use policies::{
-    BatchFormat, History, KeyFormat, LookupLayout, StartPolicy, UnknownFields, UnknownWord,
+    BatchFormat, Envelope, History, KeyFormat, LookupLayout, StartPolicy, UnknownFields, UnknownWord,
     ValueFormat,
 };
 pub use service::{Definition, ServiceDefinition};
