@@ -142,8 +142,8 @@ pub(crate) enum DecoderError {
     Schemas(String),
 }
 
-/// What the decoders of all tables share.
-#[derive(Debug, Default)]
+/// What the decoders of all tables share. Holds secrets: not to be printed.
+#[derive(Default)]
 pub(crate) struct DecodeSettings {
     value_max_bytes: usize,
     /// URL of the registry for tables that name none; may hold a password.

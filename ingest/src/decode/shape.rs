@@ -88,7 +88,7 @@ impl Shape {
 
     /// Every path that is read, from the top of the value. `row` is where the row is in it.
     pub(crate) fn paths(&self, row: Option<&str>) -> Vec<Vec<String>> {
-        let below = |path: &[String], is_around: bool| {
+        let below = |path: &[String], is_around: bool| -> Vec<String> {
             let start = row.filter(|_| !is_around).map(str::to_owned);
             start.into_iter().chain(path.iter().cloned()).collect()
         };
