@@ -92,6 +92,7 @@ pub fn ingest_config(config: &Config) -> IngestConfig {
     let mut ingest = IngestConfig {
         brokers: config.text("kafka.brokers").map(str::to_owned),
         options: config.kafka_options(),
+        registry: config.text("kafka.registry").map(str::to_owned),
         ..IngestConfig::default()
     };
     if let Some(instance) = config.text("kafka.instance") {

@@ -12,12 +12,14 @@
 //! out is fully validated, and its plain form (dictionaries and views expanded) has at most
 //! that many bytes.
 //!
-//! [`GatedReader`] reads an Arrow IPC file or stream through a gate.
+//! [`GatedReader`] reads an Arrow IPC file or stream through a gate, [`StreamGate`] one stream
+//! after another from memory.
 
 mod compression;
 mod expand;
 mod layout;
 mod reader;
+mod stream;
 #[cfg(test)]
 mod tests;
 
@@ -34,6 +36,7 @@ use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
 use flatbuffers::VerifierOptions;
 
 pub use reader::GatedReader;
+pub use stream::StreamGate;
 
 use layout::Layout;
 
@@ -224,13 +227,27 @@ impl Gate {
     pub fn admit(&mut self, header: &[u8], body: &Buffer) -> Result<Admitted, GateError> {
         let header = self.align_header(header)?;
         let message = parse_message(&header)?;
+        self.admit_message(&message, body)
+    }
+
+    /// Takes the next stream of the same schema: its dictionaries are its own.
+    fn forget_dictionaries(&mut self) {
+        self.dictionaries.clear();
+        self.dictionary_bytes.clear();
+    }
+
+    fn admit_message(
+        &mut self,
+        message: &Message<'_>,
+        body: &Buffer,
+    ) -> Result<Admitted, GateError> {
         if message.version() < MetadataVersion::V4 || message.version() > MetadataVersion::V5 {
             return Err(GateError::Unsupported {
                 what: format!("Arrow metadata version {:?}", message.version()),
                 hint: "write with Arrow 0.8 or later (metadata V4 or V5)",
             });
         }
-        let body_bytes = self.checked_body_length(&message)?;
+        let body_bytes = self.checked_body_length(message)?;
         if body_bytes > body.len() as u64 {
             return Err(GateError::malformed(format!(
                 "the header announces a body of {body_bytes} bytes, {} came",
@@ -239,12 +256,12 @@ impl Gate {
         }
         let body = body.slice_with_length(0, body_bytes as usize);
         match message.header_type() {
-            MessageHeader::Schema => self.admit_schema(&message).map(Admitted::Schema),
+            MessageHeader::Schema => self.admit_schema(message).map(Admitted::Schema),
             MessageHeader::DictionaryBatch => {
-                self.admit_dictionary(&message, &body)?;
+                self.admit_dictionary(message, &body)?;
                 Ok(Admitted::Dictionary)
             }
-            MessageHeader::RecordBatch => self.admit_batch(&message, &body).map(Admitted::Batch),
+            MessageHeader::RecordBatch => self.admit_batch(message, &body).map(Admitted::Batch),
             other => Err(GateError::Order {
                 expected: "a schema, dictionary or record batch",
                 found: format!("{other:?}"),

@@ -17,6 +17,9 @@ pub struct IngestConfig {
     /// librdkafka settings for every consumer, with or without the prefix `kafka.`; a table's
     /// own come on top. May hold secrets: never printed.
     pub options: BTreeMap<String, String>,
+    /// URL of the schema registry for tables that name none; user and password may stand in it,
+    /// or in the options `registry.user`, `registry.password`, `registry.token`. Never printed.
+    pub registry: Option<String>,
     /// Name of this server among those that read the same topics.
     pub instance: String,
     /// Most records in one micro-batch.
@@ -53,6 +56,7 @@ impl Default for IngestConfig {
         IngestConfig {
             brokers: None,
             options: BTreeMap::new(),
+            registry: None,
             instance: "default".to_owned(),
             batch_rows: 8_192,
             batch_bytes: 1 << 20,
@@ -76,6 +80,13 @@ impl fmt::Debug for IngestConfig {
         f.debug_struct("IngestConfig")
             .field("brokers", &self.brokers)
             .field("options", &self.options.keys().collect::<Vec<_>>())
+            .field(
+                "registry",
+                &self
+                    .registry
+                    .as_deref()
+                    .map(pinion_schemas::without_password),
+            )
             .field("instance", &self.instance)
             .field("batch_rows", &self.batch_rows)
             .field("batch_bytes", &self.batch_bytes)
@@ -292,7 +303,8 @@ impl IngestConfig {
         let server = self.options.iter().map(|option| (option, Reach::Server));
         let reach = Reach::Table(self.secrets_dir.as_deref());
         let table = table_options.iter().map(|option| (option, reach));
-        for ((option, value), reach) in server.chain(table) {
+        let options = server.chain(table);
+        for ((option, value), reach) in options.filter(|((o, _), _)| !is_for_registry(o)) {
             let value = secrets::resolve(value, reach).map_err(|problem| IngestError::Secret {
                 option: option.clone(),
                 problem,
@@ -341,6 +353,11 @@ fn check_options(options: &BTreeMap<String, String>) -> Result<(), IngestError> 
         }
     }
     Ok(())
+}
+
+/// True for an option of the schema registry's client.
+fn is_for_registry(option: &str) -> bool {
+    plain_name(option).starts_with("registry.")
 }
 
 fn plain_name(option: &str) -> &str {
@@ -403,6 +420,25 @@ mod tests {
         };
         let shown = format!("{config:?}");
         assert!(shown.contains("sasl.password") && !shown.contains("hunter2"));
+    }
+
+    #[test]
+    fn options_of_the_schema_registry_are_not_librdkafkas() {
+        let config = IngestConfig {
+            options: options("kafka.registry.password", "hunter2"),
+            registry: Some("http://me:hunter2@host".to_owned()),
+            ..IngestConfig::default()
+        };
+        let client = config
+            .client_config("b:1", &options("registry.user", "me"))
+            .expect("config");
+        assert_eq!(client.get("registry.password"), None);
+        assert_eq!(client.get("registry.user"), None);
+        let shown = format!("{config:?}");
+        assert!(
+            shown.contains("http://host") && !shown.contains("hunter2"),
+            "{shown}"
+        );
     }
 
     #[test]

@@ -9,7 +9,7 @@ use pinion_schemas::{KafkaSource, OnLost, StartPolicy, TableDefinition};
 use crate::assign::{Offsets, Opening, open_topic};
 use crate::bounds::DeadLetterBounds;
 use crate::control::PositionGate;
-use crate::decode::{Decoded, Decoder, Incoming, Run, RunKind};
+use crate::decode::{DecodeProblem, DecodeSettings, Decoded, Decoder, Incoming, Run, RunKind};
 
 /// One thing a micro-batch brought, in the order it came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,7 +117,7 @@ impl Feed {
         table: &Table,
         definition: &Arc<TableDefinition>,
         topic: &TopicView,
-        value_max_bytes: usize,
+        settings: &DecodeSettings,
         resolve: ResolveStart<'_>,
         permit: Permit<'_>,
     ) -> Result<Feed, FeedProblem> {
@@ -134,7 +134,7 @@ impl Feed {
                 source.topic
             )));
         }
-        let decoder = Decoder::new(definition, source, value_max_bytes)
+        let decoder = Decoder::new(definition, source, settings)
             .map_err(|e| FeedProblem::Stop(format!("table {name}: {e}")))?;
         let stored = table.positions();
         let opening = open_topic(
@@ -290,10 +290,12 @@ impl Feed {
         } = self
             .decoder
             .decode(records, &selected, now_millis)
-            .map_err(|e| {
-                FeedProblem::Stop(format!(
+            .map_err(|problem| match problem {
+                // Nothing was applied: the same records come again.
+                DecodeProblem::Wait(reason) => FeedProblem::Wait(format!("table {name}: {reason}")),
+                DecodeProblem::Bug(e) => FeedProblem::Stop(format!(
                     "table {name}: decoded columns do not fit together: {e}"
-                ))
+                )),
             })?;
         let before = self.epochs.clone();
         for (partition, next) in &advanced {
@@ -401,6 +403,8 @@ impl Feed {
         }
     }
 
+    /// One letter for each record, with its first reason: a record of many rows may have one
+    /// for each.
     fn dead_letters(
         &self,
         records: &[Incoming<'_>],
@@ -408,6 +412,7 @@ impl Feed {
         headers: &dyn Fn(usize) -> Headers,
         now_millis: i64,
     ) -> Vec<DeadLetter> {
+        let mut seen = BTreeSet::new();
         let of = |(index, reason): &(usize, String)| {
             records.get(*index).map(|record| DeadLetter {
                 headers: headers(*index),
@@ -415,7 +420,11 @@ impl Feed {
                 ..self.dead_letter(record, reason)
             })
         };
-        refused.iter().filter_map(of).collect()
+        refused
+            .iter()
+            .filter(|(index, _)| seen.insert(*index))
+            .filter_map(of)
+            .collect()
     }
 
     fn dead_letter(&self, record: &Incoming<'_>, reason: &str) -> DeadLetter {

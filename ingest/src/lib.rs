@@ -13,7 +13,8 @@
 //! nothing advances meanwhile.
 //!
 //! Inside: `supervisor` (which sources run), `source` (one topic's thread), `session` (one
-//! connection of it), `feed` (one table on it), `decode` (records to columns), `assign` (where to read from), `broker`
+//! connection of it), `feed` (one table on it), `decode` (records to columns, whatever their
+//! format; `decode_only` measures it), `assign` (where to read from), `broker`
 //! (questions to it), `freshness` (arrival to visible), `measure` (metrics), `native` (librdkafka calls, the only unsafe code), `control`, `status`,
 //! `config`, `secrets` (in options), `pauses` (kept over restarts), `seek`, `pressure` (memory and
 //! disk), `monitors` (offsets for lag monitors), and for dead letters `bounds`, `replay`, `forward`,
@@ -29,6 +30,7 @@ mod broker;
 mod config;
 mod control;
 mod decode;
+mod decode_only;
 mod expire;
 mod feed;
 mod forward;
@@ -48,6 +50,7 @@ mod status;
 mod supervisor;
 
 pub use config::{IngestConfig, IngestError};
+pub use decode_only::{DecodeOnly, DecodeOnlyError, DecodedCount, RawRecord};
 pub use freshness::{
     Buckets, FRESHNESS_BOUNDS_SECONDS, Freshness, FreshnessReport, PartitionFreshness, Recent,
     TimestampKind,

@@ -5,14 +5,15 @@
 
 use std::cell::OnceCell;
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use pinion_feature_store::{
     Commit, CommitError, DeadLetterId, DeadLetterPage, StoredDeadLetter, Table,
 };
 use serde::Serialize;
 
-use crate::config::IngestError;
-use crate::decode::{Decoded, Decoder, Incoming, Run, RunKind};
+use crate::config::{IngestConfig, IngestError};
+use crate::decode::{DecodeProblem, DecodeSettings, Decoded, Decoder, Incoming, Run, RunKind};
 use crate::feed::{FeedProblem, change, problem_of};
 use crate::session::now_millis;
 
@@ -20,6 +21,8 @@ use crate::session::now_millis;
 const STEP_LETTERS: usize = 1_000;
 /// And their bytes, about.
 const STEP_BYTES: u64 = 16 << 20;
+/// Longest wait for the schema of a dead letter.
+const SCHEMA_WAIT: Duration = Duration::from_secs(10);
 /// Failures that a report names.
 const NAMED_FAILURES: usize = 100;
 
@@ -68,7 +71,16 @@ pub struct ReplayFailure {
 /// cannot be read or the table takes no writes. What was settled before stays settled.
 pub fn replay_dead_letters(
     table: &Table,
-    value_max_bytes: usize,
+    config: &IngestConfig,
+    wanted: &ReplayOf,
+) -> Result<ReplayReport, IngestError> {
+    replay(table, &DecodeSettings::new(config), wanted)
+}
+
+/// As [`replay_dead_letters`], with the schemas that the sources have already.
+pub(crate) fn replay(
+    table: &Table,
+    settings: &DecodeSettings,
     wanted: &ReplayOf,
 ) -> Result<ReplayReport, IngestError> {
     let failed = |problem: String| IngestError::Failed { problem };
@@ -79,7 +91,7 @@ pub fn replay_dead_letters(
             known: Vec::new(),
         });
     };
-    let mut decoder = Decoder::new(&definition, source, value_max_bytes)
+    let mut decoder = Decoder::new(&definition, source, settings)
         .map_err(|e| failed(format!("table {}: {e}", definition.name)))?;
     let mut report = ReplayReport::default();
     let mut after = None;
@@ -122,6 +134,29 @@ fn cut(letters: &mut Vec<StoredDeadLetter>) {
     letters.truncate(keep);
 }
 
+/// Decodes, and waits a while for schemas that are not here yet.
+fn decode(
+    decoder: &mut Decoder,
+    records: &[Incoming<'_>],
+    all: &[usize],
+) -> Result<Decoded, IngestError> {
+    let began = Instant::now();
+    loop {
+        match decoder.decode(records, all, now_millis()) {
+            Ok(decoded) => return Ok(decoded),
+            Err(DecodeProblem::Wait(_)) if began.elapsed() < SCHEMA_WAIT => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Err(DecodeProblem::Wait(problem)) => return Err(IngestError::Failed { problem }),
+            Err(DecodeProblem::Bug(error)) => {
+                return Err(IngestError::Failed {
+                    problem: format!("decoded columns do not fit together: {error}"),
+                });
+            }
+        }
+    }
+}
+
 fn replay_step(
     table: &Table,
     decoder: &mut Decoder,
@@ -132,11 +167,7 @@ fn replay_step(
     let all: Vec<usize> = (0..records.len()).collect();
     let Decoded {
         mut runs, refused, ..
-    } = decoder
-        .decode(&records, &all, now_millis())
-        .map_err(|e| IngestError::Failed {
-            problem: format!("decoded columns do not fit together: {e}"),
-        })?;
+    } = decode(decoder, &records, &all)?;
     let mut failures = refused;
     let decoded: BTreeSet<usize> = runs
         .iter()

@@ -264,7 +264,7 @@ impl<'s> Session<'s> {
             &slot.table,
             &slot.definition,
             &self.topic,
-            self.source.config.value_max_bytes,
+            &self.source.decoding,
             &resolve,
             self.permit(),
         );

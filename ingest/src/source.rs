@@ -10,6 +10,7 @@ use pinion_schemas::TableDefinition;
 use crate::broker::{Consumer, TopicWatch, describe_topic};
 use crate::config::{IngestConfig, IngestError};
 use crate::control::Control;
+use crate::decode::DecodeSettings;
 use crate::monitors::Monitors;
 use crate::native::LogContext;
 use crate::pressure::Pressure;
@@ -45,6 +46,7 @@ impl SourceKey {
 pub(crate) struct Source {
     pub(crate) key: SourceKey,
     pub(crate) config: Arc<IngestConfig>,
+    pub(crate) decoding: Arc<DecodeSettings>,
     pub(crate) control: Arc<Control>,
     pub(crate) status: Arc<Mutex<SourceStatus>>,
     pub(crate) pressure: Pressure,

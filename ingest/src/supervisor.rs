@@ -10,12 +10,13 @@ use pinion_feature_store::{Store, Table, TableId};
 
 use crate::config::{IngestConfig, IngestError};
 use crate::control::{Control, Desired};
+use crate::decode::DecodeSettings;
 use crate::expire::Expiry;
 use crate::forward::{Forwarders, Problems};
 use crate::measure;
 use crate::pauses::{PauseFile, Paused};
 use crate::pressure::{self, Pressure, PressureGauge};
-use crate::replay::{ReplayOf, ReplayReport, replay_dead_letters};
+use crate::replay::{ReplayOf, ReplayReport, replay};
 use crate::seek::{self, Seek, Sought};
 use crate::source::{Source, SourceKey};
 use crate::status::{Forwarding, SourceState, SourceStatus, TableProgress};
@@ -44,6 +45,7 @@ impl Ingest {
         let expiry = Expiry::start(store.clone())?;
         let shared = Arc::new(Shared {
             store,
+            decoding: Arc::new(DecodeSettings::new(&config)),
             config: Arc::new(config),
             pause_file,
             pressure: gauge.shared.clone(),
@@ -224,13 +226,13 @@ impl IngestHandle {
     ///
     /// # Errors
     ///
-    /// As [`replay_dead_letters`].
+    /// As [`crate::replay_dead_letters`].
     pub fn replay_dead_letters(
         &self,
         table: &Table,
         wanted: &ReplayOf,
     ) -> Result<ReplayReport, IngestError> {
-        replay_dead_letters(table, self.shared.config.value_max_bytes, wanted)
+        replay(table, &self.shared.decoding, wanted)
     }
 
     /// Ends every source and waits for the threads. What was read is committed; nothing else
@@ -257,6 +259,7 @@ struct Shared {
     pause_file: PauseFile,
     pressure: Pressure,
     forward_problems: Problems,
+    decoding: Arc<DecodeSettings>,
     inner: Mutex<Inner>,
     wake: Condvar,
 }
@@ -455,6 +458,7 @@ impl Shared {
         let source = Source {
             key: key.clone(),
             config: Arc::clone(&self.config),
+            decoding: Arc::clone(&self.decoding),
             control: Arc::clone(&control),
             status: Arc::clone(&status),
             pressure: self.pressure.clone(),

@@ -353,14 +353,17 @@ fn dead_letters_keep_their_headers_and_pass_once_the_definition_reads_them() {
     );
     assert!(letters[0].refused_millis > 1_600_000_000_000);
 
-    let report = replay_dead_letters(&table, 1 << 20, &ReplayOf::All).expect("replay");
+    let report =
+        replay_dead_letters(&table, &IngestConfig::default(), &ReplayOf::All).expect("replay");
     assert_eq!((report.tried, report.passed, report.failed), (2, 0, 2));
     assert!(report.failures[0].error.contains("field v"), "{report:?}");
     // The key now comes from the record's key, so that the second has one.
     apply(&store, "all", "fields = { id = \"$key\" }");
-    let report = replay_dead_letters(&table, 1 << 20, &ReplayOf::All).expect("replay");
+    let report =
+        replay_dead_letters(&table, &IngestConfig::default(), &ReplayOf::All).expect("replay");
     assert_eq!((report.tried, report.passed, report.failed), (2, 1, 1));
-    let report = replay_dead_letters(&table, 1 << 20, &ReplayOf::All).expect("replay");
+    let report =
+        replay_dead_letters(&table, &IngestConfig::default(), &ReplayOf::All).expect("replay");
     assert_eq!((report.tried, report.passed, report.failed), (1, 0, 1));
     assert_eq!(values(&table).iter().filter(|v| **v == 7).count(), 1);
 }

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashSet};
 use arrow_schema::DataType;
 use chrono::format::{Item, StrftimeItems};
 
+use crate::check_formats::check_formats;
 use crate::defaults::check_default;
 use crate::definition::{DefinitionError, Feature, KafkaSource, TableDefinition, TimeColumn};
 use crate::keys::check_key_type;
@@ -26,7 +27,7 @@ const MAX_SHORT_TEXT_BYTES: usize = 1024;
 /// Most entries of a map or list of settings, features' own fields aside.
 const MAX_ENTRIES: usize = 256;
 
-fn refuse(
+pub(crate) fn refuse(
     path: impl Into<String>,
     problem: impl Into<String>,
     hint: Option<&str>,
@@ -204,6 +205,7 @@ impl TableDefinition {
                 return Err(refuse(PATH, "it is the topic that the table reads", None));
             }
         }
+        check_formats(kafka)?;
         at_most(
             "source.kafka.brokers",
             kafka.brokers.as_deref().unwrap_or(""),
@@ -433,7 +435,7 @@ fn entries_at_most(path: &str, entries: usize) -> Result<(), DefinitionError> {
     Ok(())
 }
 
-fn at_most(path: &str, text: &str, limit_bytes: usize) -> Result<(), DefinitionError> {
+pub(crate) fn at_most(path: &str, text: &str, limit_bytes: usize) -> Result<(), DefinitionError> {
     if text.len() > limit_bytes {
         let problem = format!("{} bytes long; the limit is {limit_bytes}", text.len());
         return Err(refuse(path, problem, None));

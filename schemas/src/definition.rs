@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits::DeadLetterLimits;
 use crate::policies::{
-    BatchFormat, History, KeyFormat, LookupLayout, OnLost, StartPolicy, UnknownFields, ValueFormat,
+    BatchFormat, Envelope, History, KeyFormat, LookupLayout, OnLost, StartPolicy, UnknownFields,
+    ValueFormat,
 };
 use crate::span::Span;
 use crate::types::{self, storage_type};
@@ -178,6 +179,26 @@ pub struct KafkaSource {
     /// How values are encoded.
     #[serde(default)]
     pub format: ValueFormat,
+    /// What stands around the row in a value; `None`: nothing.
+    #[serde(default)]
+    pub envelope: Option<Envelope>,
+    /// URL of the schema registry that framed values and keys name their schemas in; `None`:
+    /// the server's own setting. May hold a password: never print it as it is.
+    #[serde(default)]
+    pub registry: Option<String>,
+    /// The schema of bare values: Avro's JSON, or the text of a .proto file. With it values
+    /// have no frame, and no registry is asked for them.
+    #[serde(default)]
+    pub schema: Option<String>,
+    /// Full name of the message in `schema` that a Protobuf value is.
+    #[serde(default)]
+    pub message: Option<String>,
+    /// As `schema`, for record keys.
+    #[serde(default)]
+    pub key_schema: Option<String>,
+    /// As `message`, for record keys.
+    #[serde(default)]
+    pub key_message: Option<String>,
     /// `host:port,…`; `None`: the server's own setting.
     #[serde(default)]
     pub brokers: Option<String>,
@@ -213,7 +234,8 @@ pub struct KafkaSource {
     /// A topic that dead letters are copied to, at least once.
     #[serde(default)]
     pub dead_letter_topic: Option<String>,
-    /// Settings handed to librdkafka as they are. May hold secrets: never print the values.
+    /// Settings handed to librdkafka as they are, those that begin with `registry.` to the
+    /// client of the schema registry. May hold secrets: never print the values.
     #[serde(default)]
     pub options: BTreeMap<String, String>,
 }
@@ -224,6 +246,12 @@ impl KafkaSource {
         KafkaSource {
             topic: topic.into(),
             format: ValueFormat::default(),
+            envelope: None,
+            registry: None,
+            schema: None,
+            message: None,
+            key_schema: None,
+            key_message: None,
             brokers: None,
             key: None,
             start: StartPolicy::default(),

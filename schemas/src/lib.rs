@@ -36,6 +36,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod check_formats;
 mod defaults;
 mod definition;
 mod evolution;
@@ -50,6 +51,7 @@ mod span;
 mod toml_reader;
 mod types;
 
+pub use check_formats::without_password;
 pub use definition::{
     BatchSource, DefinitionError, Feature, KafkaSource, KeyColumn, TableDefinition, TimeColumn,
 };
@@ -58,8 +60,8 @@ pub use keys::{EncodedKeys, KeyEncoder, KeyError, KeyTypeError, check_key_type, 
 pub use limits::{ByteSize, DeadLetterLimits, Share};
 pub use names::{NameError, nearest, valid_name};
 pub use policies::{
-    BatchFormat, History, KeyFormat, LookupLayout, OnLost, StartPolicy, UnknownFields, UnknownWord,
-    ValueFormat,
+    BatchFormat, Envelope, History, KeyFormat, LookupLayout, OnLost, StartPolicy, UnknownFields,
+    UnknownWord, ValueFormat,
 };
 pub use service::{Definition, ServiceDefinition};
 pub use span::{Span, SpanError};

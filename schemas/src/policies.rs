@@ -60,6 +60,22 @@ pub enum ValueFormat {
     /// One JSON object per record.
     #[default]
     Json,
+    /// One JSON object per record, behind the frame of a schema registry.
+    JsonSchema,
+    /// One Avro record: behind the frame of a schema registry, or bare by the source's `schema`.
+    Avro,
+    /// One Protobuf message: behind the frame of a schema registry, or bare by the source's
+    /// `schema`.
+    Protobuf,
+    /// An Arrow IPC stream of any number of rows.
+    Arrow,
+}
+
+/// What stands around the row in a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Envelope {
+    /// A change event of Debezium: `before`, `after`, `op`, `source`.
+    Debezium,
 }
 
 /// Encoding of record keys.
@@ -69,6 +85,12 @@ pub enum KeyFormat {
     Json,
     /// The text of the only key column.
     String,
+    /// As `Json`, behind the frame of a schema registry.
+    JsonSchema,
+    /// An Avro record of the key columns, or a bare Avro value when there is one key column.
+    Avro,
+    /// A Protobuf message of the key columns.
+    Protobuf,
 }
 
 /// Where consumption of a topic begins when no position is stored.
@@ -165,11 +187,18 @@ fn unknown_word(what: &'static str, text: &str, known: &'static str) -> UnknownW
 
 words!(UnknownFields, "setting", "ignore, refuse", { Ignore => "ignore", Refuse => "refuse" });
 words!(LookupLayout, "layout", "columns, rows", { Columns => "columns", Rows => "rows" });
-words!(ValueFormat, "format", "json", { Json => "json" });
+words!(ValueFormat, "format", "json, json_schema, avro, protobuf, arrow", {
+    Json => "json", JsonSchema => "json_schema", Avro => "avro", Protobuf => "protobuf",
+    Arrow => "arrow"
+});
 words!(OnLost, "policy", "stop, earliest, latest", {
     Stop => "stop", Earliest => "earliest", Latest => "latest"
 });
-words!(KeyFormat, "key format", "json, string", { Json => "json", String => "string" });
+words!(Envelope, "envelope", "debezium", { Debezium => "debezium" });
+words!(KeyFormat, "key format", "json, string, json_schema, avro, protobuf", {
+    Json => "json", String => "string", JsonSchema => "json_schema", Avro => "avro",
+    Protobuf => "protobuf"
+});
 words!(BatchFormat, "format", "parquet, csv, jsonl, arrow", {
     Parquet => "parquet", Csv => "csv", Jsonl => "jsonl", Arrow => "arrow"
 });

@@ -124,8 +124,14 @@ fn render_kafka(kafka: &KafkaSource, out: &mut Toml) {
     if kafka.format != ValueFormat::default() {
         out.text("format", kafka.format);
     }
+    out.optional("envelope", kafka.envelope.as_ref());
+    out.optional("registry", kafka.registry.as_ref());
+    out.optional("schema", kafka.schema.as_ref());
+    out.optional("message", kafka.message.as_ref());
     out.optional("brokers", kafka.brokers.as_ref());
     out.optional("key", kafka.key.as_ref());
+    out.optional("key_schema", kafka.key_schema.as_ref());
+    out.optional("key_message", kafka.key_message.as_ref());
     if kafka.start != StartPolicy::default() {
         out.text("start", kafka.start);
     }

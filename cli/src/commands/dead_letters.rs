@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use chrono::{DateTime, SecondsFormat, Utc};
 use clap::{Args, Subcommand};
 use pinion_feature_store::{DeadLetterId, DeadLetterPage, Store, StoredDeadLetter};
-use pinion_ingest::{IngestConfig, ReplayOf, replay_dead_letters};
+use pinion_ingest::{ReplayOf, replay_dead_letters};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -16,6 +16,7 @@ use crate::args::{GlobalArgs, OutputForm};
 use crate::config::Config;
 use crate::error::{CliError, CliResult, escape_control};
 use crate::output::{count_text, print_json, print_text, write_table};
+use crate::server::ingest_config;
 use crate::target::{Access, Target};
 
 /// Shows the records of a table that could not be applied, tries them again, or gives them up.
@@ -219,8 +220,8 @@ fn replay(config: &Config, table: &str, ids: Vec<DeadLetterId>) -> CliResult {
             } else {
                 ReplayOf::These(ids.into_iter().collect())
             };
-            let limit_bytes = IngestConfig::default().value_max_bytes;
-            let report = replay_dead_letters(&store.table(table)?, limit_bytes, &wanted)
+            let settings = ingest_config(config);
+            let report = replay_dead_letters(&store.table(table)?, &settings, &wanted)
                 .map_err(CliError::from_error);
             store.close();
             serde_json::to_value(report?)

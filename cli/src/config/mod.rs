@@ -238,7 +238,10 @@ impl Config {
                 let value = self.value(setting.path);
                 ConfigRow {
                     setting: setting.path.to_owned(),
-                    value: value.map(|v| v.text.clone()),
+                    value: value.map(|v| match setting.path {
+                        "kafka.registry" => pinion_schemas::without_password(&v.text),
+                        _ => v.text.clone(),
+                    }),
                     origin: value.map_or_else(|| "not set".to_owned(), |v| v.origin.to_string()),
                     about: setting.about,
                 }

@@ -201,6 +201,12 @@ pub const SETTINGS: &[Setting] = &[
         "Brokers of tables that name none: HOST:PORT,...",
     ),
     setting(
+        "kafka.registry",
+        Kind::Text,
+        None,
+        "URL of the schema registry of tables that name none: http://HOST:PORT",
+    ),
+    setting(
         "kafka.instance",
         Kind::Text,
         None,

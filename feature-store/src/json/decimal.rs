@@ -8,7 +8,7 @@ pub(super) const FLOAT_DIGITS: usize = 15;
 
 /// Why text is no decimal of the wanted precision and scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum DecimalProblem {
+pub enum DecimalProblem {
     /// Not a number.
     NotANumber,
     /// More decimals than the scale holds.
@@ -20,7 +20,11 @@ pub(super) enum DecimalProblem {
 /// Reads `[+-]digits[.digits][e[+-]digits]` as an integer scaled by `scale`.
 ///
 /// `precision` is at most 76.
-pub(super) fn parse_decimal(text: &str, precision: u8, scale: i8) -> Result<i256, DecimalProblem> {
+///
+/// # Errors
+///
+/// The text is no number, or has more digits than fit: nothing is rounded.
+pub fn parse_decimal(text: &str, precision: u8, scale: i8) -> Result<i256, DecimalProblem> {
     let parts = split(text).ok_or(DecimalProblem::NotANumber)?;
     let trimmed = parts.digits.trim_start_matches('0');
     if trimmed.is_empty() {

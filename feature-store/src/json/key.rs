@@ -9,7 +9,7 @@ use pinion_schemas::{KeyFormat, TableDefinition};
 use serde_json::Value;
 
 use super::JsonRowError;
-use super::mapping::{JsonMappingError, RecordMeta, Source, follow, key_values};
+use super::mapping::{ColumnSource, JsonMappingError, RecordMeta, follow, keys_of};
 use super::row::{Column, finish_batch};
 
 /// Gathers the deletes of one table from records that have a key and no value.
@@ -71,8 +71,24 @@ impl KeyBuilder {
     /// The key cannot be read, or the record has no timestamp where the table needs one. The
     /// builder is as it was before.
     pub fn append(&mut self, meta: &RecordMeta<'_>) -> Result<(), JsonRowError> {
+        self.append_image(meta, None)
+    }
+
+    /// As [`KeyBuilder::append`], for a delete that shows the row as it was before: a key
+    /// column that is mapped to the value is read from `image` when it has the field. The event
+    /// time is `changed_at` (milliseconds since the Unix epoch) when known, unless its column is
+    /// mapped to the envelope or beside the value: then it is read from there.
+    ///
+    /// # Errors
+    ///
+    /// As [`KeyBuilder::append`].
+    pub fn append_image(
+        &mut self,
+        meta: &RecordMeta<'_>,
+        image: Option<(&Value, Option<i64>)>,
+    ) -> Result<(), JsonRowError> {
         let row = self.rows;
-        let appended = self.append_columns(meta);
+        let appended = self.append_columns(meta, image);
         match appended {
             Ok(()) => self.rows += 1,
             Err(_) => {
@@ -84,21 +100,27 @@ impl KeyBuilder {
         appended
     }
 
-    fn append_columns(&mut self, meta: &RecordMeta<'_>) -> Result<(), JsonRowError> {
+    fn append_columns(
+        &mut self,
+        meta: &RecordMeta<'_>,
+        image: Option<(&Value, Option<i64>)>,
+    ) -> Result<(), JsonRowError> {
         let key_error = |problem: String| JsonRowError {
             field: "$key".to_owned(),
             problem,
         };
-        let candidates = match meta.key {
-            Some(key) => key_values(key, self.key_format).map_err(key_error)?,
-            None => Vec::new(),
-        };
+        let candidates = keys_of(meta, self.key_format).map_err(key_error)?;
         let alone = self.keys.len() == 1;
         for column in &mut self.keys {
-            let Source::Value(path) = column.source.clone() else {
+            let ColumnSource::Value(path) = column.source.clone() else {
                 column.push_from(&Value::Null, &candidates, meta)?;
                 continue;
             };
+            let before = image.and_then(|(row, _)| follow(row, &path).ok().flatten());
+            if before.is_some_and(|value| !value.is_null()) {
+                column.push(before)?;
+                continue;
+            }
             if candidates.is_empty() {
                 return Err(key_error(
                     "a record without a value deletes by its key, and it has none".to_owned(),
@@ -115,7 +137,18 @@ impl KeyBuilder {
             })?;
         }
         if let Some(column) = &mut self.event_time {
-            match meta.timestamp_millis {
+            let is_mapped = matches!(
+                column.source,
+                ColumnSource::Envelope(_) | ColumnSource::Header(_)
+            );
+            if is_mapped && image.is_some() {
+                return column.push_from(&Value::Null, &candidates, meta);
+            }
+            let changed_at = match column.source {
+                ColumnSource::Value(_) => image.and_then(|(_, changed_at)| changed_at),
+                _ => None,
+            };
+            match changed_at.or(meta.timestamp_millis) {
                 Some(millis) => column.push_timestamp(millis)?,
                 None => {
                     return Err(JsonRowError {

@@ -1,5 +1,7 @@
 //! Where each column's value comes from in a record.
 
+use std::borrow::Cow;
+
 use pinion_schemas::{KeyFormat, TableDefinition};
 use serde_json::Value;
 
@@ -19,7 +21,8 @@ pub enum JsonMappingError {
     /// The path is empty, has an empty step, or starts with an unknown `$` name.
     #[error(
         "column {column}: {path:?} is no path; expected a dotted path into the value, or $key, \
-         $key.<path>, $timestamp, $partition, $offset, $topic or $header.<name>"
+         $key.<path>, $timestamp, $partition, $offset, $topic, $header.<name>, or $envelope.<path> \
+         where the values have an envelope"
     )]
     BadPath {
         /// The column.
@@ -66,24 +69,75 @@ pub struct RecordMeta<'a> {
     pub timestamp_millis: Option<i64>,
     /// The record's key as it came.
     pub key: Option<&'a [u8]>,
+    /// The record's key where it is decoded already, instead of `key`: readings to try in
+    /// turn, none for a record without a key.
+    pub decoded_key: Option<&'a [Value]>,
+    /// What stands around the row, for columns mapped to `$envelope.<path>`.
+    pub envelope: Option<&'a Value>,
     /// The record's headers in order; of a name given twice the last counts.
     pub headers: &'a [(&'a str, Option<&'a [u8]>)],
 }
 
 /// Where one column's value comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Source {
+pub enum ColumnSource {
+    /// A path into the row.
     Value(Vec<String>),
+    /// A path into what stands around the row.
+    Envelope(Vec<String>),
+    /// A path into the record key; empty for the key as a whole.
     Key(Vec<String>),
+    /// The record timestamp.
     Timestamp,
+    /// The record's partition.
     Partition,
+    /// The record's offset.
     Offset,
+    /// The record's topic.
     Topic,
+    /// The last header of this name.
     Header(String),
 }
 
-impl Source {
-    pub(super) fn parse(column: &str, path: &str) -> Result<Source, JsonMappingError> {
+/// Where each column of `definition` comes from, in schema order.
+///
+/// # Errors
+///
+/// A path that is none, or an override for a column that is not there.
+pub fn column_sources(
+    definition: &TableDefinition,
+    overrides: &std::collections::BTreeMap<String, String>,
+) -> Result<Vec<ColumnSource>, JsonMappingError> {
+    check_overrides(definition, overrides)?;
+    definition
+        .column_names()
+        .map(|name| ColumnSource::parse(name, path_of(definition, overrides, name)))
+        .collect()
+}
+
+pub(super) fn check_overrides(
+    definition: &TableDefinition,
+    overrides: &std::collections::BTreeMap<String, String>,
+) -> Result<(), JsonMappingError> {
+    match overrides
+        .keys()
+        .find(|column| definition.column_index(column).is_none())
+    {
+        None => Ok(()),
+        Some(column) => Err(JsonMappingError::UnknownColumn {
+            table: definition.name.clone(),
+            column: column.clone(),
+        }),
+    }
+}
+
+impl ColumnSource {
+    /// True for a column that is read from the value, the envelope around the row included.
+    pub fn is_in_value(&self) -> bool {
+        matches!(self, ColumnSource::Value(_) | ColumnSource::Envelope(_))
+    }
+
+    pub(super) fn parse(column: &str, path: &str) -> Result<ColumnSource, JsonMappingError> {
         let bad = || JsonMappingError::BadPath {
             column: column.to_owned(),
             path: path.to_owned(),
@@ -92,20 +146,23 @@ impl Source {
             return if name.is_empty() {
                 Err(bad())
             } else {
-                Ok(Source::Header(name.to_owned()))
+                Ok(ColumnSource::Header(name.to_owned()))
             };
         }
         if let Some(rest) = path.strip_prefix("$key.") {
-            return steps(rest).map(Source::Key).ok_or_else(bad);
+            return steps(rest).map(ColumnSource::Key).ok_or_else(bad);
+        }
+        if let Some(rest) = path.strip_prefix("$envelope.") {
+            return steps(rest).map(ColumnSource::Envelope).ok_or_else(bad);
         }
         match path {
-            "$key" => Ok(Source::Key(Vec::new())),
-            "$timestamp" => Ok(Source::Timestamp),
-            "$partition" => Ok(Source::Partition),
-            "$offset" => Ok(Source::Offset),
-            "$topic" => Ok(Source::Topic),
+            "$key" => Ok(ColumnSource::Key(Vec::new())),
+            "$timestamp" => Ok(ColumnSource::Timestamp),
+            "$partition" => Ok(ColumnSource::Partition),
+            "$offset" => Ok(ColumnSource::Offset),
+            "$topic" => Ok(ColumnSource::Topic),
             _ if path.starts_with('$') => Err(bad()),
-            _ => steps(path).map(Source::Value).ok_or_else(bad),
+            _ => steps(path).map(ColumnSource::Value).ok_or_else(bad),
         }
     }
 }
@@ -139,15 +196,30 @@ pub(super) fn follow<'v>(root: &'v Value, path: &[String]) -> Result<Option<&'v 
     Ok(Some(value))
 }
 
-/// The record key as JSON values to try in turn.
+/// The record key as JSON values to try in turn; none for a record without a key.
+pub(super) fn keys_of<'m>(
+    meta: &RecordMeta<'m>,
+    format: Option<KeyFormat>,
+) -> Result<Cow<'m, [Value]>, String> {
+    match (meta.decoded_key, meta.key) {
+        (Some(values), _) => Ok(Cow::Borrowed(values)),
+        (None, Some(key)) => key_values(key, format).map(Cow::Owned),
+        (None, None) => Ok(Cow::Borrowed(&[])),
+    }
+}
+
+/// Bytes of a record key as JSON values to try in turn.
 ///
 /// With `key = "json"` the bytes must be JSON, with `key = "string"` UTF-8 text. When the
 /// definition says neither, a JSON object is that, and anything else is read as a JSON value
 /// first and as plain text second, so that both `"EWR"` and `EWR` name that airport.
-pub(super) fn key_values(key: &[u8], format: Option<KeyFormat>) -> Result<Vec<Value>, String> {
+fn key_values(key: &[u8], format: Option<KeyFormat>) -> Result<Vec<Value>, String> {
     let json = || serde_json::from_slice::<Value>(key);
     let text = || std::str::from_utf8(key).map(|t| Value::String(t.to_owned()));
     match format {
+        Some(format @ (KeyFormat::JsonSchema | KeyFormat::Avro | KeyFormat::Protobuf)) => {
+            Err(format!("a record key in {format} is not decoded here"))
+        }
         Some(KeyFormat::Json) => match json() {
             Ok(value) => Ok(vec![value]),
             Err(e) => Err(format!(

@@ -35,8 +35,9 @@ mod time_text;
 mod tests;
 
 pub(crate) use column::ColumnBuilder;
+pub use decimal::{DecimalProblem, parse_decimal};
 pub use key::KeyBuilder;
-pub use mapping::{JsonMappingError, RecordMeta};
+pub use mapping::{ColumnSource, JsonMappingError, RecordMeta, column_sources};
 pub use row::RowBuilder;
 pub use time_text::{TimeText, TimeTextError, parse_time_text};
 

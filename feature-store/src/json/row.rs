@@ -1,15 +1,19 @@
 //! Whole rows: one JSON object in, one row of the storage schema out.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use arrow_array::{RecordBatch, RecordBatchOptions};
-use arrow_schema::{ArrowError, DataType, Field, SchemaRef};
+use arrow_schema::{ArrowError, DataType, Field, FieldRef, Schema, SchemaRef};
 use pinion_schemas::{KeyFormat, TableDefinition, TimeColumn, UnknownFields, format_type};
 use serde_json::Value;
 
 use super::JsonRowError;
 use super::column::ColumnBuilder;
-use super::mapping::{JsonMappingError, RecordMeta, Source, follow, key_values, path_of};
+use super::mapping::{
+    ColumnSource, JsonMappingError, RecordMeta, check_overrides, column_sources, follow, keys_of,
+    path_of,
+};
 use super::time_text::{TimeText, millis_to_ticks};
 
 /// Gathers rows of one table from JSON objects.
@@ -54,14 +58,7 @@ impl RowBuilder {
         unknown: UnknownFields,
         also_known: &[&str],
     ) -> Result<RowBuilder, JsonMappingError> {
-        for column in overrides.keys() {
-            if definition.column_index(column).is_none() {
-                return Err(JsonMappingError::UnknownColumn {
-                    table: definition.name.clone(),
-                    column: column.clone(),
-                });
-            }
-        }
+        check_overrides(definition, overrides)?;
         let schema = definition.storage_schema();
         let refuse = unknown == UnknownFields::Refuse;
         let columns = schema
@@ -72,7 +69,7 @@ impl RowBuilder {
         let known = refuse.then(|| {
             let mut known = KnownFields::default();
             for column in &columns {
-                if let Source::Value(path) = &column.source {
+                if let ColumnSource::Value(path) = &column.source {
                     known.add(path);
                 }
             }
@@ -81,15 +78,56 @@ impl RowBuilder {
             }
             known
         });
-        let reads_key = columns.iter().any(|c| matches!(c.source, Source::Key(_)));
-        Ok(RowBuilder {
+        Ok(RowBuilder::of(schema, columns, known))
+    }
+
+    /// A builder of only those columns that are not read from the value: from the record's key,
+    /// headers and place. Its schema has them in schema order, and no field is unknown to it.
+    ///
+    /// # Errors
+    ///
+    /// As [`RowBuilder::new`].
+    pub fn beside_the_value(
+        definition: &TableDefinition,
+        overrides: &BTreeMap<String, String>,
+    ) -> Result<RowBuilder, JsonMappingError> {
+        let sources = column_sources(definition, overrides)?;
+        let schema = definition.storage_schema();
+        let fields: Vec<FieldRef> = schema
+            .fields()
+            .iter()
+            .zip(&sources)
+            .filter(|(_, source)| !source.is_in_value())
+            .map(|(field, _)| FieldRef::clone(field))
+            .collect();
+        let columns = fields
+            .iter()
+            .map(|field| Column::new(definition, overrides, field, false))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(RowBuilder::of(
+            SchemaRef::new(Schema::new(fields)),
+            columns,
+            None,
+        ))
+    }
+
+    fn of(schema: SchemaRef, columns: Vec<Column>, known: Option<KnownFields>) -> RowBuilder {
+        let reads_key = columns
+            .iter()
+            .any(|c| matches!(c.source, ColumnSource::Key(_)));
+        RowBuilder {
             schema,
             columns,
             rows: 0,
             key_format: None,
             reads_key,
             known,
-        })
+        }
+    }
+
+    /// True when some column is read from the record key.
+    pub fn reads_key(&self) -> bool {
+        self.reads_key
     }
 
     /// Reads record keys in this format; by default as JSON, else as text.
@@ -101,7 +139,7 @@ impl RowBuilder {
     pub fn reads_headers(&self) -> bool {
         self.columns
             .iter()
-            .any(|c| matches!(c.source, Source::Header(_)))
+            .any(|c| matches!(c.source, ColumnSource::Header(_)))
     }
 
     /// The schema of the batches: the table's storage schema.
@@ -136,14 +174,13 @@ impl RowBuilder {
                 problem: "unknown field".to_owned(),
             });
         }
-        let keys = match (self.reads_key, meta.key) {
-            (true, Some(key)) => {
-                key_values(key, self.key_format).map_err(|problem| JsonRowError {
-                    field: "$key".to_owned(),
-                    problem,
-                })?
-            }
-            _ => Vec::new(),
+        let keys = if self.reads_key {
+            keys_of(meta, self.key_format).map_err(|problem| JsonRowError {
+                field: "$key".to_owned(),
+                problem,
+            })?
+        } else {
+            Cow::Borrowed(&[][..])
         };
         let row = self.rows;
         for i in 0..self.columns.len() {
@@ -193,7 +230,7 @@ pub(super) fn finish_batch(
 pub(super) struct Column {
     pub(super) name: String,
     pub(super) data_type: DataType,
-    pub(super) source: Source,
+    pub(super) source: ColumnSource,
     nullable: bool,
     pub(super) builder: ColumnBuilder,
 }
@@ -207,8 +244,8 @@ impl Column {
     ) -> Result<Column, JsonMappingError> {
         let name = field.name().clone();
         let data_type = field.data_type().clone();
-        let source = Source::parse(&name, path_of(definition, overrides, &name))?;
-        if source == Source::Timestamp && millis_to_ticks(0, &data_type).is_none() {
+        let source = ColumnSource::parse(&name, path_of(definition, overrides, &name))?;
+        if source == ColumnSource::Timestamp && millis_to_ticks(0, &data_type).is_none() {
             return Err(JsonMappingError::TimestampType {
                 column: name,
                 data_type: format_type(&data_type),
@@ -246,22 +283,27 @@ impl Column {
         meta: &RecordMeta<'_>,
     ) -> Result<(), JsonRowError> {
         match &self.source {
-            Source::Value(path) => {
+            ColumnSource::Value(path) => {
                 let found = follow(value, path).map_err(|step| self.no_object(&step))?;
                 self.push(found)
             }
-            Source::Key(path) => {
+            ColumnSource::Envelope(path) => {
+                let around = meta.envelope.unwrap_or(&Value::Null);
+                let found = follow(around, path).map_err(|step| self.no_object(&step))?;
+                self.push(found)
+            }
+            ColumnSource::Key(path) => {
                 let path = path.clone();
                 self.push_first(keys, |key| follow(key, &path))
             }
-            Source::Timestamp => match meta.timestamp_millis {
+            ColumnSource::Timestamp => match meta.timestamp_millis {
                 Some(millis) => self.push_timestamp(millis),
                 None => self.push(None),
             },
-            Source::Partition => self.push(Some(&Value::from(meta.partition))),
-            Source::Offset => self.push(Some(&Value::from(meta.offset))),
-            Source::Topic => self.push(Some(&Value::from(meta.topic))),
-            Source::Header(name) => {
+            ColumnSource::Partition => self.push(Some(&Value::from(meta.partition))),
+            ColumnSource::Offset => self.push(Some(&Value::from(meta.offset))),
+            ColumnSource::Topic => self.push(Some(&Value::from(meta.topic))),
+            ColumnSource::Header(name) => {
                 let header = meta.headers.iter().rev().find(|(n, _)| n == name);
                 match header.and_then(|(_, value)| *value) {
                     Some(raw) => {

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Decimal128Type, Float32Type, Int32Type, Int64Type, TimestampSecondType};
+use arrow_array::types::{
+    Decimal128Type, Float32Type, Int32Type, Int64Type, TimestampMillisecondType,
+    TimestampSecondType,
+};
 use arrow_array::{Array, RecordBatch};
 use pinion_schemas::{KeyFormat, TableDefinition, UnknownFields};
 use serde_json::{Value, json};
@@ -268,6 +271,7 @@ fn columns_come_from_paths_keys_headers_and_metadata() {
         timestamp_millis: Some(1_999),
         key: Some(br#"{"user":{"id":"u1"}}"#),
         headers: &headers,
+        ..Default::default()
     };
     rows.append(&json!({ "deep": { "er": { "a": 5 } } }), &meta)
         .expect("row");
@@ -447,4 +451,59 @@ fn a_decimal_keeps_its_type() {
         batch.column(2).as_primitive::<Decimal128Type>().value(0),
         100
     );
+}
+
+#[test]
+fn columns_beside_the_value_are_built_without_one_and_keys_may_come_decoded() {
+    let text = "[table]\nname = \"t\"\nentity = [{ name = \"id\", type = \"int64\", from = \"$key\" }]\n\
+        event_time = { name = \"ts\", type = \"timestamp[ms, tz=UTC]\", from = \"$envelope.at\" }\n\
+        [features]\nv = \"int32\"\n[[feature]]\nname = \"at\"\ntype = \"int64\"\nfrom = \"$offset\"\n";
+    let definition = TableDefinition::parse_toml(text).expect("definition");
+    let mut beside = RowBuilder::beside_the_value(&definition, &BTreeMap::new()).expect("builder");
+    assert!(beside.reads_key() && !beside.reads_headers());
+    let names: Vec<String> = beside
+        .schema()
+        .fields()
+        .iter()
+        .map(|field| field.name().clone())
+        .collect();
+    assert_eq!(names, ["id", "at"]);
+    let key = [json!(7)];
+    let around = json!({ "at": 5 });
+    let meta = RecordMeta {
+        offset: 3,
+        key: Some(b"not read"),
+        decoded_key: Some(&key),
+        envelope: Some(&around),
+        timestamp_millis: Some(9),
+        ..Default::default()
+    };
+    beside.append(&json!({}), &meta).expect("row");
+    let batch = beside.finish().expect("batch");
+    assert_eq!(batch.column(0).as_primitive::<Int64Type>().value(0), 7);
+    assert_eq!(batch.column(1).as_primitive::<Int64Type>().value(0), 3);
+    // A delete's time is where the column is mapped to, else when the change was made.
+    let mut keys = KeyBuilder::new(&definition, &BTreeMap::new(), None).expect("builder");
+    keys.append_image(&meta, Some((&json!({ "id": 8 }), Some(6))))
+        .expect("delete");
+    let batch = keys.finish().expect("batch");
+    assert_eq!(batch.column(0).as_primitive::<Int64Type>().value(0), 7);
+    let ts = batch.column(1).as_primitive::<TimestampMillisecondType>();
+    assert_eq!(ts.value(0), 5);
+    let by_field = [
+        ("ts".to_owned(), "ts".to_owned()),
+        ("id".to_owned(), "id".to_owned()),
+    ];
+    let mut keys = KeyBuilder::new(&definition, &by_field.into(), None).expect("builder");
+    keys.append_image(&meta, Some((&json!({ "id": 8 }), Some(6))))
+        .expect("delete");
+    keys.append_image(&meta, Some((&json!({ "id": null }), None)))
+        .expect("delete");
+    let batch = keys.finish().expect("batch");
+    assert_eq!(
+        batch.column(0).as_primitive::<Int64Type>().values(),
+        &[8, 7]
+    );
+    let ts = batch.column(1).as_primitive::<TimestampMillisecondType>();
+    assert_eq!(ts.values(), &[6, 9]);
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{Changes, pairs, text};
+use crate::check_formats::without_password;
 use crate::definition::{BatchSource, KafkaSource};
 
 pub(super) fn plan_batch(old: &BatchSource, new: &BatchSource, changes: &mut Changes) {
@@ -41,8 +42,15 @@ pub(super) fn plan_kafka(
     };
     set("topic", old.topic.clone(), new.topic.clone());
     set("format", old.format.to_string(), new.format.to_string());
+    set("envelope", text(&old.envelope), text(&new.envelope));
+    set("message", text(&old.message), text(&new.message));
     set("brokers", text(&old.brokers), text(&new.brokers));
     set("key", text(&old.key), text(&new.key));
+    set(
+        "key_message",
+        text(&old.key_message),
+        text(&new.key_message),
+    );
     set("start", old.start.to_string(), new.start.to_string());
     set("fields", pairs(&old.fields), pairs(&new.fields));
     set("where", pairs(&old.where_equals), pairs(&new.where_equals));
@@ -75,7 +83,41 @@ pub(super) fn plan_kafka(
         text(&old.dead_letter_topic),
         text(&new.dead_letter_topic),
     );
+    plan_told_apart(
+        "registry",
+        old.registry.as_deref(),
+        new.registry.as_deref(),
+        without_password,
+        changes,
+    );
+    for (what, from, to) in [
+        ("schema", &old.schema, &new.schema),
+        ("key_schema", &old.key_schema, &new.key_schema),
+    ] {
+        let shown = |schema: &str| format!("{} bytes", schema.len());
+        plan_told_apart(what, from.as_deref(), to.as_deref(), shown, changes);
+    }
     plan_options(old, new, changes);
+}
+
+/// A change of a setting that is shown in other words than it is written; where the words are
+/// the same for both, the new one is called another.
+fn plan_told_apart(
+    what: &str,
+    old: Option<&str>,
+    new: Option<&str>,
+    shown: impl Fn(&str) -> String,
+    changes: &mut Changes,
+) {
+    if old == new {
+        return;
+    }
+    let from = old.map(&shown).unwrap_or_default();
+    let mut to = new.map(&shown).unwrap_or_default();
+    if from == to {
+        to.push_str(", others");
+    }
+    changes.set(format!("source.kafka.{what}"), from, to);
 }
 
 /// Options may be passwords: what changed is told, never the value.

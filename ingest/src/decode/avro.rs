@@ -1,0 +1,370 @@
+//! Avro records to columns, by arrow-avro.
+//!
+//! Its decoder cannot take back half a record, and checks text only at the end of a batch. So
+//! records that decode are decoded together, and those around a broken one a second time.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use arrow_array::RecordBatch;
+use arrow_avro::reader::{Decoder, ReaderBuilder};
+use arrow_avro::schema::{AvroSchema, Fingerprint, FingerprintAlgorithm, SchemaStore};
+use serde_json::{Map, Value, json};
+
+use super::plans::{Plans, Refused, Schemas};
+use super::registry::{Language, Schema};
+use super::{Item, SourceBatch};
+
+/// Largest number of rows between two flushes; a micro-batch has fewer.
+const BATCH_ROWS: usize = 1 << 30;
+/// The frame that the decoder wants before each record, where it came with none or another.
+const PREFIX: [u8; 5] = [0; 5];
+/// Name of the member of a record that was made around a bare value.
+pub(crate) const BARE: &str = "value";
+
+/// Reads Avro.
+#[derive(Debug)]
+pub(crate) struct AvroFormat {
+    plans: Plans<AvroReader>,
+    /// Keys may be bare values: they are read as records of one field.
+    takes_bare: bool,
+}
+
+impl AvroFormat {
+    pub(crate) fn new(schemas: Schemas, takes_bare: bool) -> AvroFormat {
+        AvroFormat {
+            plans: Plans::new(schemas, Language::Avro),
+            takes_bare,
+        }
+    }
+
+    /// Decodes records to batches, one per schema.
+    ///
+    /// # Errors
+    ///
+    /// A schema is not here yet: why.
+    pub(crate) fn decode(
+        &mut self,
+        items: &[Item<'_>],
+    ) -> Result<(Vec<SourceBatch>, Refused), String> {
+        let takes_bare = self.takes_bare;
+        let (sorted, mut refused) = self
+            .plans
+            .sort(items, |schema, _| AvroReader::new(schema, takes_bare))?;
+        let mut batches = Vec::new();
+        for group in sorted {
+            let mut read = Read::default();
+            group.reader.read(&group.bodies, &mut read);
+            refused.extend(
+                read.refused
+                    .into_iter()
+                    .map(|(record, problem)| (record, format!("{}: {problem}", group.label))),
+            );
+            for (batch, records) in read.batches {
+                batches.push(SourceBatch {
+                    label: group.label.clone(),
+                    batch,
+                    records,
+                });
+            }
+        }
+        Ok((batches, refused))
+    }
+}
+
+/// What a reader made of records.
+#[derive(Default)]
+struct Read {
+    batches: Vec<(RecordBatch, Vec<usize>)>,
+    refused: Refused,
+}
+
+/// Why records did not decode together.
+enum Failure {
+    /// At this one.
+    At(usize, String),
+    /// Somewhere among them.
+    Among(String),
+}
+
+/// Reads records of one schema.
+#[derive(Debug)]
+struct AvroReader {
+    store: SchemaStore,
+    decoder: Decoder,
+    framed: Vec<u8>,
+}
+
+impl AvroReader {
+    fn new(schema: &Schema, takes_bare: bool) -> Result<AvroReader, String> {
+        let whole = whole_schema(schema, takes_bare)?;
+        let mut store = SchemaStore::new_with_type(FingerprintAlgorithm::Id);
+        store
+            .set(Fingerprint::Id(0), AvroSchema::new(whole.to_string()))
+            .map_err(|e| format!("the schema cannot be read: {e}"))?;
+        let decoder = build(&store)?;
+        Ok(AvroReader {
+            store,
+            decoder,
+            framed: Vec::new(),
+        })
+    }
+
+    fn read(&mut self, bodies: &[(usize, &[u8])], read: &mut Read) {
+        let mut rest = bodies;
+        while !rest.is_empty() {
+            // A panic of the decoder is a broken record's, like an error.
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.read_together(rest)))
+                .unwrap_or_else(|_| Err(Failure::Among("the decoder gave up".to_owned())));
+            let failure = match outcome {
+                Ok(batch) => {
+                    let records = rest.iter().map(|(record, _)| *record).collect();
+                    read.batches.push((batch, records));
+                    return;
+                }
+                Err(failure) => failure,
+            };
+            match build(&self.store) {
+                Ok(decoder) => self.decoder = decoder,
+                Err(problem) => {
+                    // It was built before: cannot be.
+                    read.refused
+                        .extend(rest.iter().map(|(record, _)| (*record, problem.clone())));
+                    return;
+                }
+            }
+            match failure {
+                Failure::At(bad, problem) => {
+                    let (before, after) = rest.split_at(bad.min(rest.len() - 1));
+                    self.read(before, read);
+                    if let Some(((record, _), after)) = after.split_first() {
+                        read.refused.push((*record, problem));
+                        rest = after;
+                    }
+                }
+                Failure::Among(problem) => match rest {
+                    [(record, _)] => {
+                        read.refused.push((*record, problem));
+                        return;
+                    }
+                    _ => {
+                        let (first, second) = rest.split_at(rest.len() / 2);
+                        self.read(first, read);
+                        rest = second;
+                    }
+                },
+            }
+        }
+    }
+
+    fn read_together(&mut self, bodies: &[(usize, &[u8])]) -> Result<RecordBatch, Failure> {
+        for (i, (_, body)) in bodies.iter().enumerate() {
+            self.framed.clear();
+            self.framed.extend_from_slice(&PREFIX);
+            self.framed.extend_from_slice(body);
+            let before = self.decoder.capacity();
+            let at = |problem: String| Failure::At(i, problem);
+            let consumed = self
+                .decoder
+                .decode(&self.framed)
+                .map_err(|e| at(format!("broken Avro: {e}")))?;
+            if self.decoder.capacity() + 1 != before {
+                return Err(at("broken Avro: the record is cut short".to_owned()));
+            }
+            if consumed != self.framed.len() {
+                let surplus = self.framed.len() - consumed;
+                return Err(at(format!(
+                    "broken Avro: {surplus} bytes follow the record"
+                )));
+            }
+        }
+        match self.decoder.flush() {
+            Ok(Some(batch)) if batch.num_rows() == bodies.len() => Ok(batch),
+            Ok(_) => Err(Failure::Among("broken Avro: rows are missing".to_owned())),
+            Err(e) => Err(Failure::Among(format!("broken Avro: {e}"))),
+        }
+    }
+}
+
+fn build(store: &SchemaStore) -> Result<Decoder, String> {
+    catch_unwind(AssertUnwindSafe(|| {
+        ReaderBuilder::new()
+            .with_batch_size(BATCH_ROWS)
+            .with_writer_schema_store(store.clone())
+            .with_active_fingerprint(Fingerprint::Id(0))
+            .build_decoder()
+    }))
+    .map_err(|_| "the schema cannot be read".to_owned())?
+    .map_err(|e| format!("the schema cannot be read: {e}"))
+}
+
+/// The schema with everything that it rests on inside, as a record.
+fn whole_schema(schema: &Schema, takes_bare: bool) -> Result<Value, String> {
+    let parse = |text: &str| {
+        // A schema that is a name alone may come without quotes.
+        serde_json::from_str::<Value>(text).or_else(|e| {
+            if text
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"._".contains(&b))
+            {
+                Ok(Value::from(text))
+            } else {
+                Err(format!("the schema is no JSON: {e}"))
+            }
+        })
+    };
+    let mut names = Inliner::default();
+    for (name, text) in &schema.references {
+        names.open.push((name.clone(), parse(text)?));
+    }
+    let whole = names.inline(&parse(&schema.text)?, "")?;
+    check_sizes(&whole)?;
+    let is_record = whole.get("type").and_then(Value::as_str) == Some("record");
+    if is_record {
+        return Ok(whole);
+    }
+    if takes_bare {
+        return Ok(json!({
+            "type": "record",
+            "name": "pinion_bare_value",
+            "fields": [{ "name": BARE, "type": whole }],
+        }));
+    }
+    Err("it is no record, and a row has fields".to_owned())
+}
+
+/// Puts the named types of other schemas where they are first named: the decoder takes one
+/// schema only.
+#[derive(Default)]
+struct Inliner {
+    /// Full name and schema of what is not put in yet.
+    open: Vec<(String, Value)>,
+}
+
+impl Inliner {
+    fn inline(&mut self, schema: &Value, namespace: &str) -> Result<Value, String> {
+        Ok(match schema {
+            Value::String(name) => {
+                let full = full_name(name, namespace);
+                let place = self
+                    .open
+                    .iter()
+                    .position(|(open, _)| *open == full || open == name);
+                match place {
+                    Some(i) => {
+                        let (_, referred) = self.open.remove(i);
+                        // Its own namespace holds inside it.
+                        self.inline(&referred, "")?
+                    }
+                    None => schema.clone(),
+                }
+            }
+            Value::Array(branches) => Value::Array(
+                branches
+                    .iter()
+                    .map(|branch| self.inline(branch, namespace))
+                    .collect::<Result<_, _>>()?,
+            ),
+            Value::Object(members) => Value::Object(self.inline_members(members, namespace)?),
+            other => return Err(format!("the schema has {other} where a type is due")),
+        })
+    }
+
+    fn inline_members(
+        &mut self,
+        members: &Map<String, Value>,
+        namespace: &str,
+    ) -> Result<Map<String, Value>, String> {
+        let own = match (
+            members.get("namespace").and_then(Value::as_str),
+            members.get("name").and_then(Value::as_str),
+        ) {
+            (_, Some(name)) if name.contains('.') => {
+                name.rsplit_once('.').map_or("", |(space, _)| space)
+            }
+            (Some(space), Some(_)) => space,
+            _ => namespace,
+        };
+        let mut whole = members.clone();
+        for member in ["items", "values", "type"] {
+            let Some(below) = members.get(member) else {
+                continue;
+            };
+            // {"type": "record"} names a kind, not a schema.
+            let is_kind = member == "type"
+                && matches!(
+                    below.as_str(),
+                    Some("record" | "error" | "enum" | "fixed" | "array" | "map")
+                );
+            if !is_kind {
+                whole.insert(member.to_owned(), self.inline(below, own)?);
+            }
+        }
+        if let Some(Value::Array(fields)) = members.get("fields") {
+            let fields = fields
+                .iter()
+                .map(|field| {
+                    let mut field = field.clone();
+                    if let Some(below) = field.get("type") {
+                        let below = self.inline(below, own)?;
+                        if let Some(object) = field.as_object_mut() {
+                            object.insert("type".to_owned(), below);
+                        }
+                    }
+                    Ok(field)
+                })
+                .collect::<Result<Vec<_>, String>>()?;
+            whole.insert("fields".to_owned(), Value::Array(fields));
+        }
+        Ok(whole)
+    }
+}
+
+fn full_name(name: &str, namespace: &str) -> String {
+    if name.contains('.') || namespace.is_empty() {
+        name.to_owned()
+    } else {
+        format!("{namespace}.{name}")
+    }
+}
+
+/// Refuses lists of items that take no bytes: six bytes of such a list can claim two thousand
+/// million of them.
+fn check_sizes(schema: &Value) -> Result<(), String> {
+    match schema {
+        Value::Array(branches) => branches.iter().try_for_each(check_sizes),
+        Value::Object(members) => {
+            if members.get("type").and_then(Value::as_str) == Some("array")
+                && members.get("items").is_some_and(takes_no_bytes)
+            {
+                return Err("it has an array of items that take no bytes".to_owned());
+            }
+            members.values().try_for_each(|member| match member {
+                Value::Array(_) | Value::Object(_) => check_sizes(member),
+                _ => Ok(()),
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn takes_no_bytes(schema: &Value) -> bool {
+    match schema {
+        Value::String(name) => name == "null",
+        Value::Object(members) => match members.get("type") {
+            Some(Value::String(kind)) if kind == "record" => members
+                .get("fields")
+                .and_then(Value::as_array)
+                .is_none_or(|fields| {
+                    fields
+                        .iter()
+                        .all(|field| field.get("type").is_none_or(takes_no_bytes))
+                }),
+            Some(Value::String(kind)) if kind == "fixed" => {
+                members.get("size").and_then(Value::as_u64) == Some(0)
+            }
+            Some(inner @ (Value::String(_) | Value::Object(_))) => takes_no_bytes(inner),
+            _ => false,
+        },
+        _ => false,
+    }
+}
