@@ -62,7 +62,6 @@ pad = "string"
 topic = "%s"
 """
 PARTITIONS = 4
-LARGE_VALUES = {"PINION__KAFKA__VALUE_MAX_BYTES": "20 MiB"}
 
 
 def main():
@@ -211,7 +210,7 @@ def throughput(broker, options, keys=1_000_000):
 
 def into_pinion(broker, name, topic, rows):
     """From the source's first row to the last, in a new store."""
-    with served(broker, stream_fill.definition(name, topic), env=LARGE_VALUES) as server:
+    with served(broker, stream_fill.definition(name, topic)) as server:
         client = calls.connect(server)
 
         def sequence():

@@ -98,6 +98,9 @@ pub fn ingest_config(config: &Config) -> IngestConfig {
     if let Some(instance) = config.text("kafka.instance") {
         instance.clone_into(&mut ingest.instance);
     }
+    if let Some(bytes) = config.bytes("kafka.value_max_bytes") {
+        ingest.value_max_bytes = narrow(bytes);
+    }
     if let Some(bytes) = config.bytes("kafka.queue_bytes") {
         ingest.queue_bytes = bytes;
     }

@@ -316,7 +316,9 @@ impl Store {
             }
         }
         self.publish_catalog(&mut catalog, next)?;
-        self.take_into_use(&catalog)?;
+        let in_use = self.take_into_use(&catalog);
+        self.announce(&catalog);
+        in_use?;
         Ok(plans)
     }
 
@@ -338,10 +340,15 @@ impl Store {
         }
         *catalog = next;
         self.0.services.store(Arc::new(catalog.services.clone()));
+        Ok(())
+    }
+
+    /// Tells those who follow the catalog. Only once the tables are in use: who looks at a new
+    /// version and misses its tables would not look again.
+    fn announce(&self, catalog: &Catalog) {
         self.0
             .catalog_number
             .store(catalog.number, Ordering::Release);
-        Ok(())
     }
 
     /// Brings open tables in line with the published catalog: those that are not, because
@@ -410,6 +417,7 @@ impl Store {
         tables.remove(name);
         self.0.tables.store(Arc::new(tables));
         table.0.mark_dropped();
+        self.announce(&catalog);
         drop(catalog);
         // A merge that runs may still write there; it removes the folder when it is done,
         // and the next open what is left.
@@ -434,7 +442,9 @@ impl Store {
         let mut next = catalog.clone();
         next.number += 1;
         next.services.retain(|service| service.name != name);
-        self.publish_catalog(&mut catalog, next)
+        self.publish_catalog(&mut catalog, next)?;
+        self.announce(&catalog);
+        Ok(())
     }
 
     /// Every service, by name.

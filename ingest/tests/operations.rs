@@ -197,7 +197,7 @@ fn a_backlog_larger_than_the_memory_comes_through_whole_and_logs_stay_small() {
     let table = apply(&store, "all", "");
     bench.send_rows(40_000);
     let config = IngestConfig {
-        memory_bytes: 2 << 20,
+        memory_bytes: 512 << 10,
         queue_bytes: 64 << 10,
         ..bench.config()
     };
@@ -403,7 +403,7 @@ fn a_full_dead_letter_log_stops_the_table_before_the_batch_that_does_not_fit() {
     bench.send(&"y".repeat(500));
     bench.flush();
     let reason = wait_for_stop(&ingest);
-    assert!(reason.contains("max_bytes (1000 B)"), "{reason}");
+    assert!(reason.contains("max_bytes (1 kB)"), "{reason}");
     assert_eq!(position(&table), Some(1), "nothing was passed over");
     let page = pinion_feature_store::DeadLetterPage::newest(9);
     let kept = table.dead_letter_page(&page).expect("letters");

@@ -219,6 +219,12 @@ pub const SETTINGS: &[Setting] = &[
         "Tell the brokers the positions, as offsets of groups pinion.<instance>.<table>",
     ),
     setting(
+        "kafka.value_max_bytes",
+        Kind::Bytes,
+        Some("1 MiB"),
+        "Largest value that is decoded (Arrow: 64 times that); larger ones become dead letters",
+    ),
+    setting(
         "kafka.queue_bytes",
         Kind::Bytes,
         Some("16 MiB"),
