@@ -264,8 +264,8 @@ def test_a_put_is_seen_by_whoever_waits_for_its_token(client):
     ack = client.put("items", items([1]), id="one")
     assert ack["applied"] and ack["durable"]
     assert not client.put("items", items([1]), id="one")["applied"]
-    assert client.lookup(["items:price"], {"item": [1]}, token=ack["token"]).column("price").to_pylist() == [1]
-    assert client.map("items", token=ack["token"]).table.num_rows == 1
+    assert client.lookup(["items:price"], {"item": [1]}, wait=ack).column("price").to_pylist() == [1]
+    assert client.map("items", wait=ack).table.num_rows == 1
     assert {table["table"] for table in client.tables()} == {"items", "prices"}
 
 
