@@ -99,7 +99,7 @@ pub fn ingest_config(config: &Config) -> IngestConfig {
         instance.clone_into(&mut ingest.instance);
     }
     if let Some(bytes) = config.bytes("kafka.value_max_bytes") {
-        ingest.value_max_bytes = narrow(bytes);
+        ingest.value_max_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
     }
     if let Some(bytes) = config.bytes("kafka.queue_bytes") {
         ingest.queue_bytes = bytes;

@@ -285,6 +285,12 @@ impl IngestConfig {
             client.set(*option, *value);
         }
         client.set("group.id", format!("pinion.{}", self.instance));
+        // Only its log tells that a topic was made again while it is read.
+        let debug = client
+            .get("debug")
+            .map_or("topic".to_owned(), |d| format!("{d},topic"));
+        client.set("debug", debug);
+        client.set_log_level(rdkafka::config::RDKafkaLogLevel::Debug);
         Ok(client)
     }
 }

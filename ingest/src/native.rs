@@ -31,6 +31,14 @@ pub(crate) enum Polled<'c> {
         /// The offset that reading stands at.
         next_offset: i64,
     },
+    /// librdkafka now takes the topic of this name for the one with this id, and reads on in it
+    /// at its old offset.
+    Identity {
+        /// Topic name.
+        topic: String,
+        /// As [`topic_id`] has it.
+        id: String,
+    },
     /// The consumer reports a problem.
     Failed {
         /// librdkafka's code.
@@ -141,7 +149,9 @@ fn read_event<'c>(event: Owned<rdsys::rd_kafka_event_t>) -> Option<Polled<'c>> {
                 let (mut facility, mut line) = (ptr::null(), ptr::null());
                 let mut level = 0;
                 if rdsys::rd_kafka_event_log(event.ptr, &mut facility, &mut line, &mut level) == 0 {
-                    log_line(level, &text(facility), &text(line));
+                    let line = text(line);
+                    log_line(level, &text(facility), &line);
+                    return identity(&line);
                 }
                 None
             }
@@ -527,6 +537,18 @@ unsafe fn text(text: *const c_char) -> String {
         .into_owned()
 }
 
+/// A topic was made again under its name while it was read: librdkafka says so in a line of
+/// its log only (`rdkafka_topic.c`, with `debug = topic`), ahead of the records.
+fn identity<'c>(line: &str) -> Option<Polled<'c>> {
+    let (_, rest) = line.split_once("Topic ")?;
+    let (topic, rest) = rest.split_once(" changed id from ")?;
+    let (_, id) = rest.split_once(" to ")?;
+    Some(Polled::Identity {
+        topic: topic.to_owned(),
+        id: id.trim().to_owned(),
+    })
+}
+
 /// Sends a log line of librdkafka to `tracing`. Levels are syslog's; the loudest become
 /// warnings, for librdkafka goes on by itself and what stops a source is reported apart.
 fn log_line(level: i32, facility: &str, line: &str) {
@@ -552,3 +574,21 @@ impl ClientContext for LogContext {
 }
 
 impl ConsumerContext for LogContext {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_topic_made_again_is_read_from_the_log() {
+        let line = "[thrd:main]: Topic clicks changed id from AAAAAAAAAAAAAAAAAAAAAA to GZcAXZHBTfy-MZx6Vgvm_A";
+        let Some(Polled::Identity { topic, id }) = identity(line) else {
+            panic!("not read")
+        };
+        assert_eq!(
+            (topic.as_str(), id.as_str()),
+            ("clicks", "GZcAXZHBTfy-MZx6Vgvm_A")
+        );
+        assert!(identity("[thrd:main]: Topic clicks partition 0 Leader 1").is_none());
+    }
+}

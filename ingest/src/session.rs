@@ -16,7 +16,7 @@ use rdkafka::consumer::Consumer as _;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
 
-use crate::assign::{Offsets, least_positions};
+use crate::assign::{NAMED, Offsets, least_positions};
 use crate::broker::{Consumer, TopicWatch, resolve_start, watermarks};
 use crate::control::Desired;
 use crate::decode::Incoming;
@@ -379,6 +379,16 @@ impl<'s> Session<'s> {
                         partition,
                         next_offset,
                     });
+                }
+                Polled::Identity { topic, id } => {
+                    let read = &self.topic;
+                    if topic == read.name && id != read.id && !read.id.starts_with(NAMED) {
+                        // What follows may be the new topic's.
+                        let message = format!("its id was {} and is {id}", read.id);
+                        let code = RDKafkaErrorCode::UnknownTopicId;
+                        gathered.failures.push((code, None, message));
+                        break;
+                    }
                 }
                 Polled::Failed {
                     code,

@@ -216,7 +216,7 @@ pub struct KafkaSource {
     /// (`where = { type = "click" }`). Numbers and booleans compare by their JSON text.
     #[serde(default)]
     pub where_equals: BTreeMap<String, String>,
-    /// Instead of the table's own, for events.
+    /// For events, as well as the table's own: the shorter one holds.
     #[serde(default)]
     pub max_future: Option<Span>,
     /// Instead of the table's own, for events.
