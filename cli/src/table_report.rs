@@ -89,7 +89,10 @@ impl TableReport {
             for value in kafka.options.values_mut() {
                 "(hidden)".clone_into(value);
             }
-            kafka.registry = kafka.registry.as_deref().map(pinion_schemas::without_password);
+            kafka.registry = kafka
+                .registry
+                .as_deref()
+                .map(pinion_schemas::without_password);
         }
         let mut positions: BTreeMap<String, BTreeMap<i32, i64>> = BTreeMap::new();
         for position in table.positions().iter() {

@@ -172,7 +172,9 @@ fn arrow_stream(first: usize, rows: usize) -> Result<Vec<u8>, Failure> {
     let mut columns: Vec<(String, ArrayRef)> = vec![
         (
             "id".to_owned(),
-            Arc::new(Int64Array::from_iter_values(numbers.clone().map(|n| n as i64))),
+            Arc::new(Int64Array::from_iter_values(
+                numbers.clone().map(|n| n as i64),
+            )),
         ),
         (
             "ts".to_owned(),
@@ -184,7 +186,10 @@ fn arrow_stream(first: usize, rows: usize) -> Result<Vec<u8>, Failure> {
     ];
     for i in 0..FEATURES {
         let values = numbers.clone().map(|n| feature(n, i));
-        columns.push((format!("f{i}"), Arc::new(Float64Array::from_iter_values(values))));
+        columns.push((
+            format!("f{i}"),
+            Arc::new(Float64Array::from_iter_values(values)),
+        ));
     }
     let batch = RecordBatch::try_from_iter(columns)?;
     let mut writer = StreamWriter::try_new(Vec::new(), &batch.schema())?;

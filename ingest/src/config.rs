@@ -63,7 +63,10 @@ impl fmt::Debug for IngestConfig {
             .field("options", &self.options.keys().collect::<Vec<_>>())
             .field(
                 "registry",
-                &self.registry.as_deref().map(pinion_schemas::without_password),
+                &self
+                    .registry
+                    .as_deref()
+                    .map(pinion_schemas::without_password),
             )
             .field("instance", &self.instance)
             .field("batch_rows", &self.batch_rows)

@@ -7,9 +7,7 @@ use pinion_feature_store::{Change, Commit, CommitError, DeadLetter, Position, Ta
 use pinion_schemas::{StartPolicy, TableDefinition};
 
 use crate::assign::{Offsets, Opening, open_topic};
-use crate::decode::{
-    DecodeProblem, DecodeSettings, Decoded, Decoder, Incoming, Run, RunKind,
-};
+use crate::decode::{DecodeProblem, DecodeSettings, Decoded, Decoder, Incoming, Run, RunKind};
 
 /// One thing a micro-batch brought, in the order it came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

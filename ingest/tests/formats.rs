@@ -215,7 +215,11 @@ fn a_schema_that_changes_on_the_way_is_followed_or_refused_by_name() {
     registry.put_schema(1, "AVRO", ROW);
     registry.put_schema(2, "AVRO", &with("\"long\""));
     registry.put_schema(3, "AVRO", &with("\"string\""));
-    registry.put_schema(4, "AVRO", &with("\"int\"").replace("]}", r#",{"name":"w","type":"int"}]}"#));
+    registry.put_schema(
+        4,
+        "AVRO",
+        &with("\"int\"").replace("]}", r#",{"name":"w","type":"int"}]}"#),
+    );
     registry.put_schema(
         5,
         "AVRO",

@@ -209,18 +209,33 @@ mod tests {
     #[test]
     fn settings_that_contradict_the_format_are_refused_with_the_line() {
         for (settings, words) in [
-            ("format = 'avrö'", "known: json, json_schema, avro, protobuf, arrow"),
+            (
+                "format = 'avrö'",
+                "known: json, json_schema, avro, protobuf, arrow",
+            ),
             ("schema = '{}'", "format = \"json\" takes no schema"),
             ("format = 'avro'\nschema = '{'", "not JSON"),
-            ("format = 'protobuf'\nschema = 'message M {}'", "message is missing"),
-            ("format = 'protobuf'\nmessage = 'M'", "no Protobuf schema is there"),
+            (
+                "format = 'protobuf'\nschema = 'message M {}'",
+                "message is missing",
+            ),
+            (
+                "format = 'protobuf'\nmessage = 'M'",
+                "no Protobuf schema is there",
+            ),
             (
                 "format = 'protobuf'\nschema = ''\nmessage = 'a..b'",
                 "not the full name of a message",
             ),
-            ("registry = 'http://host'", "nothing is read by schemas of a registry"),
+            (
+                "registry = 'http://host'",
+                "nothing is read by schemas of a registry",
+            ),
             ("format = 'avro'\nregistry = 'host:8081'", "not the URL"),
-            ("format = 'avro'\nregistry = 'http://u:secret@'", "not the URL"),
+            (
+                "format = 'avro'\nregistry = 'http://u:secret@'",
+                "not the URL",
+            ),
             ("format = 'arrow'\nenvelope = 'debezium'", "no envelope"),
         ] {
             let refusal = refusal(settings);

@@ -11,7 +11,8 @@ use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use serde::{Deserialize, Serialize};
 
 use crate::policies::{
-    BatchFormat, Envelope, History, KeyFormat, LookupLayout, StartPolicy, UnknownFields, ValueFormat,
+    BatchFormat, Envelope, History, KeyFormat, LookupLayout, StartPolicy, UnknownFields,
+    ValueFormat,
 };
 use crate::span::Span;
 use crate::types::{self, storage_type};

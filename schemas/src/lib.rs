@@ -58,8 +58,8 @@ pub use evolution::{Change, EvolutionError, can_widen, plan_evolution};
 pub use keys::{EncodedKeys, KeyEncoder, KeyError, KeyTypeError, check_key_type, key_hash};
 pub use names::{NameError, nearest, valid_name};
 pub use policies::{
-    BatchFormat, Envelope, History, KeyFormat, LookupLayout, StartPolicy, UnknownFields, UnknownWord,
-    ValueFormat,
+    BatchFormat, Envelope, History, KeyFormat, LookupLayout, StartPolicy, UnknownFields,
+    UnknownWord, ValueFormat,
 };
 pub use service::{Definition, ServiceDefinition};
 pub use span::{Span, SpanError};

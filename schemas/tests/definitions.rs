@@ -372,7 +372,9 @@ fn values_of_the_wrong_kind_are_refused() {
             "line 4: table.unknown_fields: unknown setting \"drop\" (known: ignore, refuse)",
         ),
         (
-            with_tail("[features]\nx = \"int8\"\n[source.kafka]\ntopic = \"a\"\nformat = \"thrift\""),
+            with_tail(
+                "[features]\nx = \"int8\"\n[source.kafka]\ntopic = \"a\"\nformat = \"thrift\"",
+            ),
             "line 10: source.kafka.format: unknown format \"thrift\" (known: json, json_schema, avro, protobuf, \
              arrow)",
         ),

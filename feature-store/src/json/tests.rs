@@ -490,7 +490,10 @@ fn columns_beside_the_value_are_built_without_one_and_keys_may_come_decoded() {
     assert_eq!(batch.column(0).as_primitive::<Int64Type>().value(0), 7);
     let ts = batch.column(1).as_primitive::<TimestampMillisecondType>();
     assert_eq!(ts.value(0), 5);
-    let by_field = [("ts".to_owned(), "ts".to_owned()), ("id".to_owned(), "id".to_owned())];
+    let by_field = [
+        ("ts".to_owned(), "ts".to_owned()),
+        ("id".to_owned(), "id".to_owned()),
+    ];
     let mut keys = KeyBuilder::new(&definition, &by_field.into(), None).expect("builder");
     keys.append_image(&meta, Some((&json!({ "id": 8 }), Some(6))))
         .expect("delete");

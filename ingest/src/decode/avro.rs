@@ -202,7 +202,10 @@ fn whole_schema(schema: &Schema, takes_bare: bool) -> Result<Value, String> {
     let parse = |text: &str| {
         // A schema that is a name alone may come without quotes.
         serde_json::from_str::<Value>(text).or_else(|e| {
-            if text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._".contains(&b)) {
+            if text
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"._".contains(&b))
+            {
                 Ok(Value::from(text))
             } else {
                 Err(format!("the schema is no JSON: {e}"))

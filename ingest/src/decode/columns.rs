@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use arrow_array::{Array, ArrayRef, BooleanArray, RecordBatch, UInt64Array};
+use arrow_array::{ArrayRef, BooleanArray, RecordBatch, UInt64Array};
 use arrow_schema::{ArrowError, SchemaRef};
 use arrow_select::filter::filter_record_batch;
 use arrow_select::take::{take, take_record_batch};
@@ -388,7 +388,11 @@ fn in_order(schema: &SchemaRef, mut parts: Vec<Rows>) -> Result<Option<Rows>, Ar
     }
     let batches: Vec<&RecordBatch> = parts.iter().map(|(batch, _)| batch).collect();
     let joined = arrow_select::concat::concat_batches(schema, batches)?;
-    let of_row: Vec<usize> = parts.iter().flat_map(|(_, of_row)| of_row).copied().collect();
+    let of_row: Vec<usize> = parts
+        .iter()
+        .flat_map(|(_, of_row)| of_row)
+        .copied()
+        .collect();
     if of_row.is_sorted() {
         return Ok(Some((joined, of_row)));
     }

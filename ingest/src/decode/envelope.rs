@@ -59,23 +59,30 @@ pub(super) fn change_of(value: &Value) -> Result<Change<'_>, String> {
         return Ok(Change::Nothing);
     }
     let Some(op) = event.get(OP).and_then(Value::as_str) else {
-        return Err("field op: expected a change event of Debezium, found no such field".to_owned());
+        return Err(
+            "field op: expected a change event of Debezium, found no such field".to_owned(),
+        );
     };
     if puts(op) {
         return match event.get(AFTER) {
             Some(row @ Value::Object(_)) => Ok(Change::Upsert(row)),
-            _ => Err(format!("field after: op {op:?} puts a row, and there is none")),
+            _ => Err(format!(
+                "field after: op {op:?} puts a row, and there is none"
+            )),
         };
     }
     match op {
         "d" => Ok(Change::Delete {
             before: event.get(BEFORE).unwrap_or(&Value::Null),
-            changed_at: [event.get("source").and_then(|s| s.get("ts_ms")), event.get("ts_ms")]
-                .into_iter()
-                .flatten()
-                .filter_map(Value::as_i64)
-                // Connectors that do not know the time say 0.
-                .find(|millis| *millis != 0),
+            changed_at: [
+                event.get("source").and_then(|s| s.get("ts_ms")),
+                event.get("ts_ms"),
+            ]
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_i64)
+            // Connectors that do not know the time say 0.
+            .find(|millis| *millis != 0),
         }),
         "t" => Err(
             "op \"t\": a truncate names no rows; delete them otherwise, or start the table anew"

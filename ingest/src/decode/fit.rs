@@ -113,9 +113,14 @@ pub(crate) fn fit(
         {
             checked_cast(array, target).map_err(|e| Misfit::arrow(&e))
         }
-        (DataType::Decimal32(precision, scale), DataType::Decimal128(..) | DataType::Decimal256(..))
-        | (DataType::Decimal64(precision, scale), DataType::Decimal128(..) | DataType::Decimal256(..)) =>
-        {
+        (
+            DataType::Decimal32(precision, scale),
+            DataType::Decimal128(..) | DataType::Decimal256(..),
+        )
+        | (
+            DataType::Decimal64(precision, scale),
+            DataType::Decimal128(..) | DataType::Decimal256(..),
+        ) => {
             let wide = lossless(array, &DataType::Decimal128(*precision, *scale))?;
             fit(&wide.array, source, target, time, unknown)
         }
@@ -314,25 +319,26 @@ fn decimals(
     let mut refused = Vec::new();
     let mut numbers: Vec<Option<i256>> = Vec::with_capacity(array.len());
     for (row, text) in texts.as_string::<i32>().iter().enumerate() {
-        numbers.push(match text.map(|text| (text, parse_decimal(text, precision, scale))) {
-            None => None,
-            Some((_, Ok(number))) => Some(number),
-            Some((text, Err(problem))) => {
-                let text = clip(text);
-                let problem = match problem {
-                    DecimalProblem::NotANumber => format!(
-                        "expected {}, found string {text:?}",
-                        format_type(target)
-                    ),
-                    DecimalProblem::TooFine => format!("{text} has more than {scale} decimals"),
-                    DecimalProblem::TooLarge => {
-                        format!("{text} is outside the range of {}", format_type(target))
-                    }
-                };
-                refused.push((row, Misfit::new(problem)));
-                None
-            }
-        });
+        numbers.push(
+            match text.map(|text| (text, parse_decimal(text, precision, scale))) {
+                None => None,
+                Some((_, Ok(number))) => Some(number),
+                Some((text, Err(problem))) => {
+                    let text = clip(text);
+                    let problem = match problem {
+                        DecimalProblem::NotANumber => {
+                            format!("expected {}, found string {text:?}", format_type(target))
+                        }
+                        DecimalProblem::TooFine => format!("{text} has more than {scale} decimals"),
+                        DecimalProblem::TooLarge => {
+                            format!("{text} is outside the range of {}", format_type(target))
+                        }
+                    };
+                    refused.push((row, Misfit::new(problem)));
+                    None
+                }
+            },
+        );
     }
     let array: ArrayRef = match target {
         DataType::Decimal128(..) => Arc::new(
@@ -465,10 +471,7 @@ fn times_of_text(
             &iso
         }
     };
-    let rows = Int64Array::new(
-        (0..texts.len() as i64).collect(),
-        texts.logical_nulls(),
-    );
+    let rows = Int64Array::new((0..texts.len() as i64).collect(), texts.logical_nulls());
     convert(&rows, target, |row, _| {
         time.parse(texts.value(row)).map_err(|e| e.to_string())
     })
@@ -507,14 +510,8 @@ fn structs(
     for member in to {
         let step = format!(".{}", member.name());
         let fitted = match from.find(member.name()) {
-            Some((i, source)) => fit(
-                whole.column(i),
-                source,
-                member.data_type(),
-                None,
-                unknown,
-            )
-            .map_err(|misfit| misfit.within(&step))?,
+            Some((i, source)) => fit(whole.column(i), source, member.data_type(), None, unknown)
+                .map_err(|misfit| misfit.within(&step))?,
             None => Fitted::whole(new_null_array(member.data_type(), array.len())),
         };
         refused.extend(
@@ -576,7 +573,9 @@ fn lists(
     let place = |child: usize| {
         let child = i64::try_from(child).unwrap_or(i64::MAX);
         // The last row that begins at or before the item; empty rows before it begin there too.
-        let row = offsets.partition_point(|start| *start <= child).checked_sub(1)?;
+        let row = offsets
+            .partition_point(|start| *start <= child)
+            .checked_sub(1)?;
         let at = child - offsets.get(row)?;
         (row < large.len() && large.is_valid(row)).then_some((row, at))
     };
@@ -594,10 +593,7 @@ fn lists(
         let problem = format!("expected {}, found null", format_type(to.data_type()));
         for child in (0..fitted.array.len()).filter(|&child| fitted.array.is_null(child)) {
             if let Some((row, at)) = place(child) {
-                refused.push((
-                    row,
-                    Misfit::new(problem.clone()).within(&format!("[{at}]")),
-                ));
+                refused.push((row, Misfit::new(problem.clone()).within(&format!("[{at}]"))));
             }
         }
         filled(&fitted.array, to.data_type()).map_err(arrow)?
@@ -612,13 +608,9 @@ fn lists(
             return fixed_lists(large, to, *size, items, refused);
         }
         _ => {
-            let whole = LargeListArray::try_new(
-                Arc::clone(to),
-                large.offsets().clone(),
-                items,
-                nulls,
-            )
-            .map_err(arrow)?;
+            let whole =
+                LargeListArray::try_new(Arc::clone(to), large.offsets().clone(), items, nulls)
+                    .map_err(arrow)?;
             let whole: ArrayRef = Arc::new(whole);
             let list = cast(&whole, target).map_err(arrow)?;
             debug_assert!(list.as_any().is::<ListArray>());
@@ -657,7 +649,8 @@ fn fixed_lists(
         valid.push(is_valid && fits);
         indices.extend((0..width).map(|i| (is_valid && fits).then_some(start + i)));
     }
-    let taken = arrow_select::take::take(&items, &Int64Array::from(indices), None).map_err(arrow)?;
+    let taken =
+        arrow_select::take::take(&items, &Int64Array::from(indices), None).map_err(arrow)?;
     let taken = if item.is_nullable() {
         taken
     } else {

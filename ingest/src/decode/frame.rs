@@ -147,10 +147,7 @@ pub(crate) fn body<'r>(bytes: &'r [u8], header: Option<&'r [u8]>) -> Result<&'r 
 }
 
 /// The last header of that name.
-pub(crate) fn header<'r>(
-    headers: &[(&'r str, Option<&'r [u8]>)],
-    name: &str,
-) -> Option<&'r [u8]> {
+pub(crate) fn header<'r>(headers: &[(&'r str, Option<&'r [u8]>)], name: &str) -> Option<&'r [u8]> {
     headers
         .iter()
         .rev()

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use arrow_array::types::{DurationNanosecondType, TimestampNanosecondType};
 use arrow_array::{
     ArrayRef, BinaryArray, BooleanArray, Float32Array, Float64Array, Int32Array, Int64Array,
     ListArray, PrimitiveArray, StringArray, StructArray, UInt32Array, UInt64Array,
 };
-use arrow_array::types::{DurationNanosecondType, TimestampNanosecondType};
 use arrow_buffer::{BooleanBuffer, Buffer, NullBuffer, OffsetBuffer, ScalarBuffer};
 use arrow_schema::{ArrowError, DataType, Field};
 

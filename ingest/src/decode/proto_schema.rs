@@ -284,7 +284,8 @@ fn shape_of(
             if let Some(shape) = well_known(message.full_name()) {
                 return Ok(Some(shape));
             }
-            if field.is_group() || (below.is_none() && above.iter().any(|n| n == message.full_name()))
+            if field.is_group()
+                || (below.is_none() && above.iter().any(|n| n == message.full_name()))
             {
                 return Ok(None);
             }

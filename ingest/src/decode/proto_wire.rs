@@ -195,12 +195,20 @@ mod tests {
             (&[0x08][..], "cut short"),
             (&[0x32, 5, 1], "cut short"),
             (&[0x11, 1, 2], "cut short"),
-            (&[0x32, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 1], "cut short"),
+            (
+                &[
+                    0x32, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 1,
+                ],
+                "cut short",
+            ),
             (&[0x00, 0x01], "no field number"),
             (&[0x0E], "unknown wire type 6"),
             (&[0x23], "does not end"),
             (&[0x24], "not open"),
-            (&[0x08, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 1], "64 bits"),
+            (
+                &[0x08, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 1],
+                "64 bits",
+            ),
         ] {
             let problem = fields(bytes).expect_err("broken");
             assert!(problem.contains(words), "{bytes:?}: {problem}");

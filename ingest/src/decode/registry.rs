@@ -514,7 +514,10 @@ mod tests {
             "subjects/a%2Fb/versions/1",
             r#"{"schema":"a","references":[{"name":"c.proto","subject":"c","version":2}]}"#,
         );
-        stub.put("subjects/c/versions/2", r#"{"schema":"c","references":null}"#);
+        stub.put(
+            "subjects/c/versions/2",
+            r#"{"schema":"c","references":null}"#,
+        );
         let registry = client(&stub);
         let schema = registry.schema(SchemaId::Number(7)).expect("schema");
         assert_eq!(schema.language, Language::Protobuf);
@@ -532,7 +535,10 @@ mod tests {
         let guid = uuid::Uuid::from_u128(5);
         stub.put(&format!("schemas/guids/{guid}"), r#"{"schema":"g"}"#);
         let schema = client(&stub).schema(SchemaId::Guid(guid)).expect("schema");
-        assert_eq!((&schema.language, schema.text.as_str()), (&Language::Avro, "g"));
+        assert_eq!(
+            (&schema.language, schema.text.as_str()),
+            (&Language::Avro, "g")
+        );
     }
 
     #[test]
@@ -589,7 +595,10 @@ mod tests {
             .expect("client");
         registry.schema(SchemaId::Number(1)).expect("schema");
         // me:p@ss
-        assert_eq!(stub.last_authorization().as_deref(), Some("Basic bWU6cEBzcw=="));
+        assert_eq!(
+            stub.last_authorization().as_deref(),
+            Some("Basic bWU6cEBzcw==")
+        );
         let by_options = address(
             &url,
             &[("registry.user", "you"), ("registry.password", "secret")],
@@ -599,9 +608,12 @@ mod tests {
             Some(("you".to_owned(), Some("secret".to_owned())))
         );
         let shown = format!("{by_options} {by_options:?}");
-        assert!(!shown.contains("secret") && !shown.contains("p%40ss"), "{shown}");
-        let refused = RegistryAddress::new("ftp://u:secret@host", &BTreeMap::new())
-            .expect_err("no http");
+        assert!(
+            !shown.contains("secret") && !shown.contains("p%40ss"),
+            "{shown}"
+        );
+        let refused =
+            RegistryAddress::new("ftp://u:secret@host", &BTreeMap::new()).expect_err("no http");
         assert!(!refused.contains("secret"), "{refused}");
     }
 }

@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef, BooleanArray, RecordBatch, new_null_array};
 use arrow_schema::{ArrowError, DataType, FieldRef, Fields};
-use pinion_feature_store::json::{
-    ColumnSource, JsonMappingError, TimeText, column_sources,
-};
+use pinion_feature_store::json::{ColumnSource, JsonMappingError, TimeText, column_sources};
 use pinion_schemas::{KafkaSource, TableDefinition, UnknownFields, format_type};
 
 use super::fit::{fit, plain_text};

@@ -362,9 +362,8 @@ mod avro {
                 {"name":"ts","type":"long"},
                 {"name":"id","type":"string"}]}"#,
         );
-        let new = |id: &str, ts: i64, v: i64| {
-            Avro::framed(2).text("x").long(v).long(ts).text(id).done()
-        };
+        let new =
+            |id: &str, ts: i64, v: i64| Avro::framed(2).text("x").long(v).long(ts).text(id).done();
         let sent = [
             avro_row(1, "a", 1, Some(1)),
             new("b", 2, 2),
@@ -442,14 +441,21 @@ mod avro {
         stub.put_schema(1, "AVRO", &schema("\"string\""));
         stub.put_schema(2, "AVRO", &schema("\"double\""));
         stub.put_schema(3, "AVRO", &schema(r#"["null","int","string"]"#));
-        stub.put_schema(4, "AVRO", "{\"type\":\"record\",\"name\":\"R\",\"fields\":[]}");
+        stub.put_schema(
+            4,
+            "AVRO",
+            "{\"type\":\"record\",\"name\":\"R\",\"fields\":[]}",
+        );
         stub.put_schema(5, "PROTOBUF", "syntax = \"proto3\";");
         stub.put_schema(6, "AVRO", "\"string\"");
         stub.put_schema(7, "AVRO", "{broken");
         stub.put_schema(8, "AVRO", &schema(r#"{"type":"array","items":"null"}"#));
         let sent: Vec<Vec<u8>> = [
             Avro::framed(1).text("a").long(1).text("5"),
-            Avro::framed(2).text("a").long(1).raw(&1.5_f64.to_le_bytes()),
+            Avro::framed(2)
+                .text("a")
+                .long(1)
+                .raw(&1.5_f64.to_le_bytes()),
             Avro::framed(3).text("a").long(1).long(1).long(1),
             Avro::framed(4),
             Avro::framed(5),
@@ -467,7 +473,10 @@ mod avro {
             (1, "schema id 2: field v: expected int32, found double"),
             (2, "a union of several types"),
             (3, "broken Avro"),
-            (4, "schema id 5: it is a schema of Protobuf, and Avro is due"),
+            (
+                4,
+                "schema id 5: it is a schema of Protobuf, and Avro is due",
+            ),
             (5, "it is no record"),
             (6, "the schema is no JSON"),
             (7, "items that take no bytes"),
@@ -582,9 +591,13 @@ mod avro {
         ));
         let row = |inner: bool| {
             let row = Avro::framed(1).text("a").long(1);
-            if inner { row.long(1).long(9) } else { row.long(0) }
-                .long(0)
-                .done()
+            if inner {
+                row.long(1).long(9)
+            } else {
+                row.long(0)
+            }
+            .long(0)
+            .done()
         };
         let decoded = decode(&mut decoder, &values(&[row(true), row(false)]));
         assert!(decoded.refused.is_empty(), "{:?}", decoded.refused);
@@ -608,7 +621,10 @@ mod avro {
         let mut refusing = decoder(&format!("{source}unknown_fields = \"refuse\""));
         let decoded = decode(&mut refusing, &values(&sent));
         assert_eq!(shape(&decoded), [(RunKind::Upsert, vec![0])]);
-        assert_eq!(reason(&decoded, 1), "schema id 2: field kind: unknown field");
+        assert_eq!(
+            reason(&decoded, 1),
+            "schema id 2: field kind: unknown field"
+        );
         let mut taking = decoder(&format!("{source}where = {{ kind = \"click\" }}"));
         let decoded = decode(&mut taking, &values(&sent));
         assert_eq!(shape(&decoded), [(RunKind::Upsert, vec![1])]);
@@ -758,7 +774,9 @@ mod protobuf {
         row.set_field_by_name("kind", ProtoValue::EnumNumber(1));
         let numbers = [1, -1, i64::MAX].map(ProtoValue::I64).to_vec();
         row.set_field_by_name("packed", ProtoValue::List(numbers));
-        let names = ["x", "", "é"].map(|n| ProtoValue::String(n.to_owned())).to_vec();
+        let names = ["x", "", "é"]
+            .map(|n| ProtoValue::String(n.to_owned()))
+            .to_vec();
         row.set_field_by_name("names", ProtoValue::List(names));
         let mut place = DynamicMessage::new(message("shop.Outer.Place"));
         place.set_field_by_name("lat", ProtoValue::F32(1.5));
@@ -774,7 +792,10 @@ mod protobuf {
         ratio.set_field_by_name("value", ProtoValue::F64(0.25));
         row.set_field_by_name("ratio", ProtoValue::Message(ratio));
         row.set_field_by_name("plain", ProtoValue::U64(u64::MAX));
-        let label = (MapKey::String("k".to_owned()), ProtoValue::String("v".to_owned()));
+        let label = (
+            MapKey::String("k".to_owned()),
+            ProtoValue::String("v".to_owned()),
+        );
         row.set_field_by_name("labels", ProtoValue::Map([label].into()));
         row.set_field_by_name("inside", ProtoValue::Message(self::row("b", 6)));
         row.set_field_by_name("raw", ProtoValue::Bytes(vec![1, 2].into()));
@@ -843,7 +864,11 @@ mod protobuf {
         assert_eq!(shape(&decoded), [(RunKind::Upsert, vec![0])]);
         assert!(reason(&decoded, 1).contains("it has no message at [1, 9]"));
         // The first message of the file is another one.
-        assert!(reason(&decoded, 2).contains("field ts: expected"), "{}", reason(&decoded, 2));
+        assert!(
+            reason(&decoded, 2).contains("field ts: expected"),
+            "{}",
+            reason(&decoded, 2)
+        );
         assert!(!reason(&decoded, 3).is_empty());
     }
 
@@ -858,7 +883,10 @@ mod protobuf {
         let records = values(&sent);
         let decoded = decode(&mut bare(), &records);
         let taken = &decoded.runs[0].records;
-        assert_eq!((taken.first(), taken.last()), (Some(&0), Some(&whole.len())));
+        assert_eq!(
+            (taken.first(), taken.last()),
+            (Some(&0), Some(&whole.len()))
+        );
         // A message that is cut between two fields is a message.
         assert!(decoded.refused.len() > whole.len() / 2);
         assert_eq!(taken.len() + decoded.refused.len(), records.len());
@@ -867,13 +895,20 @@ mod protobuf {
         let wrong = [
             (vec![0x0A, 1, 0xFF], "field id: a string is not UTF-8"),
             (vec![0x20, 9], "field kind: the enum has no value 9"),
-            (vec![0x22, 1, 0], "field kind: expected wire type 0, found 2"),
+            (
+                vec![0x22, 1, 0],
+                "field kind: expected wire type 0, found 2",
+            ),
             (vec![0x12, 2, 0x0A, 0], "field ts"),
         ];
         for (bytes, words) in wrong {
             let sent = [bytes];
             let decoded = decode(&mut bare(), &values(&sent));
-            assert!(decoded.refused[0].1.contains(words), "{:?}", decoded.refused);
+            assert!(
+                decoded.refused[0].1.contains(words),
+                "{:?}",
+                decoded.refused
+            );
         }
     }
 
@@ -910,11 +945,19 @@ mod protobuf {
     #[test]
     fn a_schema_that_cannot_be_read_by_refuses_its_records() {
         let (stub, setting) = registry();
-        stub.put_schema(3, "PROTOBUF", "syntax = \"proto3\"; import \"absent.proto\";");
+        stub.put_schema(
+            3,
+            "PROTOBUF",
+            "syntax = \"proto3\"; import \"absent.proto\";",
+        );
         let mut decoder = decoder(&format!("format = \"protobuf\"\n{setting}"));
         let sent = [framed(&[0], &row("a", 1))];
         let decoded = decode(&mut decoder, &values(&sent));
-        assert!(reason(&decoded, 0).contains("absent.proto"), "{}", reason(&decoded, 0));
+        assert!(
+            reason(&decoded, 0).contains("absent.proto"),
+            "{}",
+            reason(&decoded, 0)
+        );
     }
 }
 
@@ -949,7 +992,10 @@ mod arrow_streams {
     #[test]
     fn a_record_holds_many_rows_and_what_stands_beside_is_repeated() {
         let features = "[features]\nv = \"int32\"\nat = \"int64\"\n";
-        let mut decoder = decoder_of(features, "format = \"arrow\"\nfields = { at = \"$offset\" }");
+        let mut decoder = decoder_of(
+            features,
+            "format = \"arrow\"\nfields = { at = \"$offset\" }",
+        );
         let sent = [
             stream(&[rows(0..3), rows(3..4)], None),
             stream(&[rows(0..0)], None),
@@ -1055,7 +1101,11 @@ mod arrow_streams {
                 }
                 Err(words) => {
                     assert!(decoded.runs.is_empty(), "{data_type}");
-                    assert!(reason(&decoded, 0).contains(words), "{}", reason(&decoded, 0));
+                    assert!(
+                        reason(&decoded, 0).contains(words),
+                        "{}",
+                        reason(&decoded, 0)
+                    );
                 }
             }
         }
@@ -1144,7 +1194,10 @@ mod debezium {
         ));
         let decoded = decode(&mut decoder, &values(&sent));
         for run in &decoded.runs {
-            let ts = run.batch.column(1).as_primitive::<TimestampMillisecondType>();
+            let ts = run
+                .batch
+                .column(1)
+                .as_primitive::<TimestampMillisecondType>();
             assert_eq!(ts.value(0), 77);
         }
         assert_eq!(decoded.runs.len(), 2);
@@ -1228,7 +1281,11 @@ mod debezium {
             event.set_field_by_name("source", ProtoValue::Message(source));
             event.encode_to_vec()
         };
-        let sent = [event("c", "after"), event("d", "before"), event("c", "before")];
+        let sent = [
+            event("c", "after"),
+            event("d", "before"),
+            event("c", "before"),
+        ];
         let mut decoder = decoder(&format!(
             "format = \"protobuf\"\nmessage = \"E\"\nschema = '''{proto}'''\n{SOURCE}"
         ));
@@ -1237,8 +1294,15 @@ mod debezium {
             shape(&decoded),
             [(RunKind::Upsert, vec![0]), (RunKind::Delete, vec![1])]
         );
-        let ts = decoded.runs[1].batch.column(1).as_primitive::<TimestampMillisecondType>();
+        let ts = decoded.runs[1]
+            .batch
+            .column(1)
+            .as_primitive::<TimestampMillisecondType>();
         assert_eq!(ts.value(0), 77);
-        assert!(reason(&decoded, 2).contains("field id"), "{}", reason(&decoded, 2));
+        assert!(
+            reason(&decoded, 2).contains("field id"),
+            "{}",
+            reason(&decoded, 2)
+        );
     }
 }
