@@ -1,9 +1,12 @@
 """The Python client's lookups, over the local lane and over Flight: services, defaults, deadlines, limits.
 
 The fears: an option that one of the two ways drops or reads otherwise; a value that was not read and is taken for
-one that is not there; a mark that is missing, or that stays on the next reply.
+one that is not there; a mark that is missing, or that stays on the next reply; a wait
+that is dropped, that reads too early, or that the next lookup inherits.
 """
 
+import json
+import pickle
 from datetime import UTC, datetime, timedelta
 
 import pinion
@@ -11,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from pinion import NOT_FOUND, NOT_READ, NULL_VALUE, PRESENT
+from support.broker import Log
 
 USERS = """
 [table]
@@ -258,3 +262,114 @@ def test_the_limit_of_a_reply_can_be_raised(client, operator):
 def test_a_limit_that_no_reply_can_have_is_refused(client, limit):
     with pytest.raises(pinion.InvalidArgument, match="max_message_bytes"):
         client.prepare(["users:score"], max_message_bytes=limit)(keys(1))
+
+
+# -- waiting for what was written
+
+
+class Report:
+    """A delivery report as confluent-kafka's `Message` has it."""
+
+    def __init__(self, topic, partition, offset):
+        self.topic, self.partition, self.offset = (lambda: topic), (lambda: partition), (lambda: offset)
+
+
+class Metadata:
+    """A delivery report as kafka-python and aiokafka have it."""
+
+    def __init__(self, topic, partition, offset):
+        self.topic, self.partition, self.offset = topic, partition, offset
+
+
+def test_offsets_are_gathered_from_delivery_reports():
+    seen = pinion.Offsets()
+    assert not seen
+    for report in (Report("a", 0, 5), Report("a", 0, 3), Metadata("a", 2, 0), Report("b", 1, 7)):
+        seen.add(report)
+    seen.delivered(None, Report("b", 1, 9))
+    seen.delivered("it failed", Report("b", 1, 11))
+    assert seen
+    assert seen.token() == {"a": {"0": 5, "2": 0}, "b": {"1": 9}}
+    # Through JSON, and through a pickle, into another process.
+    assert pinion.Offsets(json.loads(json.dumps(seen.token()))).token() == seen.token()
+    assert pickle.loads(pickle.dumps(seen)).token() == seen.token()
+    with pytest.raises(ValueError, match="acks=0"):
+        seen.add(Report("a", 0, -1001))
+
+
+def test_what_a_put_returned_can_be_waited_for(client, operator):
+    operator.put("users", users([1], version=1))
+    prepared = client.prepare(["users:score"])
+    for version in range(2, 12):
+        acknowledged = operator.put("users", users([1], version=version))
+        expected = [0.25 + version]
+        for wait in (acknowledged, acknowledged["token"], [acknowledged["token"], acknowledged], json.loads(json.dumps(acknowledged))):
+            assert client.lookup(["users:score"], keys(1), wait=wait)["score"].to_pylist() == expected
+            assert prepared(keys(1), wait=wait)["score"].to_pylist() == expected
+            assert client.prepare(["users:score"], wait=wait)(keys(1))["score"].to_pylist() == expected
+            assert client.scan("users", wait=wait)["score"].to_pylist().count(expected[0]) >= 1
+
+
+def test_a_wait_ends_at_its_timeout_and_the_next_lookup_waits_for_nothing(client, operator):
+    acknowledged = operator.put("users", users([1], version=1))
+    never = {"table": "users", "snapshot": acknowledged["token"]["snapshot"].split("-")[0] + "-999999"}
+    prepared = client.prepare(["users:score"])
+    for ask in (
+        lambda: client.lookup(["users:score"], keys(1), wait=never, wait_timeout=0.02),
+        lambda: prepared(keys(1), wait=[acknowledged, never], wait_timeout=0.02),
+        lambda: client.prepare(["users:score"], wait=never, wait_timeout=0.02)(keys(1)),
+        lambda: client.scan("users", wait=never, wait_timeout=0.02),
+    ):
+        with pytest.raises(pinion.DeadlineExceeded) as late:
+            ask()
+        assert late.value.error == "BARRIER_TIMEOUT"
+        assert prepared(keys(1))["score"].to_pylist() == [1.25]
+        assert client.lookup(["users:score"], keys(1))["score"].to_pylist() == [1.25]
+    with pytest.raises(TypeError):
+        client.lookup(["users:score"], keys(1), wait="users")
+    with pytest.raises(TypeError):
+        client.scan("users", wait={"topic": 5})
+    with pytest.raises(pinion.InvalidArgument):
+        client.lookup(["users:score"], keys(1), wait=never, wait_timeout=-1)
+
+
+@pytest.mark.kafka
+def test_records_of_a_topic_can_be_waited_for(store, kafka, serve):
+    topic = kafka.topic("visits", partitions=2)
+    store.apply(USERS + f"""
+[source.kafka]
+topic = "{topic}"
+format = "json"
+""")
+    server = serve(brokers=kafka.bootstrap)
+    log = Log(kafka.producer(**{"linger.ms": 0}), topic)
+    at = NOON.isoformat()
+    ways = [pinion.connect(f"lane://{server.lane}"), pinion.connect(server.flight)]
+    prepared = [way.prepare(["users:visits"]) for way in ways]
+    for n in range(30):
+        value = {"id": 1, "at": at, "visits": n}
+        seen = pinion.Offsets()
+        log.producer.produce(topic, json.dumps(value).encode(), partition=n % 2, on_delivery=seen.delivered)
+        log.flush()
+        ((partition, offset),) = seen.token()[topic].items()
+        for way, lookup in zip(ways, prepared):
+            for wait in (seen, {topic: {int(partition): offset}}, seen.token()):
+                asks = {
+                    "lookup": lambda: way.lookup(["users:visits"], keys(1), wait=wait),
+                    "prepared": lambda: lookup(keys(1), wait=wait, wait_timeout=10),
+                    "prepare": lambda: way.prepare(["users:visits"], wait=wait)(keys(1)),
+                    "scan": lambda: way.scan("users", ["visits"], wait=wait),
+                    "batches": lambda: way.scan_batches("users", ["visits"], wait=wait).read_all(),
+                }
+                for name, ask in asks.items():
+                    # The first to wait is another one each time.
+                    assert ask()["visits"].to_pylist() == [n], (n, name)
+        assert ways[0].map("users", wait=seen).table["visits"].to_pylist() == [n]
+    with pytest.raises(pinion.DeadlineExceeded) as late:
+        ways[0].lookup(["users:visits"], keys(1), wait={topic: {0: 1_000}}, wait_timeout=0.05)
+    assert late.value.details["positions"][topic] == {"0": 15, "1": 15}
+    with pytest.raises(pinion.FailedPrecondition) as unknown:
+        ways[1].lookup(["users:visits"], keys(1), wait={"elsewhere": {0: 0}})
+    assert unknown.value.error == "UNKNOWN_TOPIC"
+    for way in ways:
+        way.close()

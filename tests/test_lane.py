@@ -287,7 +287,7 @@ def test_errors_are_typed_alike_on_both_ways(server, client):
             way.scan("items", snapshot="9-9")
         with pytest.raises(pinion.DeadlineExceeded):
             token = {"table": "items", "snapshot": "1-999999"}
-            way.lookup(["items:price"], {"item": [1]}, token=token, timeout_ms=20)
+            way.lookup(["items:price"], {"item": [1]}, wait=token, wait_timeout=0.02)
         # It goes on.
         assert way.lookup(["items:price"], {"item": [1]}).num_rows == 1
     with pytest.raises(ValueError):

@@ -9,7 +9,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
     apply, check, completions, config, delete, demo, describe, flush, get, init, leases, load, ls,
-    merge, plan, put, scan, serve, version,
+    merge, plan, put, scan, serve, top, version,
 };
 use crate::config::{Config, FlagValue};
 use crate::error::CliResult;
@@ -180,6 +180,8 @@ pub enum Command {
     Flush(flush::FlushArgs),
     /// Merge a table's segments into one now
     Merge(merge::MergeArgs),
+    /// Watch the tables of a running server: rates, freshness, lag
+    Top(top::TopArgs),
     /// List who holds mapped files over the local lane
     Leases(leases::LeasesArgs),
     /// Verify every checksum and invariant of a store

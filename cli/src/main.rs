@@ -59,6 +59,7 @@ fn run(cli: Cli) -> CliResult {
         Command::Flush(args) => args.run(global),
         Command::Merge(args) => args.run(global),
         Command::Leases(args) => args.run(global),
+        Command::Top(args) => args.run(global),
         Command::Check(args) => args.run(global),
         Command::Demo(args) => args.run(global),
         Command::Config(args) => args.run(global),

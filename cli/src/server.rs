@@ -176,6 +176,10 @@ impl SourceControl for KafkaSources {
         Ok(self.list())
     }
 
+    fn record_metrics(&self) {
+        self.0.record_metrics();
+    }
+
     fn stopped(&self, topic: &str) -> Option<String> {
         let status = self.0.status();
         match status.into_iter().find(|source| source.topic == topic) {

@@ -73,6 +73,8 @@ pub struct WriteToken {
 pub struct Receipt {
     /// Rows and deletes applied by it (0 when the put id had been seen before).
     pub rows: u64,
+    /// How many of them came too late in a latest table: their key had a greater version.
+    pub late: u64,
     /// False when the put id had been seen before: nothing was applied.
     pub applied: bool,
     /// Where it stands in the log.

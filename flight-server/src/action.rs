@@ -134,7 +134,10 @@ pub(crate) fn act_now(context: &SharedContext, action: &Action) -> Result<Value,
         }
         "stats" => {
             let tables = any_table(context, parse_or_default("stats", body)?)?;
-            Ok(json!({"tables": tables.iter().map(stats).collect::<Vec<_>>()}))
+            Ok(json!({
+                "tables": tables.iter().map(stats).collect::<Vec<_>>(),
+                "process": {"memory_bytes": memory_bytes()},
+            }))
         }
         "describe" => {
             let body: AnyTable = parse_or_default("describe", body)?;
@@ -289,6 +292,23 @@ fn plan(plan: &TablePlan) -> Value {
 fn stats(table: &Table) -> Value {
     // Plain numbers, strings and lists: nothing that JSON cannot hold.
     serde_json::to_value(table.stats()).unwrap_or(Value::Null)
+}
+
+/// Anonymous resident memory of this process; 0 where the system does not tell. Mapped files
+/// are the page cache's and do not count.
+fn memory_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))
+        .and_then(|rest| {
+            rest.trim()
+                .trim_end_matches("kB")
+                .trim()
+                .parse::<u64>()
+                .ok()
+        });
+    kib.unwrap_or(0) * 1024
 }
 
 fn describe(table: &Table) -> Value {

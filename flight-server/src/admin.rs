@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
@@ -45,6 +46,23 @@ fn metrics_handle() -> &'static PrometheusHandle {
         }
         handle
     })
+}
+
+/// How often values that histograms collected are added up when nobody looks at `/metrics`:
+/// until then each takes memory of its own.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Keeps the memory of metrics bounded until `stopped` says so.
+pub(crate) async fn upkeep(mut stopped: watch::Receiver<bool>) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(UPKEEP) => {}
+            _ = stopped.wait_for(|stopped| *stopped) => return,
+        }
+        if let Some(handle) = RECORDER.get() {
+            handle.run_upkeep();
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -103,6 +121,9 @@ async fn readyz(State(admin): State<Admin>) -> (StatusCode, String) {
 async fn show_metrics(State(admin): State<Admin>) -> impl IntoResponse {
     for table in admin.context.store.tables() {
         record_table(&table.stats());
+    }
+    if let Some(sources) = &admin.context.hooks.sources {
+        sources.record_metrics();
     }
     let open = admin.context.config.max_scans - admin.context.scans.available_permits();
     gauge!("pinion_scans_open").set(open as f64);

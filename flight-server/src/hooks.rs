@@ -23,6 +23,9 @@ pub trait SourceControl: Send + Sync {
         let _ = topic;
         None
     }
+
+    /// Brings the metrics of the sources up to date: `/metrics` is about to be shown.
+    fn record_metrics(&self) {}
 }
 
 /// Everything that [`crate::serve`] borrows from elsewhere.

@@ -98,6 +98,11 @@ pub async fn serve(
     let context = Context::new(store, hooks, config);
 
     let mut servers = JoinSet::new();
+    let upkeep = admin::upkeep(stopped.clone());
+    servers.spawn(async move {
+        upkeep.await;
+        Ok(())
+    });
     if let Some(listener) = bound.admin {
         let server = admin::serve(
             listener,

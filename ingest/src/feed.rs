@@ -34,6 +34,18 @@ pub(crate) struct Applied {
     pub(crate) deletes: u64,
     pub(crate) dead_letters: u64,
     pub(crate) filtered: u64,
+    /// Rows whose key had a greater version already.
+    pub(crate) late: u64,
+    /// Records below the table's position: read again for another table, or after a restart.
+    pub(crate) duplicates: u64,
+}
+
+/// What became of a micro-batch.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Taken {
+    pub(crate) applied: Applied,
+    /// The records that were new to the table.
+    pub(crate) records: Vec<usize>,
 }
 
 /// The topic as the broker describes it.
@@ -153,10 +165,21 @@ impl Feed {
         records: &[Incoming<'_>],
         steps: &[Step],
         now_millis: i64,
-    ) -> Result<Applied, FeedProblem> {
-        let (selected, advanced) = advance(&self.next, records, steps);
+    ) -> Result<Taken, FeedProblem> {
+        let Advance {
+            selected,
+            advanced,
+            duplicates,
+        } = advance(&self.next, records, steps);
         if advanced.is_empty() {
-            return Ok(Applied::default());
+            let applied = Applied {
+                duplicates,
+                ..Applied::default()
+            };
+            return Ok(Taken {
+                applied,
+                records: selected,
+            });
         }
         let name = self.table.name();
         let Decoded {
@@ -183,8 +206,12 @@ impl Feed {
         };
         let mut applied = self.commit(&mut runs, commit, records)?;
         applied.filtered = filtered;
+        applied.duplicates = duplicates;
         self.next.extend(advanced);
-        Ok(applied)
+        Ok(Taken {
+            applied,
+            records: selected,
+        })
     }
 
     /// Commits the runs with everything in `commit`. Rows that the table refuses become dead
@@ -203,7 +230,7 @@ impl Feed {
                 .map(change)
                 .collect();
             let (row, problem) = match self.table.commit(commit.clone()) {
-                Ok(_) => return Ok(count(runs, &commit)),
+                Ok(receipt) => return Ok(count(runs, &commit, receipt.late)),
                 Err(CommitError::Row { row, problem, .. }) => (row, problem.to_string()),
                 Err(other) => return Err(problem_of(&other)),
             };
@@ -283,8 +310,19 @@ impl Feed {
     }
 }
 
+/// What a micro-batch is to a table.
+#[derive(Debug)]
+struct Advance {
+    /// Records that are new.
+    selected: Vec<usize>,
+    /// Where that leaves the partitions that moved.
+    advanced: Offsets,
+    duplicates: u64,
+}
+
 /// Which records are new to a table at `next`, and where that leaves the partitions that moved.
-fn advance(next: &Offsets, records: &[Incoming<'_>], steps: &[Step]) -> (Vec<usize>, Offsets) {
+fn advance(next: &Offsets, records: &[Incoming<'_>], steps: &[Step]) -> Advance {
+    let mut duplicates = 0;
     let mut selected = Vec::new();
     let mut advanced: BTreeMap<i32, i64> = BTreeMap::new();
     for step in steps {
@@ -309,9 +347,15 @@ fn advance(next: &Offsets, records: &[Incoming<'_>], steps: &[Step]) -> (Vec<usi
         if after > current {
             advanced.insert(partition, after);
             selected.extend(index);
+        } else if index.is_some() {
+            duplicates += 1;
         }
     }
-    (selected, advanced)
+    Advance {
+        selected,
+        advanced,
+        duplicates,
+    }
 }
 
 fn change(run: &Run) -> Change {
@@ -321,7 +365,7 @@ fn change(run: &Run) -> Change {
     }
 }
 
-fn count(runs: &[Run], commit: &Commit) -> Applied {
+fn count(runs: &[Run], commit: &Commit, late: u64) -> Applied {
     let rows_of = |kind| {
         runs.iter()
             .filter(|r| r.kind == kind)
@@ -333,6 +377,8 @@ fn count(runs: &[Run], commit: &Commit) -> Applied {
         deletes: rows_of(RunKind::Delete),
         dead_letters: commit.dead_letters.len() as u64,
         filtered: 0,
+        late,
+        duplicates: 0,
     }
 }
 
@@ -392,9 +438,10 @@ mod tests {
             record(0, 5),
         ];
         let steps: Vec<Step> = (0..records.len()).map(Step::Record).collect();
-        let (selected, advanced) = advance(&[(0, 5), (1, 0)].into(), &records, &steps);
-        assert_eq!(selected, [1, 2]);
-        assert_eq!(advanced, Offsets::from([(0, 6), (1, 1)]));
+        let found = advance(&[(0, 5), (1, 0)].into(), &records, &steps);
+        assert_eq!(found.selected, [1, 2]);
+        assert_eq!(found.advanced, Offsets::from([(0, 6), (1, 1)]));
+        assert_eq!(found.duplicates, 2);
     }
 
     #[test]
@@ -411,8 +458,9 @@ mod tests {
                 next_offset: 3,
             },
         ];
-        let (selected, advanced) = advance(&[(0, 2), (1, 3)].into(), &records, &steps);
-        assert_eq!(selected, [0]);
-        assert_eq!(advanced, Offsets::from([(0, 15)]));
+        let found = advance(&[(0, 2), (1, 3)].into(), &records, &steps);
+        assert_eq!(found.selected, [0]);
+        assert_eq!(found.advanced, Offsets::from([(0, 15)]));
+        assert_eq!(found.duplicates, 0);
     }
 }

@@ -15,7 +15,7 @@
 //! Inside: `supervisor` (which sources run), `source` (one topic's thread), `session` (one
 //! connection of it), `feed` (one table on it), `decode` (records to columns, whatever their
 //! format; `decode_only` measures it), `assign` (where to read from), `broker`
-//! (questions to it), `native` (librdkafka calls, the only unsafe code), `control`, `status`,
+//! (questions to it), `freshness` (arrival to visible), `measure` (metrics), `native` (librdkafka calls, the only unsafe code), `control`, `status`,
 //! `config`. JSON to Arrow is `pinion_feature_store::json`.
 //!
 //! [`Commit`]: pinion_feature_store::Commit
@@ -29,6 +29,8 @@ mod control;
 mod decode;
 mod decode_only;
 mod feed;
+mod freshness;
+mod measure;
 mod native;
 mod session;
 mod slot;
@@ -38,5 +40,9 @@ mod supervisor;
 
 pub use config::{IngestConfig, IngestError};
 pub use decode_only::{DecodeOnly, DecodeOnlyError, DecodedCount, RawRecord};
+pub use freshness::{
+    Buckets, FRESHNESS_BOUNDS_SECONDS, Freshness, FreshnessReport, PartitionFreshness, Recent,
+    TimestampKind,
+};
 pub use status::{SourceState, SourceStatus, TableProgress};
 pub use supervisor::{Ingest, IngestHandle};

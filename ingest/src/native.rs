@@ -17,6 +17,8 @@ use rdkafka::bindings as rdsys;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
 
+use crate::freshness::TimestampKind;
+
 /// What one poll brought.
 pub(crate) enum Polled<'c> {
     /// A record.
@@ -180,13 +182,21 @@ impl Record<'_> {
         unsafe { bytes(raw.key, raw.key_len) }
     }
 
-    /// Its timestamp, milliseconds since the Unix epoch.
-    pub(crate) fn timestamp_millis(&self) -> Option<i64> {
+    /// Its timestamp, milliseconds since the Unix epoch, and who set it.
+    pub(crate) fn timestamp(&self) -> Option<(TimestampKind, i64)> {
         let mut kind = rdsys::rd_kafka_timestamp_type_t::RD_KAFKA_TIMESTAMP_NOT_AVAILABLE;
         // SAFETY: valid message, and `kind` outlives the call.
         let millis = unsafe { rdsys::rd_kafka_message_timestamp(self.message.as_ptr(), &mut kind) };
-        let absent = rdsys::rd_kafka_timestamp_type_t::RD_KAFKA_TIMESTAMP_NOT_AVAILABLE;
-        (kind != absent && millis != -1).then_some(millis)
+        let kind = match kind {
+            rdsys::rd_kafka_timestamp_type_t::RD_KAFKA_TIMESTAMP_NOT_AVAILABLE => return None,
+            rdsys::rd_kafka_timestamp_type_t::RD_KAFKA_TIMESTAMP_CREATE_TIME => {
+                TimestampKind::Create
+            }
+            rdsys::rd_kafka_timestamp_type_t::RD_KAFKA_TIMESTAMP_LOG_APPEND_TIME => {
+                TimestampKind::Append
+            }
+        };
+        (millis != -1).then_some((kind, millis))
     }
 
     /// Its headers in order. A header whose name is no UTF-8 is left out.

@@ -19,10 +19,11 @@ use crate::broker::{Consumer, TopicWatch, resolve_start, watermarks};
 use crate::control::Desired;
 use crate::decode::Incoming;
 use crate::feed::{Feed, FeedProblem, Step, TopicView};
+use crate::freshness::{Arrival, Freshness, Visible};
 use crate::native::{self, EventQueue, Polled, Record};
 use crate::slot::{Reading, Slot};
 use crate::source::{BACKOFF, Ended, Source};
-use crate::status::{SourceState, TableProgress, lag};
+use crate::status::{SourceState, TableProgress};
 
 /// Longest wait for the first record: how soon a command is noticed on a quiet topic.
 const POLL_WAIT: Duration = Duration::from_millis(100);
@@ -49,6 +50,8 @@ pub(crate) struct Session<'s> {
     /// What the consumer was told to read when it was last assigned; `None` when nothing.
     assigned: Option<Offsets>,
     past_end_tries: u32,
+    /// By the wall clock: records from before count as backlog.
+    started_millis: i64,
     ends: Offsets,
     ends_at: Option<Instant>,
 }
@@ -57,8 +60,21 @@ pub(crate) struct Session<'s> {
 #[derive(Default)]
 struct Gathered<'c> {
     records: Vec<Record<'c>>,
+    /// When every [`CLOCK_STEPS`]th record was taken.
+    clock: Vec<Instant>,
     steps: Vec<Step>,
     failures: Vec<(RDKafkaErrorCode, Option<i32>, String)>,
+}
+
+impl Gathered<'_> {
+    fn arrival(&self, index: usize) -> Option<Arrival> {
+        let record = self.records.get(index)?;
+        Some(Arrival {
+            partition: record.partition(),
+            received: *self.clock.get(index / CLOCK_STEPS)?,
+            timestamp: record.timestamp(),
+        })
+    }
 }
 
 impl<'s> Session<'s> {
@@ -79,6 +95,7 @@ impl<'s> Session<'s> {
             trouble: None,
             assigned: None,
             past_end_tries: 0,
+            started_millis: now_millis(),
             ends: Offsets::new(),
             ends_at: None,
         })
@@ -133,10 +150,15 @@ impl<'s> Session<'s> {
             let slot = match known.map(|i| former.swap_remove(i)) {
                 Some(slot) if *slot.definition == *definition && slot.feed().is_some() => slot,
                 known => {
+                    let known_freshness = known
+                        .as_ref()
+                        .map_or_else(Freshness::new, |s| s.freshness.clone());
                     let mut slot = Slot {
                         table: table.clone(),
                         definition,
                         total: known.map(|s| s.total).unwrap_or_default(),
+                        freshness: known_freshness,
+                        last_millis: None,
                         pause: BACKOFF.0,
                         reading: Reading::Stopped {
                             reason: String::new(),
@@ -249,6 +271,9 @@ impl<'s> Session<'s> {
                 Polled::Record(record) => {
                     bytes += record.value().map_or(0, <[u8]>::len);
                     bytes += record.key().map_or(0, <[u8]>::len);
+                    if gathered.records.len().is_multiple_of(CLOCK_STEPS) {
+                        gathered.clock.push(Instant::now());
+                    }
                     gathered.steps.push(Step::Record(gathered.records.len()));
                     gathered.records.push(record);
                 }
@@ -304,7 +329,7 @@ impl<'s> Session<'s> {
             .map(|record| Incoming {
                 partition: record.partition(),
                 offset: record.offset(),
-                timestamp_millis: record.timestamp_millis(),
+                timestamp_millis: record.timestamp().map(|(_, millis)| millis),
                 key: record.key(),
                 value: record.value(),
                 headers: if headers {
@@ -321,12 +346,19 @@ impl<'s> Session<'s> {
                 continue;
             };
             match feed.apply(&incoming, &gathered.steps, now_millis) {
-                Ok(applied) => {
+                Ok(taken) => {
+                    let visible = Visible {
+                        at: Instant::now(),
+                        unix_nanos: now_nanos(),
+                        started_millis: self.started_millis,
+                    };
+                    let arrivals = taken.records.iter().filter_map(|&i| gathered.arrival(i));
+                    slot.freshness.record(arrivals, visible);
+                    if let Some(last) = taken.records.last() {
+                        slot.last_millis = incoming.get(*last).and_then(|r| r.timestamp_millis);
+                    }
                     slot.pause = BACKOFF.0;
-                    slot.total.rows += applied.rows;
-                    slot.total.deletes += applied.deletes;
-                    slot.total.dead_letters += applied.dead_letters;
-                    slot.total.filtered += applied.filtered;
+                    slot.count(&taken.applied);
                 }
                 Err(problem) => slot.set_aside(problem),
             }
@@ -432,13 +464,9 @@ impl<'s> Session<'s> {
         let tables: Vec<TableProgress> = self
             .slots
             .iter()
-            .map(|s| s.progress(&self.topic.name, self.paused))
+            .map(|s| s.progress(&self.topic.name, &self.ends, self.paused))
             .collect();
-        let lag = tables
-            .iter()
-            .map(|t| lag(&t.positions, &self.ends))
-            .max()
-            .unwrap_or(0);
+        let lag = tables.iter().map(|t| t.lag).max().unwrap_or(0);
         let mut status = self.source.status.lock();
         status.topic_id.clone_from(&self.topic.id);
         status.end_offsets.clone_from(&self.ends);
@@ -462,9 +490,13 @@ impl<'s> Session<'s> {
     }
 }
 
-fn now_millis() -> i64 {
+fn now_nanos() -> i128 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+    i128::try_from(since.as_nanos()).unwrap_or(i128::MAX)
+}
+
+pub(crate) fn now_millis() -> i64 {
+    i64::try_from(now_nanos() / 1_000_000).unwrap_or(i64::MAX)
 }

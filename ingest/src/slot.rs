@@ -8,8 +8,10 @@ use pinion_schemas::TableDefinition;
 
 use crate::assign::Offsets;
 use crate::feed::{Applied, Feed, FeedProblem};
+use crate::freshness::Freshness;
+use crate::session::now_millis;
 use crate::source::BACKOFF;
-use crate::status::{SourceState, TableProgress};
+use crate::status::{SourceState, TableProgress, lag};
 
 /// A table of the source.
 pub(crate) struct Slot {
@@ -18,6 +20,9 @@ pub(crate) struct Slot {
     pub(crate) definition: Arc<TableDefinition>,
     /// What it did since the server started.
     pub(crate) total: Applied,
+    pub(crate) freshness: Freshness,
+    /// Timestamp of the record applied last.
+    pub(crate) last_millis: Option<i64>,
     pub(crate) reading: Reading,
     /// Next pause, when the table cannot go on: grows until a batch is applied.
     pub(crate) pause: Duration,
@@ -42,6 +47,16 @@ impl Slot {
         }
     }
 
+    /// Adds what a micro-batch did.
+    pub(crate) fn count(&mut self, applied: &Applied) {
+        self.total.rows += applied.rows;
+        self.total.deletes += applied.deletes;
+        self.total.dead_letters += applied.dead_letters;
+        self.total.filtered += applied.filtered;
+        self.total.late += applied.late;
+        self.total.duplicates += applied.duplicates;
+    }
+
     /// Takes the table out of the batches to come: for a while, or for good.
     pub(crate) fn set_aside(&mut self, problem: FeedProblem) {
         let table = self.table.name();
@@ -63,7 +78,7 @@ impl Slot {
     }
 
     /// How far the table is, for the status.
-    pub(crate) fn progress(&self, topic: &str, paused: bool) -> TableProgress {
+    pub(crate) fn progress(&self, topic: &str, ends: &Offsets, paused: bool) -> TableProgress {
         let (state, positions) = match &self.reading {
             Reading::Open(feed) => {
                 let state = if paused {
@@ -86,7 +101,13 @@ impl Slot {
                 self.stored_positions(topic),
             ),
         };
+        let lag = lag(&positions, ends);
         TableProgress {
+            lag,
+            lag_seconds: match self.last_millis {
+                Some(millis) if lag > 0 => (now_millis() - millis).max(0) as f64 / 1e3,
+                _ => 0.0,
+            },
             table: self.table.name(),
             state,
             positions,
@@ -94,6 +115,9 @@ impl Slot {
             deletes: self.total.deletes,
             dead_letters: self.total.dead_letters,
             filtered: self.total.filtered,
+            late: self.total.late,
+            duplicates: self.total.duplicates,
+            freshness: Some(self.freshness.clone()),
         }
     }
 

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::freshness::Freshness;
+
 /// Whether a source, or one table on it, makes progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
@@ -27,7 +29,7 @@ pub enum SourceState {
 }
 
 /// One topic and the tables that read it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SourceStatus {
     /// Topic name.
     pub topic: String,
@@ -47,7 +49,7 @@ pub struct SourceStatus {
 }
 
 /// How far one table has read one topic.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TableProgress {
     /// Table name.
     pub table: String,
@@ -56,6 +58,10 @@ pub struct TableProgress {
     pub state: SourceState,
     /// Next offset to read of each partition.
     pub positions: BTreeMap<i32, i64>,
+    /// Records it has still to read, over all partitions.
+    pub lag: u64,
+    /// Age of the record it applied last, seconds; 0 when it has read everything.
+    pub lag_seconds: f64,
     /// Rows applied since the server started.
     pub rows: u64,
     /// Deletes applied since the server started.
@@ -64,6 +70,12 @@ pub struct TableProgress {
     pub dead_letters: u64,
     /// Records that the table's `where` left out since the server started.
     pub filtered: u64,
+    /// Rows applied since the server started whose key had a greater version already.
+    pub late: u64,
+    /// Records read again since the server started that the table had applied before.
+    pub duplicates: u64,
+    /// How soon records become visible; `None` while the table's source cannot even be tried.
+    pub freshness: Option<Freshness>,
 }
 
 /// Records from a table's positions to the end of the topic.

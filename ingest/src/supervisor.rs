@@ -11,6 +11,7 @@ use pinion_feature_store::{Store, Table, TableId};
 use crate::config::{IngestConfig, IngestError};
 use crate::control::Control;
 use crate::decode::DecodeSettings;
+use crate::measure;
 use crate::source::{Source, SourceKey};
 use crate::status::{SourceState, SourceStatus, TableProgress};
 
@@ -70,6 +71,11 @@ impl IngestHandle {
         all.extend(inner.unstartable.iter().cloned());
         all.sort_by(|a, b| (&a.topic, &a.brokers).cmp(&(&b.topic, &b.brokers)));
         all
+    }
+
+    /// Brings the metrics of all sources up to date, for whoever shows them.
+    pub fn record_metrics(&self) {
+        measure::record(&self.status());
     }
 
     /// Stops reading a topic, for every table on it, until [`IngestHandle::resume`]. A batch in
@@ -267,10 +273,15 @@ impl Shared {
                         table: definition.name.clone(),
                         state,
                         positions: BTreeMap::new(),
+                        lag: 0,
+                        lag_seconds: 0.0,
                         rows: 0,
                         deletes: 0,
                         dead_letters: 0,
                         filtered: 0,
+                        late: 0,
+                        duplicates: 0,
+                        freshness: None,
                     });
                     unstartable.push(status);
                 }

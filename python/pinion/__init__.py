@@ -5,6 +5,7 @@
     client = pinion.connect("grpc://127.0.0.1:8815", lane="lane:///run/pinion/lane.sock")
     client.lookup(["weather:temp"], {"origin": ["EWR", "JFK"]}, status=True)   # a RecordBatch
     client.scan("weather")                                                    # a Table
+    client.scan("weather", wait=client.put("weather", rows))                  # that holds what was put
 
 Two ways lead to one server: Arrow Flight, from anywhere, and the local lane, a Unix socket for
 programs on the same machine: lookups in tens of microseconds, whole tables mapped instead of sent.
@@ -12,6 +13,7 @@ A `Client` has either or both, and takes the faster for each call. Values, types
 are the same on both.
 """
 
+from pinion.barrier import Offsets
 from pinion.client import Client, Lookup, connect, is_partial
 from pinion.errors import (
     Aborted,
@@ -65,6 +67,7 @@ __all__ = [
     "NULL_VALUE",
     "NotFound",
     "OUTSIDE_MAX_AGE",
+    "Offsets",
     "PRESENT",
     "PeerRefused",
     "PermissionDenied",

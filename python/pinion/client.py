@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import weakref
@@ -10,7 +11,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from pinion import errors
+from pinion import barrier, errors
+from pinion.barrier import Wait
 from pinion.flight import Exchange, Flight
 from pinion.lane import Lane, Prepared, padded_json
 from pinion.mapped import MappedTable, map_table
@@ -48,8 +50,8 @@ def connect(
     """Connects to a server.
 
     `url` is `grpc://HOST:PORT`, `grpc+unix:///PATH` or `lane:///PATH`; `flight` and `lane` say the same by
-    name. With both, each call takes the faster. `timeout` bounds each reply, in seconds. `spin_micros`: how
-    long a lane lookup looks for its reply before it sleeps; it answers sooner and keeps a core busy.
+    name. With both, each call takes the faster. `timeout` bounds each reply, in seconds, the server's waiting
+    for `wait` included. `spin_micros`: how long a lane lookup looks for its reply before it sleeps; it answers sooner and keeps a core busy.
 
     Raises `ConnectionLost` if no lane answers, `PeerRefused` if it is not open to this user. A Flight
     connection is made by the first call that needs it.
@@ -123,9 +125,8 @@ class Client:
         defaults: bool = False,
         deadline_ms: int | None = None,
         max_message_bytes: int | None = None,
-        at_least: Mapping[str, Mapping[Any, int]] | None = None,
-        token: Any = None,
-        timeout_ms: int | None = None,
+        wait: Wait | None = None,
+        wait_timeout: float | None = None,
     ) -> pa.RecordBatch:
         """The values of `features` (`"table:feature"`), or of a feature `service`, for each key.
 
@@ -141,6 +142,11 @@ class Client:
         with both sizes. When None it is 4 MiB - 64 KiB over Flight, 2 GiB - 1 over the lane, unless the server
         is configured otherwise.
 
+        `wait` names records or puts that the answer must have seen (`pinion.Offsets`, a topic's offsets, what
+        `put` returned, or a list of these): the server answers as soon as it has, or raises
+        `DeadlineExceeded` after `wait_timeout` seconds (5 when None, 60 at most), with the positions reached
+        in its details. `FailedPrecondition` says that a topic feeds none of the tables, or is not being read.
+
         The lookup is prepared once per set of arguments, and kept: `prepare` saves finding it again.
         """
         command = _lookup_command(
@@ -154,18 +160,15 @@ class Client:
             defaults=defaults,
             deadline_ms=deadline_ms,
             max_message_bytes=max_message_bytes,
-            at_least=at_least,
-            token=token,
-            timeout_ms=timeout_ms,
         )
         lookup = self._lookups.get(command) or self._kept(command)
         keys = _key_batch(keys)
         try:
-            return lookup.lookup(keys)
+            return lookup.lookup(keys, wait=wait, wait_timeout=wait_timeout)
         except errors.DefinitionChanged:
             # Nobody holds this lookup but us: the new definition is as good.
             lookup.close()
-            return lookup.lookup(keys)
+            return lookup.lookup(keys, wait=wait, wait_timeout=wait_timeout)
 
     def _kept(self, command: bytes) -> Lookup:
         """A new lookup, kept for the next call with the same arguments."""
@@ -187,11 +190,13 @@ class Client:
         defaults: bool = False,
         deadline_ms: int | None = None,
         max_message_bytes: int | None = None,
-        at_least: Mapping[str, Mapping[Any, int]] | None = None,
-        token: Any = None,
-        timeout_ms: int | None = None,
+        wait: Wait | None = None,
+        wait_timeout: float | None = None,
     ) -> Lookup:
-        """A lookup to run many times; arguments as for `lookup`. It is settled by its first keys."""
+        """A lookup to run many times; arguments as for `lookup`. It is settled by its first keys.
+
+        With `wait` every run of it waits for that; to wait for something else each time, say it to the run.
+        """
         command = _lookup_command(
             features,
             service,
@@ -203,9 +208,7 @@ class Client:
             defaults=defaults,
             deadline_ms=deadline_ms,
             max_message_bytes=max_message_bytes,
-            at_least=at_least,
-            token=token,
-            timeout_ms=timeout_ms,
+            **barrier.members(wait, wait_timeout),
         )
         return Lookup(self._lane, self._flight, command)
 
@@ -220,20 +223,19 @@ class Client:
         limit: int | None = None,
         view: Literal["latest", "history"] | None = None,
         snapshot: str | None = None,
-        at_least: Mapping[str, Mapping[Any, int]] | None = None,
-        token: Any = None,
-        timeout_ms: int | None = None,
+        wait: Wait | None = None,
+        wait_timeout: float | None = None,
         local: Local = "auto",
     ) -> pa.Table:
         """The rows of a table: `features` (all columns when None) of those that pass `filter` (SQL).
 
         `view="latest"` is one row per key, `"history"` every version kept; None the whole table as it is
-        kept. `snapshot` reads one named by an earlier reply.
+        kept. `snapshot` reads one named by an earlier reply. `wait` and `wait_timeout`: see `lookup`.
 
         `local=True` maps the server's files instead of receiving rows (`map`), `False` reads over Flight,
         `"auto"` maps when there is a lane and the whole table is asked for. The rows are the same.
         """
-        command = _scan_command(table, features, filter, limit, view, snapshot, at_least, token, timeout_ms)
+        command = _scan_command(table, features, filter, limit, view, snapshot, wait, wait_timeout)
         if self._maps(local, filter, limit, view):
             return map_table(self._lane, command).table
         return self._over_flight().scan(command)
@@ -247,13 +249,12 @@ class Client:
         limit: int | None = None,
         view: Literal["latest", "history"] | None = None,
         snapshot: str | None = None,
-        at_least: Mapping[str, Mapping[Any, int]] | None = None,
-        token: Any = None,
-        timeout_ms: int | None = None,
+        wait: Wait | None = None,
+        wait_timeout: float | None = None,
         local: Local = "auto",
     ) -> pa.RecordBatchReader:
         """As `scan`, batch by batch: a table over Flight need not fit in memory."""
-        command = _scan_command(table, features, filter, limit, view, snapshot, at_least, token, timeout_ms)
+        command = _scan_command(table, features, filter, limit, view, snapshot, wait, wait_timeout)
         if self._maps(local, filter, limit, view):
             return map_table(self._lane, command).table.to_reader()
         schema, batches = self._over_flight().scan_batches(command)
@@ -265,16 +266,15 @@ class Client:
         features: Iterable[str] | None = None,
         *,
         snapshot: str | None = None,
-        at_least: Mapping[str, Mapping[Any, int]] | None = None,
-        token: Any = None,
-        timeout_ms: int | None = None,
+        wait: Wait | None = None,
+        wait_timeout: float | None = None,
     ) -> MappedTable:
         """A snapshot of a table, mapped from the server's files over the local lane.
 
         Time and memory do not depend on the table's size, but for rows of the log and batches that hold
         replaced rows. Raises `LeasedMaxBytes` when mapped files hold too much disk already.
         """
-        command = _scan_command(table, features, None, None, None, snapshot, at_least, token, timeout_ms)
+        command = _scan_command(table, features, None, None, None, snapshot, wait, wait_timeout)
         return map_table(self._over_lane(), command)
 
     # -- writing
@@ -354,14 +354,20 @@ class Lookup:
         self._lock = threading.Lock()
         _locked.add(self)
 
-    def lookup(self, keys: Keys) -> pa.RecordBatch:
+    def lookup(
+        self, keys: Keys, *, wait: Wait | None = None, wait_timeout: float | None = None
+    ) -> pa.RecordBatch:
         """Looks keys up: see `Client.lookup`.
 
         Fastest with a RecordBatch whose schema does not change between calls. Raises `DefinitionChanged`
         when a feature changed its type, or its table was dropped, since it was prepared: prepare anew.
+        With `wait` it is settled on the server for this one run: a few tens of microseconds over the lane, a
+        stream of its own over Flight.
         """
         if not isinstance(keys, pa.RecordBatch):
             keys = _key_batch(keys)
+        if wait is not None:
+            return self._once(keys, wait, wait_timeout)
         schema = keys.schema
         known, way = self._last
         if schema is not known and not schema.equals(known) or way is None:
@@ -371,6 +377,17 @@ class Lookup:
         return self._exchange(way, keys)
 
     __call__ = lookup
+
+    def _once(self, keys: pa.RecordBatch, wait: Wait, wait_timeout: float | None) -> pa.RecordBatch:
+        """One run of this lookup that also waits for `wait`."""
+        command = json.loads(self._command)
+        prepared = command["lookup"]
+        prepared.update(barrier.members([prepared.get("at_least"), prepared.get("token"), wait], wait_timeout))
+        way = Lookup(self._lane, self._flight, padded_json(command))
+        try:
+            return way.lookup(keys)
+        finally:
+            way.close()
 
     def info(self) -> dict[str, Any]:
         """The snapshots that were current when it was prepared (over the lane; else empty)."""
@@ -463,9 +480,8 @@ def _scan_command(
     limit: Any,
     view: Any,
     snapshot: Any,
-    at_least: Any,
-    token: Any,
-    timeout_ms: Any,
+    wait: Any,
+    wait_timeout: Any,
 ) -> dict[str, Any]:
     if isinstance(features, str):
         features = [features]
@@ -476,9 +492,7 @@ def _scan_command(
         limit=limit,
         view=view,
         snapshot=snapshot,
-        at_least=at_least,
-        token=token,
-        timeout_ms=timeout_ms,
+        **barrier.members(wait, wait_timeout),
     )
 
 

@@ -26,6 +26,7 @@ _CODES = {
     "unauthorized": 7,
     "resource exhausted": 8,
     "failed precondition": 9,
+    "precondition failed": 9,
     "aborted": 10,
     "unimplemented": 12,
     "internal": 13,

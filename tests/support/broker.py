@@ -1,5 +1,6 @@
 """The real Apache Kafka broker and its clients."""
 
+import os
 import shutil
 import subprocess
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
+# A broker that lives for a test is not worth optimizing: it starts with 4 s of CPU time instead of 7.
+ENVIRONMENT = {"PINION_KAFKA_JAVA_OPTIONS": "-XX:TieredStopAtLevel=1", **os.environ}
 SCRIPT = Path(__file__).resolve().parents[1] / "kafka" / "broker"
 
 
@@ -20,7 +23,8 @@ class Broker:
         self.bootstrap = self.start()
 
     def _script(self, verb):
-        done = subprocess.run([str(SCRIPT), verb, str(self.folder)], stdout=subprocess.PIPE, text=True, timeout=300)
+        command = [str(SCRIPT), verb, str(self.folder)]
+        done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=300)
         if done.returncode != 0:
             raise RuntimeError(f"tests/kafka/broker {verb} exited {done.returncode}")
         return done.stdout.strip()
@@ -30,6 +34,9 @@ class Broker:
 
     def kill(self):
         self._script("kill")
+
+    def alive(self):
+        return subprocess.run([str(SCRIPT), "status", str(self.folder)], stdout=subprocess.DEVNULL).returncode == 0
 
     def stop(self):
         self._script("stop")

@@ -18,4 +18,5 @@ pub mod plan;
 pub mod put;
 pub mod scan;
 pub mod serve;
+pub mod top;
 pub mod version;

@@ -232,8 +232,9 @@ impl Server {
     /// Asks it to end, and gives its exit code.
     pub fn stop(mut self) -> Option<i32> {
         let mut child = self.child.take().unwrap();
-        let killed = Command::new("kill")
-            .arg(child.id().to_string())
+        // The shell's own `kill`: a bare machine has no program of that name.
+        let killed = Command::new("sh")
+            .args(["-c", "kill \"$0\"", &child.id().to_string()])
             .status()
             .unwrap();
         assert!(killed.success());

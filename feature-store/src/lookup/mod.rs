@@ -36,6 +36,7 @@ use crate::level::Level;
 use crate::order;
 use crate::snapshot::{Snapshot, SnapshotInner};
 
+pub(crate) use self::probe::GROUP;
 use self::probe::Window;
 pub use self::reply::{ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch, ReplyShape};
 
@@ -414,9 +415,13 @@ impl SnapshotInner {
     }
 
     /// The winner of a key in a latest table, as the writer asks: level and version.
-    pub(crate) fn latest_winner(&self, key: &[u8]) -> Result<Option<(&Level, Found)>, ReadError> {
+    pub(crate) fn latest_winner(
+        &self,
+        key: &[u8],
+        hash: u64,
+    ) -> Result<Option<(&Level, Found)>, ReadError> {
         Ok(self
-            .winner(key, pinion_schemas::key_hash(key), i64::MAX, true)?
+            .winner(key, hash, i64::MAX, true)?
             .map(|hit| (hit.level, hit.found)))
     }
 }

@@ -20,7 +20,7 @@ use crate::segment::{Probe, prefetch};
 use crate::snapshot::SnapshotInner;
 
 /// Keys whose places are fetched together: about what a core can wait for at a time.
-const GROUP: usize = 16;
+pub(crate) const GROUP: usize = 16;
 
 /// Where the version of a key lies that answers for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,6 +96,38 @@ struct Candidate {
 }
 
 impl SnapshotInner {
+    /// Fetches into the cache what [`SnapshotInner::latest_winner`] will read for these keys,
+    /// at most [`GROUP`] of them at a time.
+    pub(crate) fn fetch_ahead(&self, hashes: &[u64]) {
+        for level in self.newest_first() {
+            match level {
+                Level::Log(log) => hashes.iter().for_each(|hash| log.prefetch_head(*hash)),
+                Level::Segment(level) => {
+                    let index = level.segment.row_index();
+                    for hash in hashes {
+                        index.prefetch_filter(*hash);
+                        index.prefetch_line(*hash);
+                    }
+                }
+            }
+        }
+        for level in self.newest_first() {
+            match level {
+                Level::Log(log) => hashes.iter().for_each(|hash| log.prefetch_slot(*hash)),
+                Level::Segment(level) => {
+                    let index = level.segment.row_index();
+                    for hash in hashes {
+                        if index.may_contain(*hash)
+                            && let Probe::Candidate { first, .. } = index.probe(*hash)
+                        {
+                            prefetch_row(level, first, true);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
     /// Finds the keys of `range`; `found[i]` tells of key `range.start + i`.
     ///
     /// `levels` are [`SnapshotInner::newest_first`].

@@ -1,12 +1,12 @@
 //! Applying a commit.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use arrow_array::RecordBatch;
 use arrow_select::concat::concat_batches;
+use hashbrown::HashTable;
 use pinion_schemas::EncodedKeys;
 
 use super::{ClosedState, TableInner, Writer};
@@ -18,6 +18,7 @@ use crate::delta::rows::LogRows;
 use crate::delta::{Log, LogView, body, key_equals};
 use crate::error::{CommitError, RowProblem};
 use crate::level::Level;
+use crate::lookup::GROUP;
 use crate::manifest::Checkpoint;
 use crate::order::{self, RowOrder};
 use crate::positions::Positions;
@@ -221,6 +222,7 @@ impl TableInner {
         if seen || (rows == 0 && commit.positions.is_empty() && commit.dead_letters.is_empty()) {
             return Ok(Receipt {
                 rows: 0,
+                late: 0,
                 applied: !seen,
                 token: writer.token(),
             });
@@ -321,6 +323,7 @@ impl TableInner {
         crate::fail::point("commit.appended");
         Ok(Receipt {
             rows: rows as u64,
+            late: resolved.lost.iter().filter(|lost| **lost).count() as u64,
             applied: true,
             token: writer.token(),
         })
@@ -365,16 +368,19 @@ impl TableInner {
             ..Resolved::default()
         };
         // Winner of each key within this commit so far.
-        let mut within: HashMap<&[u8], usize> = HashMap::new();
+        let mut within: HashTable<usize> = HashTable::new();
         let order_of = |i: usize| RowOrder {
             event: prepared.times.event(i),
             created: prepared.times.created(i),
             sequence: writer.log.base_sequence + u64::from(first_row) + i as u64,
         };
+        let here = Place::Log(writer.log.incarnation);
         for i in 0..rows {
-            let key = prepared.keys.get(i);
-            let here = Place::Log(writer.log.incarnation);
-            let before = match within.get(key) {
+            if i % GROUP == 0 && rows > 1 {
+                current.fetch_ahead(&prepared.hashes[i..rows.min(i + GROUP)]);
+            }
+            let (key, hash) = (prepared.keys.get(i), prepared.hashes[i]);
+            let before = match within.find(hash, |&other| prepared.keys.get(other) == key) {
                 Some(&earlier) => Some((
                     here,
                     first_row + earlier as u32,
@@ -382,7 +388,7 @@ impl TableInner {
                     prepared.deleted[earlier],
                 )),
                 None => current
-                    .latest_winner(key)?
+                    .latest_winner(key, hash)?
                     .map(|(level, found)| (level.place(), found.row, found.order, found.deleted)),
             };
             let by = i as u32;
@@ -412,7 +418,13 @@ impl TableInner {
                 resolved.live_change += 1;
             }
             if rows > 1 {
-                within.insert(key, i);
+                let known = within.find_mut(hash, |&other| prepared.keys.get(other) == key);
+                match known {
+                    Some(winner) => *winner = i,
+                    None => {
+                        within.insert_unique(hash, i, |&other| prepared.hashes[other]);
+                    }
+                }
             }
         }
         Ok(resolved)

@@ -231,7 +231,9 @@ impl Outcome {
             for at in 0..batch.num_rows() {
                 key.clear();
                 load.version.key_of(&batch, at, &mut key);
-                let Some((level, found)) = before.latest_winner(&key)? else {
+                let Some((level, found)) =
+                    before.latest_winner(&key, pinion_schemas::key_hash(&key))?
+                else {
                     continue;
                 };
                 let row = first + at as u32;
