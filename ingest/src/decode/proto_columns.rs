@@ -291,7 +291,10 @@ impl Column {
                 let mut wire = Wire::new(record, start, end);
                 let mut value = zero(&Shape::Scalar(*scalar));
                 while let Some(read) = wire.next_field()? {
-                    if read.number == 1 && read.wire_type == scalar.wire_type() {
+                    if read.number == 1 {
+                        if read.wire_type != scalar.wire_type() {
+                            return Err(kind_of_wire());
+                        }
                         value = read.value;
                     }
                 }
@@ -507,6 +510,7 @@ fn nanos_of(record: &[u8], raw: Raw) -> Result<i64, String> {
         match (read.number, read.value) {
             (1, Raw::Number(number)) => seconds = number as i64,
             (2, Raw::Number(number)) => nanos = number as i32,
+            (1 | 2, Raw::Range { .. }) => return Err(kind_of_wire()),
             _ => {}
         }
     }

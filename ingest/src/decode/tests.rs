@@ -492,7 +492,7 @@ mod avro {
     #[test]
     fn logical_types_become_the_tables_types() {
         let features = "[features]\nday = \"date32\"\nprice = \"decimal(10,2)\"\nuid = \"string\"\n\
-            raw_uid = \"binary[16]\"\nseen = \"timestamp[ns, tz=UTC]\"\ncolour = \"string\"\n\
+            raw_uid = \"uuid\"\nseen = \"timestamp[ns, tz=UTC]\"\ncolour = \"string\"\n\
             big = \"int64\"\nratio = \"double\"\ntags = \"list<string>\"\n\
             place = \"struct<lat: double, name: string>\"\nat = \"time64[us]\"\n";
         let schema = r#"{"type":"record","name":"R","namespace":"n","fields":[
