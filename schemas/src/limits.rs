@@ -85,9 +85,11 @@ impl FromStr for ByteSize {
 
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The largest unit that divides it: 10^12 bytes are 1 TB and not 976562500 KiB.
         let whole = UNITS
             .iter()
-            .find(|(_, factor)| self.0 >= *factor && self.0.is_multiple_of(*factor));
+            .filter(|(_, factor)| self.0 >= *factor && self.0.is_multiple_of(*factor))
+            .max_by_key(|(_, factor)| *factor);
         match whole {
             Some((unit, factor)) => write!(f, "{} {unit}", self.0 / factor),
             None => write!(f, "{} B", self.0),
