@@ -41,6 +41,9 @@ need_build_tools() {
   need gcc gcc libc6-dev
   need g++ g++
   need make make
+  # librdkafka's TLS and SCRAM.
+  need pkg-config pkg-config libssl-dev
+  pkg-config --exists openssl || install OpenSSL libssl-dev
 }
 
 # need_python REQUIREMENTS [NAME]: the Python of the tests, or of something else: a venv with exactly the pinned

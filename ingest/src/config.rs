@@ -460,4 +460,25 @@ mod tests {
             })
         );
     }
+
+    #[test]
+    fn encrypted_and_authenticated_brokers_are_within_this_build() {
+        let secure = [
+            ("security.protocol", "sasl_ssl"),
+            ("sasl.mechanism", "SCRAM-SHA-512"),
+            ("sasl.username", "u"),
+            ("sasl.password", "p"),
+        ];
+        let config = IngestConfig {
+            options: secure
+                .map(|(o, v)| (format!("kafka.{o}"), v.to_owned()))
+                .into(),
+            ..IngestConfig::default()
+        };
+        let client = config
+            .client_config("127.0.0.1:1", &BTreeMap::new())
+            .expect("config");
+        let consumer: Result<rdkafka::consumer::BaseConsumer, _> = client.create();
+        assert!(consumer.is_ok(), "{:?}", consumer.err());
+    }
 }
