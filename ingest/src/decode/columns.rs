@@ -5,6 +5,7 @@
 //! the rows are put back in the order of their records.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use arrow_array::{ArrayRef, BooleanArray, RecordBatch, UInt64Array};
 use arrow_schema::{ArrowError, SchemaRef};
@@ -77,12 +78,12 @@ impl ColumnBody {
                 source.message.clone(),
                 wanted(&shape, source),
             )),
-            ValueFormat::Avro => Format::Avro(AvroFormat::new(
+            ValueFormat::Avro => Format::Avro(Box::new(AvroFormat::new(
                 settings.schemas(source, own, &Language::Avro)?,
                 false,
-            )),
+            ))),
             ValueFormat::Arrow | ValueFormat::Json | ValueFormat::JsonSchema => {
-                Format::Arrow(ArrowFormat::new())
+                Format::Arrow(Box::new(ArrowFormat::new()))
             }
         };
         Ok(ColumnBody {
@@ -242,22 +243,23 @@ impl ColumnBody {
                 places.push(place);
                 continue;
             }
-            let place = if refused.contains_key(&index) {
-                None
-            } else {
-                let appended = match records.get(index) {
-                    None => Err("the record is gone".to_owned()),
-                    Some(record) => keys.of(index).and_then(|key| {
-                        self.beside
-                            .append(&nothing, &record.meta(&frame.topic, key))
-                            .map_err(|e| e.to_string())
-                    }),
-                };
-                match appended {
-                    Ok(()) => Some(self.beside.rows() as u64 - 1),
-                    Err(reason) => {
-                        refused.insert(index, reason);
-                        None
+            let place = match refused.entry(index) {
+                Entry::Occupied(_) => None,
+                Entry::Vacant(free) => {
+                    let appended = match records.get(index) {
+                        None => Err("the record is gone".to_owned()),
+                        Some(record) => keys.of(index).and_then(|key| {
+                            self.beside
+                                .append(&nothing, &record.meta(&frame.topic, key))
+                                .map_err(|e| e.to_string())
+                        }),
+                    };
+                    match appended {
+                        Ok(()) => Some(self.beside.rows() as u64 - 1),
+                        Err(reason) => {
+                            free.insert(reason);
+                            None
+                        }
                     }
                 }
             };

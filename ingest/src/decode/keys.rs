@@ -24,7 +24,10 @@ pub(super) enum Keys {
     /// JSON behind a frame.
     Framed,
     /// Avro or Protobuf.
-    Columns { format: Format, is_framed: bool },
+    Columns {
+        format: Box<Format>,
+        is_framed: bool,
+    },
 }
 
 /// Keys of a micro-batch.
@@ -61,10 +64,10 @@ impl Keys {
                 });
             }
             Some(KeyFormat::JsonSchema) => return Ok(Keys::Framed),
-            Some(KeyFormat::Avro) => Format::Avro(AvroFormat::new(
+            Some(KeyFormat::Avro) => Format::Avro(Box::new(AvroFormat::new(
                 settings.schemas(source, schema, &Language::Avro)?,
                 true,
-            )),
+            ))),
             Some(KeyFormat::Protobuf) => Format::Protobuf(ProtobufFormat::new(
                 settings.schemas(source, schema, &Language::Protobuf)?,
                 source.key_message.clone(),
@@ -72,7 +75,7 @@ impl Keys {
             )),
         };
         Ok(Keys::Columns {
-            format,
+            format: Box::new(format),
             is_framed: schema.is_none(),
         })
     }

@@ -231,9 +231,9 @@ pub(crate) struct SourceBatch {
 /// A format whose records become columns.
 #[derive(Debug)]
 pub(crate) enum Format {
-    Avro(AvroFormat),
+    Avro(Box<AvroFormat>),
     Protobuf(ProtobufFormat),
-    Arrow(ArrowFormat),
+    Arrow(Box<ArrowFormat>),
 }
 
 impl Format {
