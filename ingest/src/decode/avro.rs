@@ -163,11 +163,17 @@ impl AvroReader {
             self.framed.extend_from_slice(body);
             let before = self.decoder.capacity();
             let at = |problem: String| Failure::At(i, problem);
-            let consumed = self
-                .decoder
-                .decode(&self.framed)
-                .map_err(|e| at(format!("broken Avro: {e}")))?;
-            if self.decoder.capacity() + 1 != before {
+            let decoded = self.decoder.decode(&self.framed);
+            let is_read = self.decoder.capacity() + 1 == before;
+            let consumed = match decoded {
+                Ok(consumed) => consumed,
+                // It went on and took what follows for another frame.
+                Err(_) if is_read => {
+                    return Err(at("broken Avro: bytes follow the record".to_owned()));
+                }
+                Err(e) => return Err(at(format!("broken Avro: {e}"))),
+            };
+            if !is_read {
                 return Err(at("broken Avro: the record is cut short".to_owned()));
             }
             if consumed != self.framed.len() {
