@@ -20,8 +20,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import gen
-import numpy as np
 import stream_fill
 from harness import (
     DATA,
@@ -29,7 +27,6 @@ from harness import (
     Span,
     Unmeasured,
     cpu_seconds,
-    family_cpu_seconds,
     machine,
     median,
     pinion,
@@ -311,8 +308,69 @@ def caught_up(server, most=0, seconds=300):
     until(there, seconds, "the source has caught up", every=0.1)
 
 
-def backlog(broker, options):
-    raise Unmeasured("not built yet")
+def backlog(broker, options, budget_mb=256):
+    """A backlog read by a server with a memory budget: its anonymous memory, and lookups before, during and after."""
+    keys, rate = 200_000, 150_000
+    topic = broker.topic("events", partitions=PARTITIONS)
+    count = options.backlog_mb * 1_000_000 // 200
+    common = ("--brokers", broker.bootstrap, "--topic", topic, "--sentinel-every", 0, "--keys", keys)
+    env = {"PINION__KAFKA__MEMORY_BYTES": f"{budget_mb} MiB"}
+    with served(broker, EVENTS % topic, env=env) as server:
+        client = calls.connect(server)
+        assert result(run("stream_produce", *common, "--rate", rate, "--seconds", keys * 3 / rate))["failed"] == 0
+        caught_up(server)
+        before = p99(server, keys, 3)
+        calls.action(client, "source", action="pause", topic=topic)
+        assert result(run("stream_produce", *common, "--rate", rate, "--seconds", count / rate))["failed"] == 0
+        watch = Memory(server.pid)
+        calls.action(client, "source", action="resume", topic=topic)
+        began = time.monotonic()
+        until(lambda: source(server)["lag"] > count // 2, 30, "the backlog being seen")
+        during = []
+        while source(server)["lag"] > 0 or source(server)["state"] != "running":
+            during.append(p99(server, keys, 1))
+            assert time.monotonic() - began < 600
+        seconds = time.monotonic() - began
+        time.sleep(1)
+        after = p99(server, keys, 3)
+        peak = watch.stop()
+    return {
+        "figures": {
+            "records, MB of values": f"{count:,}, {options.backlog_mb:,}",
+            "caught up within": f"{seconds:.1f} s, {count / seconds:,.0f} records/s",
+            "memory budget (`kafka.memory_bytes`)": f"{budget_mb} MiB",
+            "anonymous memory of the server, most": f"{peak / 2**20:,.0f} MiB",
+            "lookup p99 before": f"{before:,.0f} µs",
+            "lookup p99 while catching up": f"{median(during):,.0f} µs",
+            "lookup p99 from 1 s after": f"{after:,.0f} µs ({after / before:.2f}x of before)",
+        }
+    }
+
+
+def p99(server, keys, seconds):
+    """Of 1,000 lookups of 100 keys a second over the lane, microseconds."""
+    return native(
+        "lane_bench", "--lane", f"lane://{server.lane}", "--features", "events:n,events:x,events:stamp", "--key-column", "id",
+        "--key-format", "k{}", "--key-to", keys, "--keys", 100, "--rate", 1_000, "--warm", 0.2, "--seconds", seconds,
+    )[0]["p99_micros"]  # fmt: skip
+
+
+class Memory:
+    """The most anonymous memory that a process has until `stop`."""
+
+    def __init__(self, pid):
+        self.peak, self.pid, self.ended = 0, pid, threading.Event()
+        self.thread = threading.Thread(target=self.look, daemon=True)
+        self.thread.start()
+
+    def look(self):
+        while not self.ended.wait(0.02):
+            self.peak = max(self.peak, rss_anon(self.pid))
+
+    def stop(self):
+        self.ended.set()
+        self.thread.join()
+        return self.peak
 
 
 if __name__ == "__main__":
