@@ -299,6 +299,10 @@ fn describe(table: &Table) -> Value {
         for value in kafka.options.values_mut() {
             "(hidden)".clone_into(value);
         }
+        kafka.registry = kafka
+            .registry
+            .as_deref()
+            .map(pinion_schemas::without_password);
     }
     json!({
         "table": table.name(),

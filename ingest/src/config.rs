@@ -279,7 +279,7 @@ impl IngestConfig {
             // librdkafka keeps `fetch.max.bytes`, by which one answer may overshoot, below it.
             .set("socket.nagle.disable", "true")
             .set("allow.auto.create.topics", "false");
-        self.set_options(&mut client, table_options)?;
+        self.set_options(&mut client, brokers, table_options)?;
         client.set("bootstrap.servers", brokers);
         for (option, value, _) in RESERVED {
             client.set(*option, *value);
@@ -295,6 +295,22 @@ impl IngestConfig {
     }
 }
 
+/// Why librdkafka takes the settings for no client. Without the value: it may be a secret.
+pub(crate) fn settings_refused(error: &rdkafka::error::KafkaError) -> String {
+    let reason = match error {
+        rdkafka::error::KafkaError::ClientConfig(_, why, option, value)
+            if value.is_empty() || !why.contains(value.as_str()) =>
+        {
+            format!("{option}: {why}")
+        }
+        rdkafka::error::KafkaError::ClientConfig(_, _, option, _) => {
+            format!("{option} does not take the value given")
+        }
+        other => other.to_string(),
+    };
+    format!("the Kafka settings are refused: {reason}")
+}
+
 impl IngestConfig {
     fn queue_kbytes(&self) -> u64 {
         self.queue_bytes.div_ceil(1 << 10).clamp(1, 2_097_151)
@@ -304,9 +320,17 @@ impl IngestConfig {
     fn set_options(
         &self,
         client: &mut ClientConfig,
+        brokers: &str,
         table_options: &BTreeMap<String, String>,
     ) -> Result<(), IngestError> {
-        let server = self.options.iter().map(|option| (option, Reach::Server));
+        // The server's name and password are for the server's brokers: whoever may apply a
+        // table may name others.
+        let own = self.brokers.as_deref() == Some(brokers);
+        let server = self
+            .options
+            .iter()
+            .filter(|(option, _)| own || !is_credential(option))
+            .map(|option| (option, Reach::Server));
         let reach = Reach::Table(self.secrets_dir.as_deref());
         let table = table_options.iter().map(|option| (option, reach));
         let options = server.chain(table);
@@ -336,7 +360,7 @@ impl IngestConfig {
                 self.queue_kbytes().to_string(),
             )
             .set("message.max.bytes", "104857600");
-        self.set_options(&mut client, table_options)?;
+        self.set_options(&mut client, brokers, table_options)?;
         client
             .set("bootstrap.servers", brokers)
             .set("enable.idempotence", "true")
@@ -362,6 +386,15 @@ fn check_options(options: &BTreeMap<String, String>) -> Result<(), IngestError> 
 }
 
 /// True for an option of the schema registry's client.
+/// What proves to a broker who we are.
+fn is_credential(option: &str) -> bool {
+    let name = plain_name(option);
+    name.starts_with("sasl.")
+        || ["ssl.key", "ssl.certificate", "ssl.keystore"]
+            .iter()
+            .any(|prefix| name.starts_with(prefix))
+}
+
 fn is_for_registry(option: &str) -> bool {
     plain_name(option).starts_with("registry.")
 }

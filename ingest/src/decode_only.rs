@@ -56,6 +56,9 @@ pub enum DecodeOnlyError {
     /// A schema is not here yet: try again.
     #[error("{0}")]
     Wait(String),
+    /// Fewer records at once fit.
+    #[error("{0}")]
+    TooMuch(String),
     /// A bug.
     #[error("decoded columns do not fit together: {0}")]
     Bug(String),
@@ -109,6 +112,7 @@ impl DecodeOnly {
             .decode(&incoming, &all, i64::MAX / 2_000_000)
             .map_err(|problem| match problem {
                 DecodeProblem::Wait(reason) => DecodeOnlyError::Wait(reason),
+                DecodeProblem::TooMuch(reason) => DecodeOnlyError::TooMuch(reason),
                 DecodeProblem::Bug(error) => DecodeOnlyError::Bug(error.to_string()),
             })?;
         let mut count = DecodedCount {

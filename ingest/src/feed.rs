@@ -42,6 +42,41 @@ pub(crate) struct Applied {
     pub(crate) duplicates: u64,
 }
 
+/// Why a micro-batch was not applied in one commit.
+enum Hindrance {
+    /// As the problem says.
+    Problem(FeedProblem),
+    /// It is too much at once: why.
+    TooMuch(String),
+}
+
+impl From<FeedProblem> for Hindrance {
+    fn from(problem: FeedProblem) -> Hindrance {
+        Hindrance::Problem(problem)
+    }
+}
+
+impl From<Hindrance> for FeedProblem {
+    fn from(hindrance: Hindrance) -> FeedProblem {
+        match hindrance {
+            Hindrance::Problem(problem) => problem,
+            Hindrance::TooMuch(reason) => FeedProblem::Stop(reason),
+        }
+    }
+}
+
+impl Applied {
+    /// Adds what another commit did.
+    pub(crate) fn add(&mut self, other: &Applied) {
+        self.rows += other.rows;
+        self.deletes += other.deletes;
+        self.dead_letters += other.dead_letters;
+        self.filtered += other.filtered;
+        self.late += other.late;
+        self.duplicates += other.duplicates;
+    }
+}
+
 /// What became of a micro-batch.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Taken {
@@ -200,7 +235,7 @@ impl Feed {
                 positions,
                 ..Commit::default()
             };
-            permit.write(|| feed.commit(&mut [], commit, &[], NO_HEADERS, 0))?;
+            permit.write(|| Ok(feed.commit(&mut [], commit, &[], NO_HEADERS, 0)?))?;
         }
         Ok(feed)
     }
@@ -235,7 +270,7 @@ impl Feed {
             positions: vec![self.position(partition, next_offset)],
             ..Commit::default()
         };
-        permit.write(|| self.commit(&mut [], commit, &[], NO_HEADERS, 0))?;
+        permit.write(|| Ok(self.commit(&mut [], commit, &[], NO_HEADERS, 0)?))?;
         note_reset(source, &self.table.name(), lost);
         self.next.insert(partition, next_offset);
         Ok(())
@@ -259,7 +294,8 @@ impl Feed {
     /// Applies what is new to this table in one commit: rows, deletes, dead letters, positions.
     /// Records below its positions, or of partitions it does not read, are dropped.
     ///
-    /// On an error nothing was applied and the positions stand.
+    /// What is too much for one commit is applied in two, and so on. On an error nothing was
+    /// applied from the positions on, which stand where they say.
     pub(crate) fn apply(
         &mut self,
         records: &[Incoming<'_>],
@@ -267,6 +303,28 @@ impl Feed {
         now_millis: i64,
         beside: &Beside<'_>,
     ) -> Result<Taken, FeedProblem> {
+        match self.apply_at_once(records, steps, now_millis, beside) {
+            Ok(taken) => Ok(taken),
+            Err(Hindrance::Problem(problem)) => Err(problem),
+            Err(Hindrance::TooMuch(_)) if steps.len() > 1 => {
+                let (first, second) = steps.split_at(steps.len() / 2);
+                let mut taken = self.apply(records, first, now_millis, beside)?;
+                let rest = self.apply(records, second, now_millis, beside)?;
+                taken.applied.add(&rest.applied);
+                taken.records.extend(rest.records);
+                Ok(taken)
+            }
+            Err(Hindrance::TooMuch(reason)) => Err(FeedProblem::Stop(reason)),
+        }
+    }
+
+    fn apply_at_once(
+        &mut self,
+        records: &[Incoming<'_>],
+        steps: &[Step],
+        now_millis: i64,
+        beside: &Beside<'_>,
+    ) -> Result<Taken, Hindrance> {
         let Advance {
             selected,
             advanced,
@@ -292,10 +350,15 @@ impl Feed {
             .decode(records, &selected, now_millis)
             .map_err(|problem| match problem {
                 // Nothing was applied: the same records come again.
-                DecodeProblem::Wait(reason) => FeedProblem::Wait(format!("table {name}: {reason}")),
-                DecodeProblem::Bug(e) => FeedProblem::Stop(format!(
+                DecodeProblem::Wait(reason) => {
+                    Hindrance::Problem(FeedProblem::Wait(format!("table {name}: {reason}")))
+                }
+                DecodeProblem::TooMuch(reason) => {
+                    Hindrance::TooMuch(format!("table {name}: {reason}"))
+                }
+                DecodeProblem::Bug(e) => Hindrance::Problem(FeedProblem::Stop(format!(
                     "table {name}: decoded columns do not fit together: {e}"
-                )),
+                ))),
             })?;
         let before = self.epochs.clone();
         for (partition, next) in &advanced {
@@ -343,7 +406,7 @@ impl Feed {
         records: &[Incoming<'_>],
         headers: &dyn Fn(usize) -> Headers,
         now_millis: i64,
-    ) -> Result<Applied, FeedProblem> {
+    ) -> Result<Applied, Hindrance> {
         let mut checked_all = false;
         loop {
             self.bounds
@@ -357,7 +420,10 @@ impl Feed {
             let (row, problem) = match self.table.commit(commit.clone()) {
                 Ok(receipt) => return Ok(count(runs, &commit, receipt.late)),
                 Err(CommitError::Row { row, problem, .. }) => (row, problem.to_string()),
-                Err(other) => return Err(problem_of(&other)),
+                Err(error @ CommitError::TooLarge { .. }) => {
+                    return Err(Hindrance::TooMuch(with_causes(&error)));
+                }
+                Err(other) => return Err(problem_of(&other).into()),
             };
             let mut refused = Vec::new();
             if !checked_all {
@@ -376,9 +442,9 @@ impl Feed {
             if refused.is_empty() {
                 let index = runs.iter().flat_map(|r| r.records.iter()).nth(row).copied();
                 let Some(index) = index else {
-                    return Err(FeedProblem::Stop(format!(
+                    return Err(Hindrance::Problem(FeedProblem::Stop(format!(
                         "the table refuses row {row} of a commit that has no such row: {problem}"
-                    )));
+                    ))));
                 };
                 refused.push((index, problem));
             }

@@ -23,7 +23,7 @@ use rdkafka::producer::{
     BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext, PurgeConfig,
 };
 
-use crate::config::IngestConfig;
+use crate::config::{IngestConfig, settings_refused};
 use crate::source::SourceKey;
 
 /// How often it is looked for new ones.
@@ -259,7 +259,7 @@ impl Forwarder {
         settings.set("message.timeout.ms", "30000");
         settings
             .create_with_context(Deliveries::default())
-            .map_err(|e| Trouble::Failed(format!("the Kafka settings are refused: {e}")))
+            .map_err(|e| Trouble::Failed(settings_refused(&e)))
     }
 }
 

@@ -148,6 +148,7 @@ fn decode(
                 std::thread::sleep(Duration::from_millis(50));
             }
             Err(DecodeProblem::Wait(problem)) => return Err(IngestError::Failed { problem }),
+            Err(DecodeProblem::TooMuch(problem)) => return Err(IngestError::Failed { problem }),
             Err(DecodeProblem::Bug(error)) => {
                 return Err(IngestError::Failed {
                     problem: format!("decoded columns do not fit together: {error}"),
@@ -219,8 +220,11 @@ fn apply(
             .iter()
             .flat_map(|r| r.records.iter().copied())
             .collect();
-        let settled = passed.iter().chain(filtered);
+        // A record may have many rows.
+        let records: BTreeSet<usize> = passed.iter().copied().collect();
+        let settled: BTreeSet<usize> = records.iter().chain(filtered).copied().collect();
         let resolved: Vec<DeadLetterId> = settled
+            .iter()
             .filter_map(|index| letters.get(*index).map(|stored| stored.id))
             .collect();
         if resolved.is_empty() {
@@ -238,7 +242,7 @@ fn apply(
         let (row, problem) = match table.commit(commit) {
             Ok(receipt) => {
                 table.wait_durable(&receipt.token).map_err(|e| stop(&e))?;
-                return Ok(passed.len() as u64);
+                return Ok(records.len() as u64);
             }
             Err(CommitError::Row { row, problem, .. }) => (row, problem.to_string()),
             Err(other) => return Err(stop(&other)),

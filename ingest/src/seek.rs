@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::assign::{NAMED, Offsets};
 use crate::broker::{Consumer, describe_topic, resolve_start, watermarks};
-use crate::config::{IngestConfig, IngestError};
+use crate::config::{IngestConfig, IngestError, settings_refused};
 use crate::control::PositionGate;
 use crate::feed::{FeedProblem, TopicView, problem_of};
 use crate::native::LogContext;
@@ -124,7 +124,7 @@ pub(crate) fn resolve(
     let settings = config.client_config(&key.brokers, &key.options)?;
     let consumer: Consumer = settings
         .create_with_context(LogContext)
-        .map_err(|e| failed(format!("the Kafka settings are refused: {e}")))?;
+        .map_err(|e| failed(settings_refused(&e)))?;
     let timeout = config.request_timeout;
     let topic = describe_topic(&consumer, &key.topic, timeout).map_err(failed)?;
     let only = definition.kafka.as_ref().and_then(|k| k.partitions.clone());
@@ -199,11 +199,18 @@ pub(crate) fn commit(
     gate.move_positions(|| {
         let moved = plan(table, definition, seek, resolved)?;
         let topic = &resolved.topic;
+        // A broker that learnt or forgot topic ids has the same topic still: under another id
+        // the other partitions' positions would be gone.
+        let stored = table.positions().topic_id(&topic.name).map(str::to_owned);
+        let topic_id = match stored {
+            Some(id) if same_topic(&id, &topic.id) => id,
+            _ => topic.id.clone(),
+        };
         let positions: Vec<Position> = moved
             .iter()
             .map(|(&partition, change)| Position {
                 topic: topic.name.clone(),
-                topic_id: topic.id.clone(),
+                topic_id: topic_id.clone(),
                 partition,
                 next_offset: change.to,
                 leader_epoch: None,
@@ -228,6 +235,11 @@ pub(crate) fn commit(
     })
 }
 
+/// Whether two identities may be of one topic: one by name contradicts none.
+fn same_topic(stored: &str, now: &str) -> bool {
+    stored == now || stored.starts_with(NAMED) || now.starts_with(NAMED)
+}
+
 /// What moves. Pure but for the table's present positions.
 fn plan(
     table: &Table,
@@ -239,7 +251,7 @@ fn plan(
     let stored = table.positions();
     let same_topic = stored
         .topic_id(&topic.name)
-        .is_none_or(|id| id == topic.id || id.starts_with(NAMED) || topic.id.starts_with(NAMED));
+        .is_none_or(|id| same_topic(id, &topic.id));
     if !same_topic && (seek.back_only || resolved.next.keys().ne(resolved.wanted.iter())) {
         return Err(refused(format!(
             "topic {} was re-created, so every position is lost: move all partitions of table {} \

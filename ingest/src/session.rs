@@ -277,14 +277,17 @@ impl<'s> Session<'s> {
         }
     }
 
-    /// Opens again the tables whose pause is over, or all that read.
-    fn reopen(&mut self, wanted: impl Fn(&Slot) -> bool) {
+    /// Opens again the tables that are wanted; false when there is none.
+    fn reopen(&mut self, wanted: impl Fn(&Slot) -> bool) -> bool {
         let mut slots = std::mem::take(&mut self.slots);
+        let mut opened = false;
         for slot in slots.iter_mut().filter(|s| wanted(s)) {
             self.open(slot);
             self.assigned = None;
+            opened = true;
         }
         self.slots = slots;
+        opened
     }
 
     fn reopen_due(&mut self) {
@@ -419,9 +422,16 @@ impl<'s> Session<'s> {
         self.past_end_tries = 0;
         // An event sent after a definition was applied is read by it, though the supervisor
         // may not have looked at the catalog yet.
-        self.reopen(|slot| {
+        let reopened = self.reopen(|slot| {
             slot.feed().is_some() && !Arc::ptr_eq(&slot.definition, &slot.table.definition())
         });
+        if reopened {
+            // It may read partitions now that these records are the middle of: all are read
+            // again from where the tables stand.
+            return;
+        }
+        let reading = |slots: &[Slot]| slots.iter().filter(|s| s.feed().is_some()).count();
+        let before = reading(&self.slots);
         let headers = self
             .slots
             .iter()
@@ -463,8 +473,9 @@ impl<'s> Session<'s> {
                 &beside,
             );
         });
-        if applied.is_none() {
-            // The next round opens the tables where they are now.
+        // Moved: the next round opens the tables where they are now. One set aside: the others
+        // go on from where they are, and not from where that one is.
+        if applied.is_none() || reading(&self.slots) < before {
             self.assigned = None;
         }
     }
@@ -499,6 +510,12 @@ impl<'s> Session<'s> {
                 // A fresh connection sees what became of the topic.
                 Some(Ended::Retry(format!("topic {topic}: {message} ({code})")))
             }
+            // librdkafka would go on behind the damaged batch, and its records would be missing.
+            RDKafkaErrorCode::BadMessage
+            | RDKafkaErrorCode::BadCompression
+            | RDKafkaErrorCode::InvalidMessage => Some(Ended::Retry(format!(
+                "topic {topic}: the brokers' records are damaged: {message} ({code})"
+            ))),
             // One of several brokers: librdkafka finds another or tells of them all.
             RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::Resolve => {
                 tracing::debug!(topic, "{message} ({code})");

@@ -53,12 +53,7 @@ impl Slot {
 
     /// Adds what a micro-batch did.
     pub(crate) fn count(&mut self, applied: &Applied) {
-        self.total.rows += applied.rows;
-        self.total.deletes += applied.deletes;
-        self.total.dead_letters += applied.dead_letters;
-        self.total.filtered += applied.filtered;
-        self.total.late += applied.late;
-        self.total.duplicates += applied.duplicates;
+        self.total.add(applied);
     }
 
     /// Takes the table out of the batches to come: for a while, or for good.

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use pinion_schemas::TableDefinition;
 
 use crate::broker::{Consumer, TopicWatch, describe_topic};
-use crate::config::{IngestConfig, IngestError};
+use crate::config::{IngestConfig, IngestError, settings_refused};
 use crate::control::Control;
 use crate::decode::DecodeSettings;
 use crate::monitors::Monitors;
@@ -110,7 +110,7 @@ impl Source {
         };
         let consumer: Arc<Consumer> = match settings.create_with_context(LogContext) {
             Ok(consumer) => Arc::new(consumer),
-            Err(e) => return Ended::Halted(format!("the Kafka settings are refused: {e}")),
+            Err(e) => return Ended::Halted(settings_refused(&e)),
         };
         let timeout = self.config.request_timeout;
         let topic = match describe_topic(&consumer, &self.key.topic, timeout) {

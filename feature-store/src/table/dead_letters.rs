@@ -156,6 +156,15 @@ impl TableInner {
     }
 }
 
+/// When a letter was refused; those of earlier releases do not say, but when their record was
+/// made, and without that they never grow old.
+fn age_millis(letter: &DeadLetter) -> i64 {
+    [letter.refused_millis, letter.timestamp_millis]
+        .into_iter()
+        .find(|millis| *millis >= 0)
+        .unwrap_or(i64::MAX)
+}
+
 impl Table {
     /// The newest dead letters, at most `limit`, newest first.
     ///
@@ -234,7 +243,7 @@ impl Table {
             let oldest = self.0.page(&DeadLetterPage::oldest_after(None, STEP))?;
             let old: Vec<DeadLetterId> = oldest
                 .iter()
-                .take_while(|stored| stored.letter.refused_millis < before_millis)
+                .take_while(|stored| age_millis(&stored.letter) < before_millis)
                 .map(|stored| stored.id)
                 .collect();
             let (found, wanted) = (old.len(), oldest.len());

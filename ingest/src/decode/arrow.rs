@@ -9,10 +9,13 @@ use arrow_schema::{ArrowError, SchemaRef};
 use pinion_feature_store::ipc_gate::{GateLimits, StreamGate};
 
 use super::plans::Refused;
-use super::{Item, SourceBatch};
+use super::{DecodeProblem, Item, SourceBatch};
 
 /// What one record may decompress to. Well below what one commit may have.
 const MAX_RECORD_BYTES: u64 = 64 << 20;
+/// And of several records together, unless it is one: compressed ones may decode to much more
+/// than they were read as.
+const MAX_BATCH_BYTES: usize = 64 << 20;
 /// Rows of one record.
 const MAX_RECORD_ROWS: u64 = 1 << 20;
 
@@ -40,13 +43,15 @@ impl ArrowFormat {
     ///
     /// # Errors
     ///
-    /// Only when arrow cannot join batches of one schema.
+    /// `TooMuch` when several records decode to more than [`MAX_BATCH_BYTES`]; `Bug` only when
+    /// arrow cannot join batches of one schema.
     pub(crate) fn decode(
         &mut self,
         items: &[Item<'_>],
-    ) -> Result<(Vec<SourceBatch>, Refused), ArrowError> {
+    ) -> Result<(Vec<SourceBatch>, Refused), DecodeProblem> {
         let mut refused = Refused::new();
         let mut runs: Vec<Run> = Vec::new();
+        let mut bytes = 0;
         for item in items {
             let (schema, batches) = match self.gate.read(item.bytes) {
                 Ok(read) => read,
@@ -65,8 +70,14 @@ impl ArrowFormat {
                     records: Vec::new(),
                 });
             }
+            if bytes > MAX_BATCH_BYTES && items.len() > 1 {
+                return Err(DecodeProblem::TooMuch(format!(
+                    "its records decode to more than {MAX_BATCH_BYTES} bytes"
+                )));
+            }
             if let Some(run) = runs.last_mut() {
                 for batch in batches {
+                    bytes += batch.get_array_memory_size();
                     let rows = batch.num_rows();
                     run.records.extend(std::iter::repeat_n(item.record, rows));
                     run.batches.push(batch);

@@ -166,7 +166,7 @@ impl ColumnBody {
         } = source;
         let row = frame.envelope.map(|_| AFTER);
         if row.is_some() {
-            let puts = split_changes(&batch, &of_row, gathered);
+            let puts = split_changes(&self.shape, &batch, &of_row, gathered)?;
             keep(&mut batch, &mut of_row, &puts)?;
         }
         if let Some(takes) = self.shape.matching(&batch, row)? {
@@ -343,7 +343,13 @@ fn wanted(shape: &Shape, source: &KafkaSource) -> Option<Vec<Vec<String>>> {
 }
 
 /// Which rows of change events put a row. Deletes are set aside, all else is refused.
-fn split_changes(batch: &RecordBatch, of_row: &[usize], gathered: &mut Gathered) -> BooleanArray {
+fn split_changes(
+    shape: &Shape,
+    batch: &RecordBatch,
+    of_row: &[usize],
+    gathered: &mut Gathered,
+) -> Result<BooleanArray, ArrowError> {
+    let of_table = shape.matching(batch, Some(BEFORE))?;
     let ops = find(batch, None, &[OP.to_owned()]).ok().flatten();
     let schema = batch.schema();
     let mut takes = Vec::with_capacity(of_row.len());
@@ -358,6 +364,13 @@ fn split_changes(batch: &RecordBatch, of_row: &[usize], gathered: &mut Gathered)
         takes.push(false);
         let event = members(schema.fields(), batch.columns(), row);
         match change_of(&event) {
+            // Another table's row is not deleted here.
+            Ok(Change::Delete { .. })
+                if event.get(BEFORE).is_some_and(|before| !before.is_null())
+                    && of_table.as_ref().is_some_and(|of| !of.value(row)) =>
+            {
+                gathered.filtered += 1;
+            }
             Ok(Change::Delete { .. }) => {
                 gathered.deletes.insert(record, Some(event));
             }
@@ -365,7 +378,7 @@ fn split_changes(batch: &RecordBatch, of_row: &[usize], gathered: &mut Gathered)
             Err(reason) => gathered.refused.push((record, reason)),
         }
     }
-    BooleanArray::from(takes)
+    Ok(BooleanArray::from(takes))
 }
 
 fn keep(

@@ -122,6 +122,8 @@ pub(crate) struct Decoded {
 pub(crate) enum DecodeProblem {
     /// A schema is not here yet: why. Passes by itself.
     Wait(String),
+    /// The records decode to more memory than a micro-batch may take. Fewer of them fit.
+    TooMuch(String),
     /// Arrow refuses columns built here: a bug of ours.
     Bug(ArrowError),
 }
@@ -248,7 +250,7 @@ impl Format {
         match self {
             Format::Avro(format) => format.decode(items).map_err(DecodeProblem::Wait),
             Format::Protobuf(format) => format.decode(items).map_err(DecodeProblem::Wait),
-            Format::Arrow(format) => format.decode(items).map_err(DecodeProblem::Bug),
+            Format::Arrow(format) => format.decode(items),
         }
     }
 }

@@ -80,6 +80,7 @@ fn decode(decoder: &mut Decoder, records: &[Incoming<'_>]) -> Decoded {
                 std::thread::sleep(Duration::from_millis(10));
             }
             Err(DecodeProblem::Bug(error)) => panic!("{error}"),
+            Err(DecodeProblem::TooMuch(reason)) => panic!("{reason}"),
         }
     }
 }
