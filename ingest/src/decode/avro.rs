@@ -163,18 +163,16 @@ impl AvroReader {
             self.framed.extend_from_slice(body);
             let before = self.decoder.capacity();
             let at = |problem: String| Failure::At(i, problem);
-            let consumed = self
-                .decoder
-                .decode(&self.framed)
-                .map_err(|e| at(format!("broken Avro: {e}")))?;
-            if self.decoder.capacity() + 1 != before {
-                return Err(at("broken Avro: the record is cut short".to_owned()));
-            }
-            if consumed != self.framed.len() {
-                let surplus = self.framed.len() - consumed;
-                return Err(at(format!(
-                    "broken Avro: {surplus} bytes follow the record"
-                )));
+            let decoded = self.decoder.decode(&self.framed);
+            let is_whole = self.decoder.capacity() + 1 == before;
+            match decoded {
+                Ok(consumed) if is_whole && consumed == self.framed.len() => {}
+                // It went on to the next frame, and there is none.
+                _ if is_whole => {
+                    return Err(at("broken Avro: bytes follow the record".to_owned()));
+                }
+                Ok(_) => return Err(at("broken Avro: the record is cut short".to_owned())),
+                Err(e) => return Err(at(format!("broken Avro: {e}"))),
             }
         }
         match self.decoder.flush() {
