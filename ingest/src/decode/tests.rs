@@ -426,6 +426,7 @@ mod avro {
         assert_eq!(decoded.refused.len(), 7);
         assert!(reason(&decoded, 1).starts_with("schema id 1: broken Avro"));
         assert!(reason(&decoded, 3).contains("unknown magic byte"));
+        assert!(reason(&decoded, 4).contains("bytes follow the record"));
         assert!(reason(&decoded, 9).contains("empty bytes"));
         assert_eq!(ints(&decoded, "v")[4], Some(11));
     }
