@@ -1,10 +1,13 @@
 //! Steering sources, against librdkafka's mock cluster: backpressure, moved and lost positions,
 //! pauses, bounds of dead letters. What needs a real broker is tested end to end.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::Int64Type;
+use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMillisecondArray};
+use arrow_ipc::writer::StreamWriter;
 use pinion_feature_store::{ScanRequest, Store, StoreOptions, Table};
 use pinion_ingest::{
     Ingest, IngestConfig, IngestError, IngestHandle, ReplayOf, Seek, SeekTo, SourceState,
@@ -366,6 +369,46 @@ fn dead_letters_keep_their_headers_and_pass_once_the_definition_reads_them() {
         replay_dead_letters(&table, &IngestConfig::default(), &ReplayOf::All).expect("replay");
     assert_eq!((report.tried, report.passed, report.failed), (1, 0, 1));
     assert_eq!(values(&table).iter().filter(|v| **v == 7).count(), 1);
+}
+
+#[test]
+fn a_dead_letter_of_many_rows_is_settled_once() {
+    let bench = Bench::new();
+    let store = bench.open();
+    let table = apply(&store, "all", "format = \"arrow\"");
+    let _ingest = bench.start(&store);
+    let ids: ArrayRef = Arc::new(StringArray::from(vec!["a", "b", "c"]));
+    let times: ArrayRef =
+        Arc::new(TimestampMillisecondArray::from(vec![1, 2, 3]).with_timezone("UTC"));
+    let numbers: ArrayRef = Arc::new(Int64Array::from(vec![7, 8, 9]));
+    let rows = RecordBatch::try_from_iter([
+        ("id", Arc::clone(&ids)),
+        ("ts", times),
+        ("v", ids),
+        ("w", numbers),
+    ])
+    .expect("batch");
+    let mut writer = StreamWriter::try_new(Vec::new(), &rows.schema()).expect("writer");
+    writer.write(&rows).expect("rows");
+    let value = writer.into_inner().expect("stream");
+    bench
+        .producer
+        .send(
+            BaseRecord::<str, [u8]>::to("events")
+                .key("k")
+                .payload(&value),
+        )
+        .map_err(|(e, _)| e)
+        .expect("send");
+    bench.flush();
+    wait_for_position(&table, 1);
+    assert_eq!(table.dead_letter_counts().kept, 1);
+    apply(&store, "all", "format = \"arrow\"\nfields = { v = \"w\" }");
+    let report =
+        replay_dead_letters(&table, &IngestConfig::default(), &ReplayOf::All).expect("replay");
+    assert_eq!((report.tried, report.passed, report.failed), (1, 1, 0));
+    assert_eq!(values(&table), [7, 8, 9]);
+    assert_eq!(table.dead_letter_counts().kept, 0);
 }
 
 #[test]

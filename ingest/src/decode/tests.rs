@@ -1019,6 +1019,25 @@ mod arrow_streams {
     }
 
     #[test]
+    fn records_that_decode_to_too_much_together_are_asked_for_in_parts() {
+        let count = 1_000_000;
+        let id: ArrayRef = Arc::new(StringArray::from(vec!["a-key-of-some-length"; count]));
+        let ts: ArrayRef =
+            Arc::new(TimestampMicrosecondArray::from(vec![1_000; count]).with_timezone("UTC"));
+        let v: ArrayRef = Arc::new(Int64Array::from(vec![7; count]));
+        let same = RecordBatch::try_from_iter([("v", v), ("id", id), ("ts", ts)]).expect("batch");
+        let sent = [stream(&[same], Some(CompressionType::ZSTD))];
+        assert!(sent[0].len() < 5_000_000, "{}", sent[0].len());
+        let mut decoder = decoder_of("[features]\nv = \"int64\"\n", "format = \"arrow\"");
+        let two = [sent[0].clone(), sent[0].clone()];
+        let records = values(&two);
+        let both = decoder.decode(&records, &all(&records), 0);
+        assert!(matches!(both, Err(DecodeProblem::TooMuch(_))), "{both:?}");
+        let one = decoder.decode(&records, &[1], 0).expect("one fits");
+        assert_eq!(one.runs[0].batch.num_rows(), count);
+    }
+
+    #[test]
     fn a_record_is_refused_whole_for_one_row_and_its_neighbours_stay() {
         let too_large = rows(2_147_483_640..2_147_483_650);
         let mut flipped = stream(&[rows(0..2)], None);
