@@ -503,6 +503,7 @@ mod tests {
             ("sasl.password", "p"),
         ];
         let config = IngestConfig {
+            brokers: Some("127.0.0.1:1".to_owned()),
             options: secure
                 .map(|(o, v)| (format!("kafka.{o}"), v.to_owned()))
                 .into(),
@@ -513,5 +514,29 @@ mod tests {
             .expect("config");
         let consumer: Result<rdkafka::consumer::BaseConsumer, _> = client.create();
         assert!(consumer.is_ok(), "{:?}", consumer.err());
+        // Brokers that somebody else named are not told who we are.
+        let other = config
+            .client_config("elsewhere:1", &BTreeMap::new())
+            .expect("config");
+        assert_eq!(other.get("sasl.password"), None);
+        assert_eq!(other.get("security.protocol"), Some("sasl_ssl"));
+    }
+
+    #[test]
+    fn a_refused_setting_is_named_without_its_value() {
+        let config = IngestConfig {
+            options: options("sasl.passwrod", "hunter2"),
+            brokers: Some("b:1".to_owned()),
+            ..IngestConfig::default()
+        };
+        let client = config
+            .client_config("b:1", &BTreeMap::new())
+            .expect("config");
+        let refused: Result<rdkafka::consumer::BaseConsumer, _> = client.create();
+        let text = settings_refused(&refused.err().expect("refused"));
+        assert!(
+            text.contains("sasl.passwrod") && !text.contains("hunter2"),
+            "{text}"
+        );
     }
 }
