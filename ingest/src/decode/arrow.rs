@@ -70,11 +70,6 @@ impl ArrowFormat {
                     records: Vec::new(),
                 });
             }
-            if bytes > MAX_BATCH_BYTES && items.len() > 1 {
-                return Err(DecodeProblem::TooMuch(format!(
-                    "its records decode to more than {MAX_BATCH_BYTES} bytes"
-                )));
-            }
             if let Some(run) = runs.last_mut() {
                 for batch in batches {
                     bytes += batch.get_array_memory_size();
@@ -82,6 +77,11 @@ impl ArrowFormat {
                     run.records.extend(std::iter::repeat_n(item.record, rows));
                     run.batches.push(batch);
                 }
+            }
+            if bytes > MAX_BATCH_BYTES && items.len() > 1 {
+                return Err(DecodeProblem::TooMuch(format!(
+                    "its records decode to more than {MAX_BATCH_BYTES} bytes"
+                )));
             }
         }
         let batches = runs
