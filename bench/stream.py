@@ -11,6 +11,7 @@ Parts, each optional:
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,10 @@ from serve_for import Pinion, example, native
 from stream_report import REPORTS
 
 from support import flight as calls
-from support.broker import Broker
+
+# The tests' broker compiles little, to start soon; this one is to be quick.
+os.environ.setdefault("PINION_KAFKA_JAVA_OPTIONS", "-XX:+TieredCompilation")
+from support.broker import Broker  # noqa: E402
 from support.wait import until
 
 EVENTS = """

@@ -67,6 +67,8 @@ fn main() {
         .set("bootstrap.servers", arguments.needed("brokers"))
         .set("acks", "all")
         .set("linger.ms", "0")
+        // What comes while a request is under way goes with the next.
+        .set("max.in.flight.requests.per.connection", "1")
         .set("socket.nagle.disable", "true")
         .set("queue.buffering.max.messages", "2000000")
         .create_with_context(Reports(Arc::clone(&delivered)))
