@@ -35,6 +35,10 @@ const POLL_WAIT: Duration = Duration::from_millis(100);
 const ENDS_INTERVAL: Duration = Duration::from_millis(200);
 /// How many records are taken between two looks at the clock.
 const CLOCK_STEPS: usize = 32;
+/// A client that has not reached the brokers for so long is replaced: after some errors of a
+/// broker librdkafka 2.12 does not find back by itself (it reads a leader of nonsense numbers
+/// from the answer: "new leader-2073493717 not found in cache").
+const FRESH_CLIENT_AFTER: Duration = Duration::from_secs(15);
 /// Times an offset must be past the end before that is believed: a broker that just restarted
 /// may not yet know its own end.
 const PAST_END_TRIES: u32 = 4;
@@ -60,6 +64,8 @@ pub(crate) struct Session<'s> {
     /// True while the consumer has partitions.
     consuming: bool,
     past_end_tries: u32,
+    /// Since when the watch has not reached the brokers.
+    out_of_reach: Option<Instant>,
     /// By the wall clock: records from before count as backlog.
     started_millis: i64,
     ends: Offsets,
@@ -130,6 +136,7 @@ impl<'s> Session<'s> {
             assigned: None,
             consuming: false,
             past_end_tries: 0,
+            out_of_reach: None,
             started_millis: now_millis(),
             ends: Offsets::new(),
             ends_at: None,
@@ -155,6 +162,13 @@ impl<'s> Session<'s> {
             }
             if let Some(seen) = watch.newest() {
                 self.look(seen);
+            }
+            if self
+                .out_of_reach
+                .is_some_and(|since| since.elapsed() >= FRESH_CLIENT_AFTER)
+            {
+                let reason = self.trouble.take().unwrap_or_default();
+                return Ended::Retry(format!("{reason}; connecting anew"));
             }
             self.reopen_due();
             if let Some(reason) = self.all_stopped() {
@@ -300,12 +314,16 @@ impl<'s> Session<'s> {
         match seen {
             Ok(topic) => {
                 self.trouble = None;
+                self.out_of_reach = None;
                 if topic != self.topic {
                     self.topic = topic;
                     self.reopen(|slot| slot.feed().is_some());
                 }
             }
-            Err(reason) => self.trouble = Some(reason),
+            Err(reason) => {
+                self.trouble = Some(reason);
+                self.out_of_reach.get_or_insert_with(Instant::now);
+            }
         }
     }
 
