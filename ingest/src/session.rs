@@ -436,6 +436,11 @@ impl<'s> Session<'s> {
         if gathered.steps.is_empty() {
             return;
         }
+        if self.generation != Some(self.source.control.generation()) {
+            // A command came while this was gathered: who paused a table was told that it is.
+            // The next round follows it, and reads this again from where the tables stand.
+            return;
+        }
         self.trouble = None;
         self.past_end_tries = 0;
         // An event sent after a definition was applied is read by it, though the supervisor
