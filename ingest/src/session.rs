@@ -35,9 +35,10 @@ const POLL_WAIT: Duration = Duration::from_millis(100);
 const ENDS_INTERVAL: Duration = Duration::from_millis(200);
 /// How many records are taken between two looks at the clock.
 const CLOCK_STEPS: usize = 32;
-/// A client that has not reached the brokers for so long is replaced: after some errors of a
-/// broker librdkafka 2.12 does not find back by itself (it reads a leader of nonsense numbers
-/// from the answer: "new leader-2073493717 not found in cache").
+/// A client that has not reached the brokers for so long is replaced. Seen once, with a broker
+/// that got hardly any CPU: librdkafka 2.12 logged a leader of nonsense numbers ("new
+/// leader-2073493717 not found in cache") and stayed out of reach for 8 minutes, while another
+/// client was answered. Whether the one caused the other is not known.
 const FRESH_CLIENT_AFTER: Duration = Duration::from_secs(15);
 /// Times an offset must be past the end before that is believed: a broker that just restarted
 /// may not yet know its own end.

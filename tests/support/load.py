@@ -57,7 +57,7 @@ def main():
                 producer.abort_transaction(30)
                 counts["aborted"] += due
             else:
-                producer.commit_transaction(120)
+                producer.commit_transaction(30)
                 counts["committed"] += due
         else:
             send(due)
