@@ -367,6 +367,11 @@ def test_too_many_bad_records_stop_the_table_and_the_rest_goes_on(store, kafka, 
     assert dwells(client, "lenient") == list(range(1_010))
     stopped_at = position(client, "strict", topic)
     assert 1_000 < stopped_at <= 1_110
+    # A command to another table on the topic does not start it again.
+    source(server, "seek", "lenient", "--earliest")
+    wait_caught_up(server, client, "lenient", log)
+    assert wait_state(server, "strict", "stopped") == reason
+    assert position(client, "strict", topic) == stopped_at
     # What stopped it is there to be looked at, each once, and resuming goes on behind it.
     assert len(letters_json(server, "strict")) == min(stopped_at - 1_000, 100)
     source(server, "resume", "--table", "strict")
@@ -454,6 +459,30 @@ def test_dead_letters_are_copied_to_a_topic_at_least_once_and_never_hold_up_the_
     again = copies(kafka, dead, 301)
     offsets = [int(dict(m.headers())["pinion.offset"]) for m in again]
     assert offsets[-1] == 310 and len(offsets) == len(first) + 1
+
+
+def test_a_dead_letter_too_large_for_its_topic_is_copied_without_its_value(store, kafka, serve):
+    topic = kafka.topic("large", partitions=1)
+    dead = kafka.topic("small", partitions=1, max_message_bytes="20000")
+    store.apply(definition("clicks", topic, source=f'dead_letter_topic = "{dead}"'))
+    log = Log(kafka.producer(), topic)
+    sizes = [10, 10, 100_000, 10, 100_000, 9_000, 9_000, 9_000, 10]
+    for n, size in enumerate(sizes):
+        log.send(b"{" * size, key=f"k{n}".encode(), partition=0, headers=[("kind", b"broken")])
+    log.flush()
+    server = serve(brokers=kafka.bootstrap)
+    wait_caught_up(server, calls.connect(server), "clicks", log)
+    until(lambda: source_of(server, "clicks")[1]["forwarding"]["waiting"] == 0, what="every letter being copied")
+    found = {}
+    for message in copies(kafka, dead, len(sizes)):
+        found[int(dict(message.headers())["pinion.offset"])] = message
+    for n, size in enumerate(sizes):
+        message, headers = found[n], dict(found[n].headers())
+        assert message.key() == f"k{n}".encode() and b"JSON" in headers["pinion.error"]
+        if size < 20_000:
+            assert message.value() == b"{" * size and headers["kind"] == b"broken" and "pinion.cut" not in headers
+        else:
+            assert message.value() is None and headers["pinion.cut"] == str(size).encode() and "kind" not in headers
 
 
 def test_monitors_see_the_positions_as_a_groups_offsets(store, kafka, serve):

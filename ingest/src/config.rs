@@ -120,6 +120,15 @@ pub enum IngestError {
         /// Why.
         reason: &'static str,
     },
+    /// A setting that runs code on the server, among a table's options.
+    #[error(
+        "the Kafka option {option:?} is the server's alone, for it runs code there: set \
+         kafka.{option} for the server, and take it out of the table"
+    )]
+    ServersOption {
+        /// The option, without `kafka.`.
+        option: String,
+    },
     /// A limit that would stop everything.
     #[error("{setting} must be greater than zero")]
     ZeroLimit {
@@ -226,6 +235,14 @@ const RESERVED: &[(&str, &str, &str)] = &[
         "pinion.<instance>",
         "partitions are assigned by Pinion, not by a group",
     ),
+];
+
+/// Options that load a library or run a command.
+const RUNS_CODE: &[&str] = &[
+    "plugin.library.paths",
+    "sasl.kerberos.kinit.cmd",
+    "ssl.engine.location",
+    "ssl.providers",
 ];
 
 impl IngestConfig {
@@ -335,11 +352,17 @@ impl IngestConfig {
         let table = table_options.iter().map(|option| (option, reach));
         let options = server.chain(table);
         for ((option, value), reach) in options.filter(|((o, _), _)| !is_for_registry(o)) {
+            let name = plain_name(option);
+            if matches!(reach, Reach::Table(_)) && RUNS_CODE.contains(&name) {
+                return Err(IngestError::ServersOption {
+                    option: name.to_owned(),
+                });
+            }
             let value = secrets::resolve(value, reach).map_err(|problem| IngestError::Secret {
                 option: option.clone(),
                 problem,
             })?;
-            client.set(plain_name(option), value);
+            client.set(name, value);
         }
         Ok(())
     }
@@ -385,7 +408,6 @@ fn check_options(options: &BTreeMap<String, String>) -> Result<(), IngestError> 
     Ok(())
 }
 
-/// True for an option of the schema registry's client.
 /// What proves to a broker who we are.
 fn is_credential(option: &str) -> bool {
     let name = plain_name(option);
@@ -395,6 +417,7 @@ fn is_credential(option: &str) -> bool {
             .any(|prefix| name.starts_with(prefix))
 }
 
+/// True for an option of the schema registry's client.
 fn is_for_registry(option: &str) -> bool {
     plain_name(option).starts_with("registry.")
 }
@@ -431,6 +454,30 @@ mod tests {
             own.client_config("b:1", &options("enable.auto.commit", "false"))
                 .is_ok()
         );
+    }
+
+    #[test]
+    fn a_table_sets_no_option_that_runs_code_on_the_server() {
+        let runs = |name: &str| options(name, "/tmp/evil");
+        let server = IngestConfig {
+            options: runs("kafka.plugin.library.paths"),
+            ..IngestConfig::default()
+        };
+        server.check().expect("the operator may");
+        server
+            .client_config("b:1", &BTreeMap::new())
+            .expect("the operator may");
+        let config = IngestConfig::default();
+        for option in RUNS_CODE {
+            for spelled in [(*option).to_owned(), format!("kafka.{option}")] {
+                let consumer = config.client_config("b:1", &runs(&spelled));
+                let producer = config.producer_config("b:1", &runs(&spelled));
+                for refused in [consumer, producer] {
+                    let error = refused.expect_err("refused").to_string();
+                    assert!(error.contains("is the server's alone"), "{error}");
+                }
+            }
+        }
     }
 
     #[test]

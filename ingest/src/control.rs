@@ -1,11 +1,13 @@
 //! How the supervisor steers a source's thread.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use pinion_feature_store::{Table, TableId};
+use pinion_schemas::TableDefinition;
 
 /// What a source should be doing.
 #[derive(Clone, Default)]
@@ -14,6 +16,17 @@ pub(crate) struct Desired {
     pub(crate) paused: bool,
     /// Tables that are set aside by command.
     pub(crate) paused_tables: BTreeSet<TableId>,
+    /// Tables that stopped for a reason which opening them again would not find.
+    pub(crate) stopped_tables: BTreeMap<TableId, KeptStop>,
+}
+
+/// Why a table stays stopped, until somebody resumes it, moves its positions or changes its
+/// definition.
+#[derive(Clone)]
+pub(crate) struct KeptStop {
+    pub(crate) reason: String,
+    /// By which it read when it stopped.
+    pub(crate) definition: Arc<TableDefinition>,
 }
 
 /// Shared between a source's thread and its supervisor. Every change raises the generation.
@@ -61,6 +74,18 @@ impl Control {
     pub(crate) fn desired(&self) -> (u64, Desired) {
         let desired = self.desired.lock();
         (self.generation.load(Ordering::Acquire), desired.clone())
+    }
+
+    /// Keeps a table stopped over commands, changes of other tables and connections.
+    pub(crate) fn keep_stopped(&self, table: TableId, stop: KeptStop) {
+        self.desired.lock().stopped_tables.insert(table, stop);
+    }
+
+    /// Why a table stays stopped, while it is defined as it was.
+    pub(crate) fn kept_stop(&self, table: TableId, definition: &TableDefinition) -> Option<String> {
+        let desired = self.desired.lock();
+        let stop = desired.stopped_tables.get(&table)?;
+        (*stop.definition == *definition).then(|| stop.reason.clone())
     }
 
     /// Number of the latest change.

@@ -9,7 +9,9 @@ use pinion_schemas::{KafkaSource, OnLost, StartPolicy, TableDefinition};
 use crate::assign::{Offsets, Opening, open_topic};
 use crate::bounds::DeadLetterBounds;
 use crate::control::PositionGate;
-use crate::decode::{DecodeProblem, DecodeSettings, Decoded, Decoder, Incoming, Run, RunKind};
+use crate::decode::{
+    DecodeProblem, DecodeSettings, Decoded, Decoder, DecoderError, Incoming, Run, RunKind,
+};
 
 /// One thing a micro-batch brought, in the order it came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -169,8 +171,13 @@ impl Feed {
                 source.topic
             )));
         }
-        let decoder = Decoder::new(definition, source, settings)
-            .map_err(|e| FeedProblem::Stop(format!("table {name}: {e}")))?;
+        let decoder = Decoder::new(definition, source, settings).map_err(|e| {
+            let reason = format!("table {name}: {e}");
+            match e {
+                DecoderError::Secret(_) => FeedProblem::Wait(reason),
+                DecoderError::Mapping(_) | DecoderError::Schemas(_) => FeedProblem::Stop(reason),
+            }
+        })?;
         let stored = table.positions();
         let opening = open_topic(
             &stored,

@@ -5,7 +5,8 @@
 //! of it, and commits the mark to the table; so a copy is made at least once, a restart goes on
 //! where it was, and a topic that takes nothing holds back nothing but the copies. Key and value
 //! are the record's, and so are its headers; beside them stand where it came from and why it was
-//! refused.
+//! refused. One that is too large for the topic is copied without its value and its headers, and
+//! says so.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,6 +33,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// Dead letters on their way at once.
 const PAGE_LETTERS: usize = 500;
+/// Longest key of a copy without its value.
+const MAX_CUT_KEY_BYTES: usize = 1 << 10;
 
 /// Where a table's dead letters go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -128,11 +131,11 @@ impl Forwarders {
     }
 }
 
-/// Counts what the brokers took, and keeps what they refused last.
+/// Counts what the brokers took, and keeps what they refused, by its place in the page.
 #[derive(Default)]
 struct Deliveries {
     taken: AtomicU64,
-    refused: Mutex<Option<String>>,
+    refused: Mutex<Vec<(usize, KafkaError)>>,
 }
 
 impl ClientContext for Deliveries {
@@ -142,14 +145,14 @@ impl ClientContext for Deliveries {
 }
 
 impl ProducerContext for Deliveries {
-    type DeliveryOpaque = ();
+    type DeliveryOpaque = usize;
 
-    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
+    fn delivery(&self, result: &DeliveryResult<'_>, place: usize) {
         match result {
             Ok(_) => {
                 self.taken.fetch_add(1, Ordering::Relaxed);
             }
-            Err((error, _)) => *self.refused.lock() = Some(error.to_string()),
+            Err((error, _)) => self.refused.lock().push((place, error.clone())),
         }
     }
 }
@@ -218,29 +221,24 @@ impl Forwarder {
             None => self.connect()?,
         };
         let producer = self.producer.insert(producer);
-        let before = producer.context().taken.load(Ordering::Relaxed);
-        *producer.context().refused.lock() = None;
         let name = self.table.name();
-        for stored in &letters {
-            send(producer, &self.route.topic, &name, &stored.letter, ended)?;
-        }
-        loop {
-            let flushed = producer.flush(LOOK_INTERVAL);
-            if let Some(refused) = producer.context().refused.lock().clone() {
-                return Err(Trouble::Failed(refused));
+        let sender = Sending {
+            producer,
+            topic: &self.route.topic,
+            table: &name,
+            ended,
+        };
+        let letters: Vec<&DeadLetter> = letters.iter().map(|stored| &stored.letter).collect();
+        for place in sender.copy(&letters, false)? {
+            // Perhaps only what it was sent with was too large.
+            let Some(letter) = letters.get(place..=place) else {
+                continue;
+            };
+            if !sender.copy(letter, false)?.is_empty() && !sender.copy(letter, true)?.is_empty() {
+                return Err(Trouble::Failed(
+                    "even a copy without its value is too large for the topic".to_owned(),
+                ));
             }
-            match flushed {
-                Ok(()) => break,
-                Err(KafkaError::Flush(RDKafkaErrorCode::OperationTimedOut)) => stop(ended)?,
-                Err(e) => return Err(failed(&e)),
-            }
-        }
-        let taken = producer.context().taken.load(Ordering::Relaxed) - before;
-        if taken != letters.len() as u64 {
-            let wanted = letters.len();
-            return Err(Trouble::Failed(format!(
-                "the brokers took {taken} of {wanted}"
-            )));
         }
         let noted = self.table.commit(Commit {
             forwarded: Some(last),
@@ -270,40 +268,96 @@ fn stop(ended: &Receiver<()>) -> Result<(), Trouble> {
     }
 }
 
-/// Queues one copy; waits while the producer's queue is full.
-fn send(
-    producer: &BaseProducer<Deliveries>,
-    topic: &str,
-    table: &str,
-    letter: &DeadLetter,
-    ended: &Receiver<()>,
-) -> Result<(), Trouble> {
-    let mut record = BaseRecord::<[u8], [u8]>::to(topic).headers(headers(table, letter));
-    if let Some(key) = &letter.key {
-        record = record.key(key);
-    }
-    if let Some(value) = &letter.value {
-        record = record.payload(value);
-    }
-    if letter.timestamp_millis >= 0 {
-        record = record.timestamp(letter.timestamp_millis);
-    }
-    loop {
-        match producer.send(record) {
-            Ok(()) => return Ok(()),
-            Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
-                record = back;
-                producer.poll(Duration::from_millis(100));
-                stop(ended)?;
+/// What one page is sent with.
+struct Sending<'f> {
+    producer: &'f BaseProducer<Deliveries>,
+    topic: &'f str,
+    table: &'f str,
+    ended: &'f Receiver<()>,
+}
+
+impl Sending<'_> {
+    /// Copies letters and waits until the brokers have them; `cut` leaves out what may be large.
+    /// Returns the places of those that were too large, or were sent with one that was.
+    fn copy(&self, letters: &[&DeadLetter], cut: bool) -> Result<Vec<usize>, Trouble> {
+        let deliveries = self.producer.context();
+        let before = deliveries.taken.load(Ordering::Relaxed);
+        deliveries.refused.lock().clear();
+        for (place, letter) in letters.iter().enumerate() {
+            self.queue(place, letter, cut)?;
+        }
+        loop {
+            match self.producer.flush(LOOK_INTERVAL) {
+                Ok(()) => break,
+                Err(KafkaError::Flush(RDKafkaErrorCode::OperationTimedOut)) => stop(self.ended)?,
+                Err(e) => return Err(Trouble::Failed(e.to_string())),
             }
-            Err((e, _)) => return Err(Trouble::Failed(e.to_string())),
+        }
+        let mut too_large = Vec::new();
+        for (place, error) in deliveries.refused.lock().drain(..) {
+            if error.rdkafka_error_code() != Some(RDKafkaErrorCode::MessageSizeTooLarge) {
+                return Err(Trouble::Failed(error.to_string()));
+            }
+            too_large.push(place);
+        }
+        let taken = deliveries.taken.load(Ordering::Relaxed) - before;
+        let wanted = (letters.len() - too_large.len()) as u64;
+        if taken != wanted {
+            return Err(Trouble::Failed(format!(
+                "the brokers took {taken} of {wanted}"
+            )));
+        }
+        too_large.sort_unstable();
+        Ok(too_large)
+    }
+
+    /// Queues one copy; waits while the producer's queue is full.
+    fn queue(&self, place: usize, letter: &DeadLetter, cut: bool) -> Result<(), Trouble> {
+        let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(self.topic, place)
+            .headers(headers(self.table, letter, cut));
+        if let Some(key) = &letter.key
+            && (!cut || key.len() <= MAX_CUT_KEY_BYTES)
+        {
+            record = record.key(key);
+        }
+        if let Some(value) = &letter.value
+            && !cut
+        {
+            record = record.payload(value);
+        }
+        if letter.timestamp_millis >= 0 {
+            record = record.timestamp(letter.timestamp_millis);
+        }
+        loop {
+            match self.producer.send(record) {
+                Ok(()) => return Ok(()),
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
+                    record = back;
+                    self.producer.poll(Duration::from_millis(100));
+                    stop(self.ended)?;
+                }
+                Err((e, _))
+                    if e.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge) =>
+                {
+                    self.producer.context().refused.lock().push((place, e));
+                    return Ok(());
+                }
+                Err((e, _)) => return Err(Trouble::Failed(e.to_string())),
+            }
         }
     }
 }
 
-fn headers(table: &str, letter: &DeadLetter) -> OwnedHeaders {
+fn headers(table: &str, letter: &DeadLetter, cut: bool) -> OwnedHeaders {
     let mut headers = OwnedHeaders::new();
-    for (name, value) in &letter.headers {
+    if cut {
+        let bytes = letter.value.as_ref().map_or(0, Vec::len).to_string();
+        headers = headers.insert(Header {
+            key: "pinion.cut",
+            value: Some(&bytes),
+        });
+    }
+    for (name, value) in letter.headers.iter().filter(|_| !cut) {
         headers = headers.insert(Header {
             key: name,
             value: value.as_ref(),

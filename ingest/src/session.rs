@@ -18,7 +18,7 @@ use rdkafka::{Offset, TopicPartitionList};
 
 use crate::assign::{NAMED, Offsets, least_positions};
 use crate::broker::{Consumer, TopicWatch, resolve_start, watermarks};
-use crate::control::Desired;
+use crate::control::{Control, Desired, KeptStop};
 use crate::decode::Incoming;
 use crate::feed::{
     Beside, Feed, FeedProblem, Headers, Permit, Step, TopicView, start_after_loss, way_out,
@@ -275,6 +275,11 @@ impl<'s> Session<'s> {
             resolve_start(self.consumer, &self.topic.name, policy, partitions, timeout)
         };
         slot.definition = slot.table.definition();
+        let control = &self.source.control;
+        if let Some(reason) = control.kept_stop(slot.table.id(), &slot.definition) {
+            slot.reading = Reading::Stopped { reason };
+            return;
+        }
         let opened = Feed::open(
             &slot.table,
             &slot.definition,
@@ -490,6 +495,7 @@ impl<'s> Session<'s> {
         let applied = permit.gate.unless_moved(permit.seen, || {
             apply_to(
                 slots,
+                &self.source.control,
                 gathered,
                 &incoming,
                 now_millis,
@@ -671,6 +677,7 @@ impl<'s> Session<'s> {
 /// Applies a micro-batch to every table that reads. One that cannot take it is set aside.
 fn apply_to(
     slots: &mut [Slot],
+    control: &Control,
     gathered: &Gathered<'_>,
     incoming: &[Incoming<'_>],
     now_millis: i64,
@@ -697,6 +704,12 @@ fn apply_to(
                 let over_rate = feed.over_rate();
                 slot.count(&taken.applied);
                 if let Some(reason) = over_rate {
+                    // Opened again, the table would count anew.
+                    let stop = KeptStop {
+                        reason: reason.clone(),
+                        definition: Arc::clone(&slot.definition),
+                    };
+                    control.keep_stopped(slot.table.id(), stop);
                     slot.set_aside(FeedProblem::Stop(reason));
                 }
             }

@@ -141,7 +141,12 @@ impl IngestHandle {
         }
         self.shared.note_paused(&mut inner, next)?;
         for (_, running) in inner.running.iter().filter(|(key, _)| key.topic == topic) {
-            running.control.update(|desired| desired.paused = paused);
+            running.control.update(|desired| {
+                desired.paused = paused;
+                if !paused {
+                    desired.stopped_tables.clear();
+                }
+            });
         }
         Ok(())
     }
@@ -183,6 +188,7 @@ impl IngestHandle {
                         desired.paused_tables.insert(found.id());
                     } else {
                         desired.paused_tables.remove(&found.id());
+                        desired.stopped_tables.remove(&found.id());
                     }
                 });
             }
@@ -218,7 +224,9 @@ impl IngestHandle {
         let gate = &running.control.gate;
         let sought = seek::commit(gate, &table, &definition, seek, &resolved)?;
         tracing::info!(table = seek.table, topic = key.topic, moved = ?sought.moved, "positions moved");
-        running.control.update(|_| {});
+        running.control.update(|desired| {
+            desired.stopped_tables.remove(&table.id());
+        });
         Ok(sought)
     }
 
@@ -391,10 +399,17 @@ impl Shared {
                 paused_tables: Shared::paused_tables(&inner, &tables),
                 tables,
                 paused,
+                ..Desired::default()
             };
             if let Some(running) = inner.running.get_mut(&key) {
                 running.tables = table_ids;
-                running.control.update(|now| *now = desired);
+                running.control.update(|now| {
+                    let stopped_tables = std::mem::take(&mut now.stopped_tables);
+                    *now = Desired {
+                        stopped_tables,
+                        ..desired
+                    };
+                });
                 continue;
             }
             match self.spawn(&key, desired, table_ids) {

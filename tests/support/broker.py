@@ -20,6 +20,7 @@ class Broker:
 
     def __init__(self, folder):
         self.folder = Path(folder)
+        self.kills = 0
         self.bootstrap = self.start()
 
     def _script(self, verb):
@@ -33,6 +34,7 @@ class Broker:
         return self._script("start")
 
     def kill(self):
+        self.kills += 1
         self._script("kill")
 
     def alive(self):

@@ -110,23 +110,9 @@ impl TableInner {
         Ok(found)
     }
 
-    /// Takes files out of a manifest in which every dead letter is resolved. The caller has
-    /// synced the logs: what resolved them is on disk.
-    pub(super) fn leave_out_settled(&self, manifest: &mut Manifest) -> Vec<u64> {
-        let settled = self.dead.lock().settled_logs();
-        let files = &mut manifest.dead_letter_files;
-        let gone: Vec<u64> = files
-            .iter()
-            .map(|file| file.log)
-            .filter(|log| settled.contains(log))
-            .collect();
-        files.retain(|file| !gone.contains(&file.log));
-        let kept: Vec<u64> = files.iter().map(|file| file.log).collect();
-        manifest
-            .checkpoint
-            .resolved_dead_letters
-            .retain(|log| kept.contains(&log));
-        gone
+    /// Logs of which every dead letter is resolved now.
+    pub(super) fn settled_dead_letters(&self) -> Vec<u64> {
+        self.dead.lock().settled_logs()
     }
 
     /// Removes files that the newest manifest no longer names.
@@ -154,6 +140,24 @@ impl TableInner {
         let current = self.current.load_full();
         self.publish_manifest(&mut work, &current.levels, current.end_sequence, None, &[])
     }
+}
+
+/// Takes the files of settled logs out of a manifest. The logs were synced after they were found
+/// settled: what resolved the letters is on disk.
+pub(super) fn leave_out_settled(manifest: &mut Manifest, settled: &[u64]) -> Vec<u64> {
+    let files = &mut manifest.dead_letter_files;
+    let gone: Vec<u64> = files
+        .iter()
+        .map(|file| file.log)
+        .filter(|log| settled.contains(log))
+        .collect();
+    files.retain(|file| !gone.contains(&file.log));
+    let kept: Vec<u64> = files.iter().map(|file| file.log).collect();
+    manifest
+        .checkpoint
+        .resolved_dead_letters
+        .retain(|log| kept.contains(&log));
+    gone
 }
 
 /// When a letter was refused; those of earlier releases do not say, but when their record was

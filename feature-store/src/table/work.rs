@@ -263,6 +263,8 @@ impl TableInner {
         done: Option<&LogDone>,
         with_load: &[(usize, RoaringBitmap)],
     ) -> Result<(), WorkError> {
+        // Read before the sync: what settled these is then on disk.
+        let settled = self.settled_dead_letters();
         // A row is dropped, or marked in the bitmaps, because of a log record: were that
         // record lost in a power cut after this, the row would be gone with nothing in its
         // place.
@@ -336,7 +338,7 @@ impl TableInner {
             manifest.checkpoint = done.checkpoint.clone();
             manifest.next_log = manifest.next_log.max(done.incarnation + 1);
         }
-        let settled = self.leave_out_settled(&mut manifest);
+        let settled = super::dead_letters::leave_out_settled(&mut manifest, &settled);
         match manifest.create(&self.dirs.manifest, &superseded) {
             Ok(()) => {}
             Err(CreateNumberedError::NotCreated(e)) => return Err(self.manifest_error(e)),

@@ -33,6 +33,7 @@ mod to_json;
 
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
@@ -44,6 +45,7 @@ use pinion_schemas::{Envelope, KafkaSource, Span, TableDefinition, ValueFormat};
 use serde_json::Value;
 
 use crate::config::IngestConfig;
+use crate::secrets::{self, Reach};
 
 use arrow::ArrowFormat;
 use avro::AvroFormat;
@@ -142,6 +144,9 @@ pub(crate) enum DecoderError {
     /// The settings do not say where schemas come from.
     #[error("{0}")]
     Schemas(String),
+    /// A secret of the registry's is not there yet.
+    #[error("{0}")]
+    Secret(String),
 }
 
 /// What the decoders of all tables share. Holds secrets: not to be printed.
@@ -152,6 +157,8 @@ pub(crate) struct DecodeSettings {
     registry: Option<String>,
     /// The server's options: those that begin with `registry.` count.
     options: BTreeMap<String, String>,
+    /// Where options of tables may read secrets from.
+    secrets_dir: Option<PathBuf>,
     registries: Registries,
 }
 
@@ -161,6 +168,7 @@ impl DecodeSettings {
             value_max_bytes: config.value_max_bytes,
             registry: config.registry.clone(),
             options: config.options.clone(),
+            secrets_dir: config.secrets_dir.clone(),
             registries: Registries::default(),
         }
     }
@@ -188,22 +196,28 @@ impl DecodeSettings {
                 source.topic
             )));
         };
-        let plain = |options: &BTreeMap<String, String>| {
-            options
-                .iter()
-                .map(|(name, value)| {
-                    let name = name.strip_prefix("kafka.").unwrap_or(name);
-                    (name.to_owned(), value.clone())
-                })
-                .collect::<BTreeMap<_, _>>()
+        let in_table = Reach::Table(self.secrets_dir.as_deref());
+        let options_of = |options: &BTreeMap<String, String>, reach| {
+            let mut resolved = BTreeMap::new();
+            for (option, value) in options {
+                let name = option.strip_prefix("kafka.").unwrap_or(option);
+                if name.starts_with("registry.") {
+                    let value = secrets::resolve(value, reach)
+                        .map_err(|problem| DecoderError::Secret(format!("{option}: {problem}")))?;
+                    resolved.insert(name.to_owned(), value);
+                }
+            }
+            Ok::<_, DecoderError>(resolved)
         };
         // The server's user and password are for the server's registry.
-        let mut options = match source.registry {
-            Some(_) => BTreeMap::new(),
-            None => plain(&self.options),
+        let (mut options, reach) = match source.registry {
+            Some(_) => (BTreeMap::new(), in_table),
+            None => (options_of(&self.options, Reach::Server)?, Reach::Server),
         };
-        options.extend(plain(&source.options));
-        RegistryAddress::new(url, &options)
+        options.extend(options_of(&source.options, in_table)?);
+        let url = secrets::resolve(url, reach)
+            .map_err(|problem| DecoderError::Secret(format!("the registry's URL: {problem}")))?;
+        RegistryAddress::new(&url, &options)
             .and_then(|address| self.registries.client(address))
             .map(Schemas::Registry)
             .map_err(DecoderError::Schemas)
