@@ -141,7 +141,15 @@ impl Version {
 
     /// Times of a batch that has this version's storage or log columns.
     pub(crate) fn times_of(&self, batch: &RecordBatch) -> Result<Times, ArrowError> {
-        let of = |index: Option<usize>| index.map(|i| ticks_of(batch.column(i))).transpose();
+        self.times_in(|column| Ok(Arc::clone(batch.column(column))))
+    }
+
+    /// Times of the rows whose columns `column` gives by their number.
+    pub(crate) fn times_in(
+        &self,
+        column: impl Fn(usize) -> Result<ArrayRef, ArrowError>,
+    ) -> Result<Times, ArrowError> {
+        let of = |index: Option<usize>| index.map(|i| ticks_of(&column(i)?)).transpose();
         Ok(Times {
             event: of(self.event_time)?,
             created: of(self.created_time)?,

@@ -287,8 +287,21 @@ impl Level {
 
     /// Appends the encoded key of a row.
     pub(crate) fn key_at(&self, row: u32, out: &mut Vec<u8>) -> Result<(), ReadError> {
-        let (batch, at) = self.batch_of(row)?;
-        self.version().key_of(&batch, at, out);
-        Ok(())
+        match self {
+            Level::Segment(level) => level
+                .segment
+                .key_at(row, out)
+                .map_err(|error| level.error(error)),
+            Level::Log(log) => {
+                match log.row(row) {
+                    Some((batch, at)) => log.log.version.key_of(batch, at, out),
+                    None => {
+                        let (batch, at) = log.batch_of(row)?;
+                        log.log.version.key_of(&batch, at, out);
+                    }
+                }
+                Ok(())
+            }
+        }
     }
 }

@@ -117,8 +117,14 @@ impl Superseded {
 
     /// The rows replaced for a reader that sees sequences below `end_sequence`.
     pub(crate) fn below(&self, end_sequence: u64) -> RoaringBitmap {
-        let mut rows = self.base.clone();
-        rows.extend((0..self.len_below(end_sequence)).map(|i| self.entry(i).0));
+        // In order: a bitmap takes rows at random ten times slower.
+        let mut since: Vec<u32> = (0..self.len_below(end_sequence))
+            .map(|i| self.entry(i).0)
+            .collect();
+        since.sort_unstable();
+        since.dedup();
+        let mut rows = RoaringBitmap::from_sorted_iter(since).unwrap_or_default();
+        rows |= &self.base;
         rows
     }
 

@@ -161,6 +161,8 @@ struct Writer {
     /// Logs that wait to become segments, oldest first.
     closed: Vec<ClosedState>,
     next_log: u64,
+    /// Room for the bytes of a record, reused.
+    record: Vec<u8>,
 }
 
 /// A closed log with the state at its end.

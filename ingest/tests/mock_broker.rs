@@ -29,9 +29,13 @@ struct Bench {
 
 impl Bench {
     fn new() -> Bench {
-        let cluster = MockCluster::new(1).expect("mock cluster");
+        Bench::with_brokers(1)
+    }
+
+    fn with_brokers(brokers: i32) -> Bench {
+        let cluster = MockCluster::new(brokers).expect("mock cluster");
         cluster
-            .create_topic("events", PARTITIONS, 1)
+            .create_topic("events", PARTITIONS, brokers)
             .expect("topic");
         let producer = ClientConfig::new()
             .set("bootstrap.servers", cluster.bootstrap_servers())
@@ -90,12 +94,17 @@ impl Bench {
 
     /// Sends `count` rows over all partitions, each with a time of its own.
     fn send_rows(&mut self, first: i64, count: i64) {
+        self.send_some(first, count);
+        self.flush();
+    }
+
+    /// As [`Bench::send_rows`], without waiting for the brokers.
+    fn send_some(&mut self, first: i64, count: i64) {
         for i in first..first + count {
             let partition = i32::try_from(i % i64::from(PARTITIONS)).expect("small");
             let value = format!(r#"{{"id":"k{}","ts":{i},"v":{i}}}"#, i % 7);
             self.send(partition, "k", Some(&value), i);
         }
-        self.flush();
     }
 }
 
@@ -428,6 +437,51 @@ fn a_broker_that_goes_away_and_returns_costs_no_record() {
     wait_for_positions(&table, &bench.produced);
     assert_eq!(offsets(&table), every_offset(&bench.produced));
     wait_for("running", || status(&ingest).state == SourceState::Running);
+}
+
+#[test]
+fn partitions_whose_leaders_move_lose_and_double_nothing() {
+    let mut bench = Bench::with_brokers(3);
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let _ingest = bench.start(&store);
+    for round in 0..60 {
+        // Every round one partition gets another leader, and now and then a broker is away.
+        let (partition, leader) = (round % PARTITIONS, 1 + (round / PARTITIONS) % 3);
+        bench
+            .cluster
+            .partition_leader("events", partition, Some(leader))
+            .expect("move");
+        let away = (round % 20 == 19).then_some(1 + round % 3);
+        if let Some(broker) = away {
+            bench.cluster.broker_down(broker).expect("down");
+        }
+        bench.send_some(i64::from(round) * 60, 60);
+        std::thread::sleep(Duration::from_millis(20));
+        if let Some(broker) = away {
+            std::thread::sleep(Duration::from_millis(200));
+            bench.cluster.broker_up(broker).expect("up");
+        }
+    }
+    bench.flush();
+    // A record whose acknowledgement went with a leader is sent again: the topic says how many
+    // there are.
+    let ends: BTreeMap<i32, i64> = (0..PARTITIONS)
+        .map(|partition| {
+            let (_, end) = bench
+                .producer
+                .client()
+                .fetch_watermarks("events", partition, Duration::from_secs(10))
+                .expect("watermarks");
+            (partition, end)
+        })
+        .collect();
+    assert!(
+        ends.iter().all(|(p, end)| *end >= bench.produced[p]),
+        "{ends:?}"
+    );
+    wait_for_positions(&table, &ends);
+    assert_eq!(offsets(&table), every_offset(&ends));
 }
 
 #[test]

@@ -297,12 +297,9 @@ impl LogView {
 
 /// True when the key columns of `batch` at `row` encode to `key`.
 pub(crate) fn key_equals(version: &Version, batch: &RecordBatch, row: usize, key: &[u8]) -> bool {
-    thread_local! {
-        static SCRATCH: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
-    }
-    SCRATCH.with_borrow_mut(|scratch| {
-        scratch.clear();
-        version.key_of(batch, row, scratch);
-        scratch.as_slice() == key
-    })
+    let columns = &batch.columns()[..version.key_columns];
+    version
+        .key_encoder
+        .row_is(columns, row, key)
+        .unwrap_or(false)
 }

@@ -383,9 +383,25 @@ pub(crate) fn encode<E>(
     head: &Head,
     body: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
 ) -> Result<Vec<u8>, E> {
+    let mut out = Vec::new();
+    encode_into(&mut out, first_sequence, hashes, deleted, sealed, head, body)?;
+    Ok(out)
+}
+
+/// As [`encode`], in room that was used before.
+pub(crate) fn encode_into<E>(
+    out: &mut Vec<u8>,
+    first_sequence: u64,
+    hashes: &[u64],
+    deleted: &[bool],
+    sealed: bool,
+    head: &Head,
+    body: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+) -> Result<(), E> {
     let deletes = deleted.contains(&true);
     let flags = if deletes { FLAG_DELETES } else { 0 } | if sealed { FLAG_SEALED } else { 0 };
-    let mut out = Vec::with_capacity(FIXED_BYTES + hashes.len() * 8 + 256);
+    out.clear();
+    out.reserve(FIXED_BYTES + hashes.len() * 8 + 256);
     out.extend_from_slice(&MAGIC.to_le_bytes());
     out.extend_from_slice(&[0; 12]);
     out.extend_from_slice(&first_sequence.to_le_bytes());
@@ -407,15 +423,15 @@ pub(crate) fn encode<E>(
     }
     let mut head_bytes = Vec::new();
     head.encode(&mut head_bytes);
-    put_bytes(&mut out, &head_bytes);
+    put_bytes(out, &head_bytes);
     out.resize(out.len().next_multiple_of(8), 0);
-    body(&mut out)?;
+    body(out)?;
     out.resize(out.len().next_multiple_of(8), 0);
     let length = out.len() as u64;
     out[8..16].copy_from_slice(&length.to_le_bytes());
     let crc = crc32fast::hash(&out[8..]);
     out[4..8].copy_from_slice(&crc.to_le_bytes());
-    Ok(out)
+    Ok(())
 }
 
 /// A record found in a log, checked.

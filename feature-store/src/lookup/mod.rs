@@ -36,7 +36,6 @@ use crate::level::Level;
 use crate::order;
 use crate::snapshot::{Snapshot, SnapshotInner};
 
-pub(crate) use self::probe::GROUP;
 use self::probe::Window;
 pub use self::reply::{ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch, ReplyShape};
 
@@ -414,7 +413,7 @@ impl SnapshotInner {
         Ok(best)
     }
 
-    /// The winner of a key in a latest table, as the writer asks: level and version.
+    /// The winner of a key in a latest table, as a load asks: level and version.
     pub(crate) fn latest_winner(
         &self,
         key: &[u8],

@@ -20,7 +20,7 @@ use crate::segment::{Probe, prefetch};
 use crate::snapshot::SnapshotInner;
 
 /// Keys whose places are fetched together: about what a core can wait for at a time.
-pub(crate) const GROUP: usize = 16;
+const GROUP: usize = 16;
 
 /// Where the version of a key lies that answers for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,9 +69,50 @@ impl Window {
         event >= self.from && event <= self.until
     }
 
-    fn needs_event(self) -> bool {
-        self.wants_event || self.from != i64::MIN || self.until != i64::MAX
+    fn needs(self) -> Needs {
+        Needs {
+            event: self.wants_event || self.from != i64::MIN || self.until != i64::MAX,
+            created: false,
+        }
     }
+}
+
+/// Which times of a version are read; those that are not are 0.
+#[derive(Debug, Clone, Copy)]
+struct Needs {
+    event: bool,
+    created: bool,
+}
+
+/// A version of a key in some level.
+#[derive(Debug, Clone, Copy)]
+struct Hit {
+    row: u32,
+    event: i64,
+    created: i64,
+    deleted: bool,
+}
+
+impl From<crate::delta::Found> for Hit {
+    fn from(found: crate::delta::Found) -> Hit {
+        Hit {
+            row: found.row,
+            event: found.order.event,
+            created: found.order.created,
+            deleted: found.deleted,
+        }
+    }
+}
+
+/// The version of a key in a latest table that a writer meets, deletes included.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Winner {
+    /// Number of the level, newest first.
+    pub(crate) level: u32,
+    pub(crate) row: u32,
+    pub(crate) event: i64,
+    pub(crate) created: i64,
+    pub(crate) deleted: bool,
 }
 
 /// The keys of a request.
@@ -84,7 +125,6 @@ pub(super) struct Keys<'k> {
 #[derive(Default)]
 pub(super) struct ProbeScratch {
     pending: Vec<u32>,
-    key: Vec<u8>,
 }
 
 /// A key of a group whose line names a run.
@@ -96,36 +136,38 @@ struct Candidate {
 }
 
 impl SnapshotInner {
-    /// Fetches into the cache what [`SnapshotInner::latest_winner`] will read for these keys,
-    /// at most [`GROUP`] of them at a time.
-    pub(crate) fn fetch_ahead(&self, hashes: &[u64]) {
-        for level in self.newest_first() {
-            match level {
-                Level::Log(log) => hashes.iter().for_each(|hash| log.prefetch_head(*hash)),
-                Level::Segment(level) => {
-                    let index = level.segment.row_index();
-                    for hash in hashes {
-                        index.prefetch_filter(*hash);
-                        index.prefetch_line(*hash);
-                    }
-                }
-            }
-        }
-        for level in self.newest_first() {
-            match level {
-                Level::Log(log) => hashes.iter().for_each(|hash| log.prefetch_slot(*hash)),
-                Level::Segment(level) => {
-                    let index = level.segment.row_index();
-                    for hash in hashes {
-                        if index.may_contain(*hash)
-                            && let Probe::Candidate { first, .. } = index.probe(*hash)
-                        {
-                            prefetch_row(level, first, true);
-                        }
-                    }
-                }
-            }
-        }
+    /// What the keys of a latest table are now, one answer a key. `levels` are
+    /// [`SnapshotInner::newest_first`].
+    pub(crate) fn latest_winners(
+        &self,
+        levels: &[&Level],
+        encoded: &EncodedKeys,
+        hashes: &[u64],
+    ) -> Result<Vec<Option<Winner>>, ReadError> {
+        let mut winners = vec![None; hashes.len()];
+        let needs = Needs {
+            event: true,
+            created: true,
+        };
+        let keys = Keys { encoded, hashes };
+        let mut scratch = ProbeScratch::default();
+        walk_latest(
+            levels,
+            &keys,
+            0..hashes.len(),
+            needs,
+            &mut scratch,
+            |level, key, hit| {
+                winners[key as usize] = Some(Winner {
+                    level,
+                    row: hit.row,
+                    event: hit.event,
+                    created: hit.created,
+                    deleted: hit.deleted,
+                });
+            },
+        )?;
+        Ok(winners)
     }
 
     /// Finds the keys of `range`; `found[i]` tells of key `range.start + i`.
@@ -142,55 +184,20 @@ impl SnapshotInner {
     ) -> Result<(), ReadError> {
         found.fill(Found::MISSING);
         if self.version.latest() {
-            self.find_latest(levels, keys, range, window, found, scratch)
+            let start = range.start;
+            let needs = window.needs();
+            walk_latest(levels, keys, range, needs, scratch, |level, key, hit| {
+                if !hit.deleted && window.holds(hit.event) {
+                    found[key as usize - start] = Found {
+                        level,
+                        row: hit.row,
+                        event: hit.event,
+                    };
+                }
+            })
         } else {
             self.find_greatest(levels, keys, range, window, found)
         }
-    }
-
-    /// The first level that knows a key decides it.
-    fn find_latest(
-        &self,
-        levels: &[&Level],
-        keys: &Keys<'_>,
-        range: Range<usize>,
-        window: Window,
-        found: &mut [Found],
-        scratch: &mut ProbeScratch,
-    ) -> Result<(), ReadError> {
-        let ProbeScratch { pending, key } = scratch;
-        pending.clear();
-        pending.extend((range.start..range.end).map(|key| key as u32));
-        for (number, level) in (0_u32..).zip(levels) {
-            if pending.is_empty() {
-                break;
-            }
-            let mut decide = |key: u32, row: u32, event: i64, deleted: bool| {
-                if !deleted && window.holds(event) {
-                    found[key as usize - range.start] = Found {
-                        level: number,
-                        row,
-                        event,
-                    };
-                }
-            };
-            match level {
-                Level::Log(log) => probe_log(log, keys, pending, &mut decide)?,
-                Level::Segment(segment) => {
-                    let last = number as usize + 1 == levels.len();
-                    probe_segment(
-                        segment,
-                        keys,
-                        pending,
-                        window.needs_event(),
-                        last,
-                        key,
-                        &mut decide,
-                    )?;
-                }
-            }
-        }
-        Ok(())
     }
 
     /// The greatest version among all levels.
@@ -202,6 +209,10 @@ impl SnapshotInner {
         window: Window,
         found: &mut [Found],
     ) -> Result<(), ReadError> {
+        let both = Needs {
+            event: true,
+            created: true,
+        };
         for start in range.clone().step_by(GROUP) {
             let group = start..range.end.min(start + GROUP);
             let segments = || {
@@ -225,7 +236,7 @@ impl SnapshotInner {
                         && let Probe::Candidate { first, count } = index.probe(*hash)
                     {
                         let row = first.saturating_add(count.max(1) - 1);
-                        prefetch_row(segment, row, true);
+                        prefetch_row(segment, row, both);
                         segment.segment.prefetch_sequence(row);
                     }
                 }
@@ -249,12 +260,41 @@ impl SnapshotInner {
     }
 }
 
+/// Asks level after level of a latest table about the keys of `range`; the first that knows one
+/// decides it: `decide(level, key, hit)`.
+fn walk_latest(
+    levels: &[&Level],
+    keys: &Keys<'_>,
+    range: Range<usize>,
+    needs: Needs,
+    scratch: &mut ProbeScratch,
+    mut decide: impl FnMut(u32, u32, Hit),
+) -> Result<(), ReadError> {
+    let ProbeScratch { pending } = scratch;
+    pending.clear();
+    pending.extend((range.start..range.end).map(|key| key as u32));
+    for (number, level) in (0_u32..).zip(levels) {
+        if pending.is_empty() {
+            break;
+        }
+        let mut decide = |key: u32, hit: Hit| decide(number, key, hit);
+        match level {
+            Level::Log(log) => probe_log(log, keys, pending, &mut decide)?,
+            Level::Segment(segment) => {
+                let last = number as usize + 1 == levels.len();
+                probe_segment(segment, keys, pending, needs, last, &mut decide)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Asks a log about the pending keys; those it knows are decided and no longer pending.
 fn probe_log(
     log: &LogView,
     keys: &Keys<'_>,
     pending: &mut Vec<u32>,
-    decide: &mut impl FnMut(u32, u32, i64, bool),
+    decide: &mut impl FnMut(u32, Hit),
 ) -> Result<(), ReadError> {
     if log.visible_rows == 0 {
         return Ok(());
@@ -272,7 +312,7 @@ fn probe_log(
             let key = pending[at];
             let (bytes, hash) = (keys.encoded.get(key as usize), keys.hashes[key as usize]);
             match log.find(bytes, hash, i64::MAX, true)? {
-                Some(found) => decide(key, found.row, found.order.event, found.deleted),
+                Some(found) => decide(key, found.into()),
                 None => {
                     pending[kept] = key;
                     kept += 1;
@@ -290,10 +330,9 @@ fn probe_segment(
     level: &SegmentLevel,
     keys: &Keys<'_>,
     pending: &mut Vec<u32>,
-    needs_event: bool,
+    needs: Needs,
     last: bool,
-    scratch: &mut Vec<u8>,
-    decide: &mut impl FnMut(u32, u32, i64, bool),
+    decide: &mut impl FnMut(u32, Hit),
 ) -> Result<(), ReadError> {
     let segment = &level.segment;
     let index = segment.row_index();
@@ -346,7 +385,7 @@ fn probe_segment(
                     continue;
                 }
                 Probe::Candidate { first, count } => {
-                    prefetch_row(level, first, needs_event);
+                    prefetch_row(level, first, needs);
                     Candidate {
                         key,
                         row: first,
@@ -363,17 +402,23 @@ fn probe_segment(
                 && u64::from(row) < segment.rows()
                 && !(has_deletes && segment.may_delete(hash))
                 && !level.superseded.is_in_base(row);
-            let event = if plain {
-                match_row(level, row, bytes, needs_event, scratch)?
+            let times = if plain {
+                match_row(level, row, bytes, needs)?
             } else {
                 None
             };
-            if let Some(event) = event {
-                decide(key, row, event, false);
+            if let Some((event, created)) = times {
+                let hit = Hit {
+                    row,
+                    event,
+                    created,
+                    deleted: false,
+                };
+                decide(key, hit);
                 continue;
             }
             match level.find(bytes, hash, i64::MAX, true)? {
-                Some(found) => decide(key, found.row, found.order.event, found.deleted),
+                Some(found) => decide(key, found.into()),
                 None => {
                     pending[kept] = key;
                     kept += 1;
@@ -385,58 +430,56 @@ fn probe_segment(
     Ok(())
 }
 
-/// The event time of a row if it has this key: 0 where it is not needed.
+/// Event and created time of a row if it has this key.
 fn match_row(
     level: &SegmentLevel,
     row: u32,
     key: &[u8],
-    needs_event: bool,
-    scratch: &mut Vec<u8>,
-) -> Result<Option<i64>, ReadError> {
+    needs: Needs,
+) -> Result<Option<(i64, i64)>, ReadError> {
     let segment = &level.segment;
-    let event_column = level.version.event_time.filter(|_| needs_event);
+    let (event, created) = time_columns(level, needs);
+    let same = segment.key_is(row, key).map_err(|e| level.error(e))?;
+    if !same {
+        return Ok(None);
+    }
     if let Some(packed) = segment.packed() {
         let slot = packed.slot(row);
-        let found = packed
-            .key(slot)
-            .ok_or_else(|| level.error(segment.packed_damage(row)))?;
-        if found != key {
-            return Ok(None);
-        }
-        let Some(column) = event_column else {
-            return Ok(Some(0));
-        };
-        if let Some(event) = packed.ticks(slot, column) {
-            return Ok(Some(event));
-        }
-    } else {
-        scratch.clear();
-        segment
-            .key_at(row, scratch)
-            .map_err(|error| level.error(error))?;
-        if scratch.as_slice() != key {
-            return Ok(None);
+        let ticks = |column: Option<usize>| column.map_or(Some(0), |c| packed.ticks(slot, c));
+        if let (Some(event), Some(created)) = (ticks(event), ticks(created)) {
+            return Ok(Some((event, created)));
         }
     }
-    let Some(column) = event_column else {
-        return Ok(Some(0));
-    };
+    if event.is_none() && created.is_none() {
+        return Ok(Some((0, 0)));
+    }
     let (batch, at) = segment.batch_of_row(row);
     let batch = segment
         .batch_ref(batch)
         .map_err(|error| level.error(error))?;
-    order::tick_at(batch.column(column).as_ref(), at)
-        .map(Some)
-        .ok_or_else(|| {
+    let tick = |column: Option<usize>, what: &str| match column {
+        None => Ok(0),
+        Some(column) => order::tick_at(batch.column(column).as_ref(), at).ok_or_else(|| {
             level.compute(&arrow_schema::ArrowError::InvalidArgumentError(format!(
-                "row {row} has no event time"
+                "row {row} has no {what} time"
             )))
-        })
+        }),
+    };
+    Ok(Some((tick(event, "event")?, tick(created, "created")?)))
+}
+
+/// The columns of the times that are needed, where the table has them.
+fn time_columns(level: &SegmentLevel, needs: Needs) -> (Option<usize>, Option<usize>) {
+    let version = &level.version;
+    (
+        version.event_time.filter(|_| needs.event),
+        version.created_time.filter(|_| needs.created),
+    )
 }
 
 /// Fetches what will be read of a row to compare its key: the packed row, else the cells of
-/// key and event time.
-fn prefetch_row(level: &SegmentLevel, row: u32, needs_event: bool) {
+/// key and times.
+fn prefetch_row(level: &SegmentLevel, row: u32, needs: Needs) {
     let segment = &level.segment;
     if u64::from(row) >= segment.rows() {
         return;
@@ -451,7 +494,8 @@ fn prefetch_row(level: &SegmentLevel, row: u32, needs_event: bool) {
         for column in 0..level.version.key_columns {
             prefetch_cell(batch, column, at);
         }
-        if let Some(column) = level.version.event_time.filter(|_| needs_event) {
+        let (event, created) = time_columns(level, needs);
+        for column in [event, created].into_iter().flatten() {
             prefetch_cell(batch, column, at);
         }
     }

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use arrow_array::{RecordBatch, UInt64Array};
-use arrow_select::take::take_record_batch;
+use arrow_array::{Array, RecordBatch};
+use arrow_select::interleave::{interleave, interleave_record_batch};
 use pinion_schemas::EncodedKeys;
 use roaring::RoaringBitmap;
 
@@ -12,6 +12,9 @@ use crate::delta::LogView;
 use crate::error::ReadError;
 use crate::level::{Level, SegmentLevel};
 use crate::order::RowOrder;
+
+/// Rows that a log gives at a time.
+const WINDOW_ROWS: usize = 16384;
 
 /// A delete to carry through a merge.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,9 +39,18 @@ enum Rest {
         next: usize,
         dropped: RoaringBitmap,
     },
-    Log {
-        windows: std::vec::IntoIter<Window>,
-    },
+    Log(SortedLog),
+}
+
+/// The rows of a log that count, in order.
+struct SortedLog {
+    /// In the columns of the current version.
+    batches: Vec<RecordBatch>,
+    /// Batch and row of each, and its sequence.
+    rows: Vec<(usize, usize)>,
+    sequences: Vec<u64>,
+    /// How many were taken.
+    taken: usize,
 }
 
 /// A place in one input. See the module.
@@ -63,9 +75,7 @@ impl Cursor {
                 next: 0,
                 dropped,
             },
-            Level::Log(log) => Rest::Log {
-                windows: log_windows(version, log, &dropped)?.into_iter(),
-            },
+            Level::Log(log) => Rest::Log(SortedLog::new(version, log, &dropped)?),
         };
         let mut cursor = Cursor {
             rest,
@@ -82,7 +92,7 @@ impl Cursor {
         self.at = 0;
         self.source = None;
         self.window = match &mut self.rest {
-            Rest::Log { windows } => windows.next(),
+            Rest::Log(log) => log.next_window(version)?,
             Rest::Segment {
                 level,
                 next,
@@ -191,68 +201,101 @@ fn segment_window(
     window(version, batch, sequences, here)
 }
 
-/// The rows of a log that count, sorted, in windows.
-fn log_windows(
-    version: &Version,
-    view: &LogView,
-    dropped: &RoaringBitmap,
-) -> Result<Vec<Window>, ReadError> {
-    let rows = view.rows()?;
-    let mut batches = Vec::new();
-    let mut live: Vec<u32> = Vec::new();
-    for (first_row, batch) in rows.batches() {
-        for row in first_row..first_row + batch.num_rows() as u32 {
-            if !dropped.contains(row) && !view.row_meta(row)?.deleted {
-                live.push(row);
+impl SortedLog {
+    fn new(
+        version: &Version,
+        view: &LogView,
+        dropped: &RoaringBitmap,
+    ) -> Result<SortedLog, ReadError> {
+        let failed = |e: arrow_schema::ArrowError| compute(version, &e);
+        let mut batches = Vec::new();
+        let mut live = Vec::new();
+        let mut sequences = Vec::new();
+        let mut dropped = dropped.iter().peekable();
+        for (number, (first_row, batch)) in view.rows()?.batches().enumerate() {
+            for at in 0..batch.num_rows() {
+                let row = first_row + at as u32;
+                if dropped.next_if_eq(&row).is_some() || view.row_meta(row)?.deleted {
+                    continue;
+                }
+                live.push((number, at));
+                sequences.push(view.log.base_sequence + u64::from(row));
             }
+            batches.push(
+                version
+                    .adapt(&view.log.version, &batch)
+                    .map_err(failed)?,
+            );
         }
-        batches.push(batch);
-    }
-    if live.is_empty() {
-        return Ok(Vec::new());
-    }
-    let stored = &view.log.version;
-    let whole = arrow_select::concat::concat_batches(&stored.log_schema, &batches)
-        .map_err(|e| compute(version, &e))?;
-    drop(batches);
-    let whole = version
-        .adapt(stored, &whole)
-        .map_err(|e| compute(version, &e))?;
-    // Only live rows are encoded: a delete may come where a key type cannot.
-    let indices = UInt64Array::from_iter_values(live.iter().map(|&r| u64::from(r)));
-    let whole = take_record_batch(&whole, &indices).map_err(|e| compute(version, &e))?;
-    let sequences: Vec<u64> = live
-        .iter()
-        .map(|&r| view.log.base_sequence + u64::from(r))
-        .collect();
-    let unsorted = window(version, whole, sequences, RoaringBitmap::new())?;
-    let mut order: Vec<u32> = (0..live.len() as u32).collect();
-    let key = |i: u32| {
-        let i = i as usize;
-        (
-            unsorted.keys.get(i),
-            unsorted.times.event(i),
-            unsorted.times.created(i),
-            unsorted.sequences[i],
-        )
-    };
-    order.sort_unstable_by(|&a, &b| key(a).cmp(&key(b)));
-    order
-        .chunks(16384)
-        .map(|part| {
-            let indices = UInt64Array::from_iter_values(part.iter().map(|&i| u64::from(i)));
-            let batch =
-                take_record_batch(&unsorted.batch, &indices).map_err(|e| compute(version, &e))?;
-            let batch =
-                RecordBatch::try_new(Arc::clone(&version.log_schema), batch.columns().to_vec())
-                    .map_err(|e| compute(version, &e))?;
-            let sequences = part
-                .iter()
-                .map(|&i| unsorted.sequences[i as usize])
-                .collect();
-            window(version, batch, sequences, RoaringBitmap::new())
+        if live.is_empty() {
+            return Ok(SortedLog {
+                batches,
+                rows: live,
+                sequences,
+                taken: 0,
+            });
+        }
+        // Only live rows are encoded: a delete may come where a key type cannot.
+        let column = |number: usize| {
+            let arrays: Vec<&dyn Array> = batches.iter().map(|b| b.column(number).as_ref()).collect();
+            interleave(&arrays, &live)
+        };
+        let key_columns = (0..version.key_columns)
+            .map(column)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(failed)?;
+        let keys = version
+            .key_encoder
+            .encode(&key_columns)
+            .map_err(|e| compute(version, &e))?;
+        let times = version.times_in(column).map_err(failed)?;
+        let order = sorted(&keys, &times, &sequences);
+        Ok(SortedLog {
+            rows: order.iter().map(|&i| live[i]).collect(),
+            sequences: order.iter().map(|&i| sequences[i]).collect(),
+            batches,
+            taken: 0,
         })
-        .collect()
+    }
+
+    fn next_window(&mut self, version: &Version) -> Result<Option<Window>, ReadError> {
+        let end = self.rows.len().min(self.taken + WINDOW_ROWS);
+        let range = self.taken..end;
+        if range.is_empty() {
+            return Ok(None);
+        }
+        self.taken = end;
+        let failed = |e: arrow_schema::ArrowError| compute(version, &e);
+        let sources: Vec<&RecordBatch> = self.batches.iter().collect();
+        let batch = interleave_record_batch(&sources, &self.rows[range.clone()]).map_err(failed)?;
+        let columns = batch.columns().to_vec();
+        let batch = RecordBatch::try_new(Arc::clone(&version.log_schema), columns).map_err(failed)?;
+        let sequences = self.sequences[range].to_vec();
+        window(version, batch, sequences, RoaringBitmap::new()).map(Some)
+    }
+}
+
+/// Numbers of rows in the order of (key, event time, created time, sequence).
+fn sorted(keys: &EncodedKeys, times: &Times, sequences: &[u64]) -> Vec<usize> {
+    let whole = |i: usize| (keys.get(i), times.event(i), times.created(i), sequences[i]);
+    // The first bytes of a key decide most comparisons without a look at the rest.
+    let mut order: Vec<(u64, u32)> = (0..keys.len())
+        .map(|i| (first_bytes(keys.get(i)), i as u32))
+        .collect();
+    order.sort_unstable_by(|&(first_a, a), &(first_b, b)| {
+        first_a
+            .cmp(&first_b)
+            .then_with(|| whole(a as usize).cmp(&whole(b as usize)))
+    });
+    order.into_iter().map(|(_, i)| i as usize).collect()
+}
+
+/// A number that orders keys as their first eight bytes do.
+fn first_bytes(key: &[u8]) -> u64 {
+    let mut bytes = [0; 8];
+    let len = key.len().min(8);
+    bytes[..len].copy_from_slice(&key[..len]);
+    u64::from_be_bytes(bytes)
 }
 
 /// Every delete of some levels, sorted by key and order.

@@ -35,6 +35,8 @@ pub(crate) struct Merged {
     latest: bool,
     /// Versions with earlier event times are gone.
     cut: i64,
+    /// The key being taken; kept for its room.
+    key: Vec<u8>,
     out: Output,
 }
 
@@ -87,6 +89,7 @@ impl Merged {
             next_delete: 0,
             latest,
             cut,
+            key: Vec::new(),
             out: Output::default(),
         })
     }
@@ -137,8 +140,7 @@ impl Merged {
         let batch = if out.picks.is_empty() {
             RecordBatch::new_empty(Arc::clone(&self.version.log_schema))
         } else {
-            let sources: Vec<&RecordBatch> = out.sources.iter().collect();
-            interleave_record_batch(&sources, &out.picks).map_err(|e| self.compute(&e))?
+            copy_picks(&out.sources, &out.picks).map_err(|e| self.compute(&e))?
         };
         Ok(Some(Step {
             batch,
@@ -164,35 +166,34 @@ impl Merged {
 
     /// Takes every version of the next key. False at the end.
     fn take_key(&mut self) -> Result<bool, ReadError> {
-        let first = self.least();
-        let row_key: Option<Vec<u8>> = first
-            .and_then(|i| self.cursors[i].peek())
-            .map(|(key, _)| key.to_vec());
+        let mut least = self.least();
+        let row_key = least.and_then(|i| self.cursors[i].peek()).map(|(key, _)| key);
         let delete_key = self.deletes.get(self.next_delete).map(|d| d.key.as_slice());
-        let key = match (&row_key, delete_key) {
+        let mut key = std::mem::take(&mut self.key);
+        key.clear();
+        match (row_key, delete_key) {
             (None, None) => return Ok(false),
-            (Some(row), Some(delete)) if delete < row.as_slice() => delete.to_vec(),
-            (None, Some(delete)) => delete.to_vec(),
-            (Some(row), _) => row.clone(),
-        };
+            (Some(row), Some(delete)) => key.extend_from_slice(row.min(delete)),
+            (Some(row), None) => key.extend_from_slice(row),
+            (None, Some(delete)) => key.extend_from_slice(delete),
+        }
         let mut best: Option<Candidate> = None;
-        if row_key.as_deref() == Some(key.as_slice()) {
-            while let Some(i) = self.least() {
-                match self.cursors[i].peek() {
-                    Some((next, order)) if next == key => {
-                        let candidate = self.pick(i, order);
-                        self.cursors[i].advance(&self.version)?;
-                        if order.event < self.cut {
-                            continue;
-                        }
-                        if self.latest {
-                            best = Some(candidate);
-                        } else {
-                            self.keep(&key, candidate);
-                        }
+        while let Some(i) = least {
+            match self.cursors[i].peek() {
+                Some((next, order)) if next == key => {
+                    let candidate = self.pick(i, order);
+                    self.cursors[i].advance(&self.version)?;
+                    least = self.least();
+                    if order.event < self.cut {
+                        continue;
                     }
-                    _ => break,
+                    if self.latest {
+                        best = Some(candidate);
+                    } else {
+                        self.keep(&key, candidate);
+                    }
                 }
+                _ => break,
             }
         }
         let mut best_delete: Option<usize> = None;
@@ -214,6 +215,7 @@ impl Merged {
             (Some(row), _) => self.keep(&key, row),
             (None, None) => {}
         }
+        self.key = key;
         Ok(true)
     }
 
@@ -240,6 +242,23 @@ impl Merged {
         self.out.keys.push(key);
         self.out.sequences.push(row.order.sequence);
     }
+}
+
+/// The picked rows: where they lie, if they follow each other in one batch, else copied.
+fn copy_picks(
+    sources: &[RecordBatch],
+    picks: &[(usize, usize)],
+) -> Result<RecordBatch, arrow_schema::ArrowError> {
+    if let [(source, first), ..] = *picks
+        && picks
+            .iter()
+            .enumerate()
+            .all(|(i, pick)| *pick == (source, first + i))
+    {
+        return Ok(sources[source].slice(first, picks.len()));
+    }
+    let sources: Vec<&RecordBatch> = sources.iter().collect();
+    interleave_record_batch(&sources, picks)
 }
 
 /// What a merge wrote.

@@ -411,6 +411,15 @@ impl Segment {
         }
     }
 
+    /// Whether a row has this encoded key.
+    ///
+    /// # Errors
+    ///
+    /// If the row's batch is damaged.
+    pub(crate) fn key_is(&self, row: u32, key: &[u8]) -> Result<bool, SegmentDamage> {
+        self.rows.key_is(&self.encoder, row, key)
+    }
+
     /// Appends the encoded key of a row.
     ///
     /// # Errors

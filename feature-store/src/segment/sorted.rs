@@ -120,6 +120,27 @@ impl SortedFile {
         self.stored_key_at(encoder, row, out)
     }
 
+    /// Whether a row has this key.
+    #[inline]
+    pub(super) fn key_is(
+        &self,
+        encoder: &KeyEncoder,
+        row: u32,
+        key: &[u8],
+    ) -> Result<bool, SegmentDamage> {
+        if let Some(packed) = &self.packed {
+            let found = packed.key(packed.slot(row));
+            return found
+                .map(|found| found == key)
+                .ok_or_else(|| self.packed_damage(row));
+        }
+        let (batch, place) = self.file.batch_of_row(row);
+        let columns = self.file.batch(batch)?.columns();
+        encoder
+            .row_is(&columns[..self.key_columns], place, key)
+            .map_err(|error| self.file.damage(Some(batch), error.to_string()))
+    }
+
     /// As `key_at`, from the columns.
     fn stored_key_at(
         &self,

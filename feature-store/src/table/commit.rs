@@ -8,6 +8,7 @@ use std::time::Duration;
 use arrow_array::RecordBatch;
 use arrow_select::concat::concat_batches;
 use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 use pinion_schemas::EncodedKeys;
 
 use super::{ClosedState, TableInner, Writer};
@@ -20,14 +21,16 @@ use crate::delta::rows::LogRows;
 use crate::delta::{Log, LogView, body, key_equals};
 use crate::error::{CommitError, RowProblem};
 use crate::level::Level;
-use crate::lookup::GROUP;
 use crate::manifest::Checkpoint;
-use crate::order::{self, RowOrder};
+use crate::order;
 use crate::positions::Positions;
 use crate::snapshot::SnapshotId;
 
 /// Closed logs that may wait to become segments before commits wait for them.
 const CLOSED_LOGS_BEFORE_WAITING: usize = 8;
+
+/// Room for a record that is kept for the next one.
+const RECORD_BYTES_KEPT: usize = 4 << 20;
 
 /// A commit brought into the log's columns, before the writer lock is taken.
 struct Prepared {
@@ -264,7 +267,9 @@ impl TableInner {
         };
         writer.topics.encode(&commit.positions, &mut head);
         let first_sequence = writer.log.base_sequence + u64::from(first_row);
-        let written = record::encode(
+        let mut record = std::mem::take(&mut writer.record);
+        let written = record::encode_into(
+            &mut record,
             first_sequence,
             &prepared.hashes,
             &prepared.deleted,
@@ -272,13 +277,16 @@ impl TableInner {
             &head,
             |out| body::encode(&prepared.batch, out).map_err(|e| self.schema_error(e.to_string())),
         )
-        .and_then(|record| {
+        .and_then(|()| {
             let (bytes, limit_bytes) = (record.len() as u64, self.options.put_max_bytes);
             if bytes > limit_bytes {
                 return Err(CommitError::TooLarge { bytes, limit_bytes });
             }
             writer.append(self, &record)
         });
+        if record.capacity() <= RECORD_BYTES_KEPT {
+            writer.record = record;
+        }
         if let Err(error) = written {
             writer.topics.forget_last(head.new_topics.len());
             return Err(error);
@@ -396,38 +404,49 @@ impl TableInner {
         first_row: u32,
     ) -> Result<Resolved, CommitError> {
         let current = self.current.load_full();
+        let levels: Vec<&Level> = current.newest_first().collect();
         let rows = prepared.deleted.len();
+        for level in &levels {
+            if let Level::Log(log) = level {
+                log.prepare(rows)?;
+            }
+        }
+        let winners = current.latest_winners(&levels, &prepared.keys, &prepared.hashes)?;
         let mut resolved = Resolved {
             lost: vec![false; rows],
             ..Resolved::default()
         };
+        resolved.replaced.reserve(rows);
         // Winner of each key within this commit so far.
-        let mut within: HashTable<usize> = HashTable::new();
-        let order_of = |i: usize| RowOrder {
-            event: prepared.times.event(i),
-            created: prepared.times.created(i),
-            sequence: writer.log.base_sequence + u64::from(first_row) + i as u64,
-        };
+        let mut within: HashTable<usize> = HashTable::with_capacity(rows);
+        // Of equal times the later commit, and in it the later row, wins.
+        let times_of = |i: usize| (prepared.times.event(i), prepared.times.created(i));
         let here = Place::Log(writer.log.incarnation);
-        for i in 0..rows {
-            if i % GROUP == 0 && rows > 1 {
-                current.fetch_ahead(&prepared.hashes[i..rows.min(i + GROUP)]);
-            }
+        for (i, winner) in winners.iter().enumerate() {
             let (key, hash) = (prepared.keys.get(i), prepared.hashes[i]);
-            let before = match within.find(hash, |&other| prepared.keys.get(other) == key) {
-                Some(&earlier) => Some((
-                    here,
-                    first_row + earlier as u32,
-                    order_of(earlier),
-                    prepared.deleted[earlier],
-                )),
-                None => current
-                    .latest_winner(key, hash)?
-                    .map(|(level, found)| (level.place(), found.row, found.order, found.deleted)),
+            let slot = within.entry(
+                hash,
+                |&other| prepared.keys.get(other) == key,
+                |&other| prepared.hashes[other],
+            );
+            let before = match &slot {
+                Entry::Occupied(earlier) => {
+                    let earlier = *earlier.get();
+                    Some((
+                        here,
+                        first_row + earlier as u32,
+                        times_of(earlier),
+                        prepared.deleted[earlier],
+                    ))
+                }
+                Entry::Vacant(_) => winner.map(|w| {
+                    let place = levels[w.level as usize].place();
+                    (place, w.row, (w.event, w.created), w.deleted)
+                }),
             };
             let by = i as u32;
             match before {
-                Some((_, _, order, _)) if order > order_of(i) => {
+                Some((_, _, times, _)) if times > times_of(i) => {
                     resolved.lost[i] = true;
                     resolved.replaced.push(Replaced {
                         place: here,
@@ -451,13 +470,10 @@ impl TableInner {
             if !prepared.deleted[i] {
                 resolved.live_change += 1;
             }
-            if rows > 1 {
-                let known = within.find_mut(hash, |&other| prepared.keys.get(other) == key);
-                match known {
-                    Some(winner) => *winner = i,
-                    None => {
-                        within.insert_unique(hash, i, |&other| prepared.hashes[other]);
-                    }
+            match slot {
+                Entry::Occupied(mut winner) => *winner.get_mut() = i,
+                Entry::Vacant(slot) => {
+                    slot.insert(i);
                 }
             }
         }

@@ -479,6 +479,7 @@ pub(crate) fn open_table(
             dead_letters: Vec::new(),
             closed: replay.closed,
             next_log: next_log + 1,
+            record: Vec::new(),
         }),
         log_ends: manifest.log_ends.clone(),
         published_files: Mutex::new((manifest.number, manifest.dead_letter_files.clone())),

@@ -25,6 +25,11 @@ mod encoded;
 #[cfg(test)]
 mod tests;
 
+use std::cell::RefCell;
+use std::cmp::Ordering;
+
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Int32Type, Int64Type, UInt32Type, UInt64Type};
 use arrow_array::{Array, ArrayRef};
 use arrow_schema::{DataType, Field};
 
@@ -282,6 +287,28 @@ impl KeyEncoder {
         Ok(())
     }
 
+    /// Whether the key of one row is `key`. Of a key of one integer or string, nothing is written
+    /// for it.
+    ///
+    /// # Errors
+    ///
+    /// As [`KeyEncoder::encode_row`].
+    pub fn row_is(&self, columns: &[ArrayRef], row: usize, key: &[u8]) -> Result<bool, KeyError> {
+        thread_local! {
+            static ENCODED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        }
+        if let ([part], [column]) = (self.parts.as_slice(), columns)
+            && let Some(same) = part.plain_is(column.as_ref(), row, key)
+        {
+            return Ok(same);
+        }
+        ENCODED.with_borrow_mut(|encoded| {
+            encoded.clear();
+            self.encode_row(columns, row, encoded)?;
+            Ok(encoded.as_slice() == key)
+        })
+    }
+
     /// Decodes keys into one array per key column, in the order of the keys.
     ///
     /// Arrays are of the declared types; a dictionary comes back as its value type.
@@ -366,6 +393,45 @@ impl KeyPart {
             self.fitting(column)?.append(row, out);
         }
         Ok(())
+    }
+
+    /// Whether a row of a column of the declared type encodes to `key`; `None` where that takes
+    /// more than a look.
+    fn plain_is(&self, column: &dyn Array, row: usize, key: &[u8]) -> Option<bool> {
+        if row >= column.len() || column.is_null(row) {
+            return None;
+        }
+        match &self.data_type {
+            DataType::Int64 => {
+                let value = column.as_primitive_opt::<Int64Type>()?.value(row);
+                Some(key == (value ^ i64::MIN).to_be_bytes())
+            }
+            DataType::Int32 => {
+                let value = column.as_primitive_opt::<Int32Type>()?.value(row);
+                Some(key == (value ^ i32::MIN).to_be_bytes())
+            }
+            DataType::UInt64 => {
+                let value = column.as_primitive_opt::<UInt64Type>()?.value(row);
+                Some(key == value.to_be_bytes())
+            }
+            DataType::UInt32 => {
+                let value = column.as_primitive_opt::<UInt32Type>()?.value(row);
+                Some(key == value.to_be_bytes())
+            }
+            DataType::Utf8 => {
+                let text = column.as_string_opt::<i32>()?.value(row).as_bytes();
+                match key.len().cmp(&(text.len() + columns::END.len())) {
+                    Ordering::Less => Some(false),
+                    // Each zero takes a byte more.
+                    Ordering::Greater => (!text.contains(&0)).then_some(false),
+                    Ordering::Equal => {
+                        let same = key.strip_suffix(&columns::END) == Some(text);
+                        Some(same && !text.contains(&0))
+                    }
+                }
+            }
+            _ => None,
+        }
     }
 
     fn fitting<'a>(&self, column: &'a dyn Array) -> Result<Column<'a>, KeyError> {

@@ -394,6 +394,36 @@ proptest! {
     }
 
     #[test]
+    fn a_row_is_its_own_key_and_no_other(
+        texts in prop::collection::vec("[\\x00a\u{ff}]{0,3}", 1..6),
+        numbers in prop::collection::vec(-2_i64..3, 6..7),
+    ) {
+        let numbers = || numbers.iter().copied().take(texts.len());
+        let columns: Vec<ArrayRef> = vec![
+            Arc::new(StringArray::from_iter_values(&texts)),
+            Arc::new(LargeStringArray::from_iter_values(&texts)),
+            Arc::new(Int64Array::from_iter_values(numbers())),
+            Arc::new(Int32Array::from_iter_values(numbers().map(|n| n as i32))),
+            Arc::new(UInt64Array::from_iter_values(numbers().map(|n| n as u64))),
+            Arc::new(UInt32Array::from_iter_values(numbers().map(|n| n as u32))),
+            Arc::new(Int16Array::from_iter_values(numbers().map(|n| n as i16))),
+        ];
+        let single = columns.iter().map(|column| vec![Arc::clone(column)]);
+        for columns in single.chain([columns.clone()]) {
+            let encoder = encoder_of(&columns);
+            let keys = encoder.encode(&columns).unwrap();
+            for row in 0..texts.len() {
+                for other in 0..texts.len() {
+                    let same = encoder.row_is(&columns, row, keys.get(other)).unwrap();
+                    prop_assert_eq!(same, keys.get(row) == keys.get(other));
+                }
+                prop_assert!(!encoder.row_is(&columns, row, b"").unwrap());
+            }
+            prop_assert!(encoder.row_is(&columns, texts.len(), b"").is_err());
+        }
+    }
+
+    #[test]
     fn no_bytes_make_the_decoder_panic(key in prop::collection::vec(any::<u8>(), 0..40)) {
         let text = KeyEncoder::new(&fields([DataType::Utf8])).unwrap();
         let _ = text.decode(std::iter::once(key.as_slice()));
