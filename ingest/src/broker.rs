@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use pinion_schemas::StartPolicy;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
 
 use crate::assign::{NAMED, Offsets};
 use crate::config::IngestError;
 use crate::feed::TopicView;
-use crate::native::{self, LogContext, TopicIdError};
+use crate::native::{self, EventQueue, LogContext, Polled, TopicIdError};
 
 /// The consumer of every source.
 pub(crate) type Consumer = BaseConsumer<LogContext>;
@@ -27,16 +28,26 @@ pub(crate) fn describe_topic(
     topic: &str,
     timeout: Duration,
 ) -> Result<TopicView, String> {
-    let metadata = consumer
-        .fetch_metadata(Some(topic), timeout)
-        .map_err(|e| format!("cannot reach the brokers: {e}"))?;
+    describe(consumer, topic, timeout, &|| None)
+}
+
+fn describe(
+    consumer: &Consumer,
+    topic: &str,
+    timeout: Duration,
+    complaint: &dyn Fn() -> Option<String>,
+) -> Result<TopicView, String> {
+    let metadata = consumer.fetch_metadata(Some(topic), timeout).map_err(|e| {
+        let why = complaint().unwrap_or_else(|| e.to_string());
+        format!("cannot reach the brokers: {why}")
+    })?;
     let found = metadata
         .topics()
         .iter()
         .find(|t| t.name() == topic)
         .ok_or_else(|| format!("the brokers do not know topic {topic}"))?;
     if let Some(error) = found.error() {
-        let code = rdkafka::types::RDKafkaErrorCode::from(error);
+        let code = RDKafkaErrorCode::from(error);
         return Err(format!("the brokers refuse topic {topic}: {code}"));
     }
     let partitions: BTreeSet<i32> = found
@@ -64,6 +75,28 @@ pub(crate) fn describe_topic(
         name: topic.to_owned(),
         id,
         partitions,
+    })
+}
+
+/// As [`describe_topic`], of a client from which nothing is read yet: where no broker answers,
+/// what the client complained of meanwhile (a password, a certificate) is the reason.
+pub(crate) fn describe_topic_first(
+    consumer: &Consumer,
+    topic: &str,
+    timeout: Duration,
+) -> Result<TopicView, String> {
+    describe(consumer, topic, timeout, &|| {
+        let events = EventQueue::new(consumer)?;
+        let complaints =
+            std::iter::from_fn(|| events.poll(Duration::ZERO)).filter_map(|polled| match polled {
+                Polled::Failed { code, message, .. }
+                    if code != RDKafkaErrorCode::AllBrokersDown =>
+                {
+                    Some(message)
+                }
+                _ => None,
+            });
+        complaints.last()
     })
 }
 

@@ -14,7 +14,7 @@ use pinion_schemas::{History, StartPolicy, TableDefinition};
 use serde::Serialize;
 
 use crate::assign::{NAMED, Offsets};
-use crate::broker::{Consumer, describe_topic, resolve_start, watermarks};
+use crate::broker::{Consumer, describe_topic_first, resolve_start, watermarks};
 use crate::config::{IngestConfig, IngestError, settings_refused};
 use crate::control::PositionGate;
 use crate::feed::{FeedProblem, TopicView, problem_of};
@@ -126,7 +126,7 @@ pub(crate) fn resolve(
         .create_with_context(LogContext)
         .map_err(|e| failed(settings_refused(&e)))?;
     let timeout = config.request_timeout;
-    let topic = describe_topic(&consumer, &key.topic, timeout).map_err(failed)?;
+    let topic = describe_topic_first(&consumer, &key.topic, timeout).map_err(failed)?;
     let only = definition.kafka.as_ref().and_then(|k| k.partitions.clone());
     let wanted: BTreeSet<i32> = topic
         .partitions

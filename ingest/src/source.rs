@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use pinion_schemas::TableDefinition;
 
-use crate::broker::{Consumer, TopicWatch, describe_topic};
+use crate::broker::{Consumer, TopicWatch, describe_topic_first};
 use crate::config::{IngestConfig, IngestError, settings_refused};
 use crate::control::Control;
 use crate::decode::DecodeSettings;
@@ -113,7 +113,7 @@ impl Source {
             Err(e) => return Ended::Halted(settings_refused(&e)),
         };
         let timeout = self.config.request_timeout;
-        let topic = match describe_topic(&consumer, &self.key.topic, timeout) {
+        let topic = match describe_topic_first(&consumer, &self.key.topic, timeout) {
             Ok(topic) => topic,
             Err(reason) => return Ended::Retry(reason),
         };

@@ -384,7 +384,15 @@ pub(crate) fn encode<E>(
     body: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
 ) -> Result<Vec<u8>, E> {
     let mut out = Vec::new();
-    encode_into(&mut out, first_sequence, hashes, deleted, sealed, head, body)?;
+    encode_into(
+        &mut out,
+        first_sequence,
+        hashes,
+        deleted,
+        sealed,
+        head,
+        body,
+    )?;
     Ok(out)
 }
 

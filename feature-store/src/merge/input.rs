@@ -221,11 +221,7 @@ impl SortedLog {
                 live.push((number, at));
                 sequences.push(view.log.base_sequence + u64::from(row));
             }
-            batches.push(
-                version
-                    .adapt(&view.log.version, &batch)
-                    .map_err(failed)?,
-            );
+            batches.push(version.adapt(&view.log.version, &batch).map_err(failed)?);
         }
         if live.is_empty() {
             return Ok(SortedLog {
@@ -237,7 +233,8 @@ impl SortedLog {
         }
         // Only live rows are encoded: a delete may come where a key type cannot.
         let column = |number: usize| {
-            let arrays: Vec<&dyn Array> = batches.iter().map(|b| b.column(number).as_ref()).collect();
+            let arrays: Vec<&dyn Array> =
+                batches.iter().map(|b| b.column(number).as_ref()).collect();
             interleave(&arrays, &live)
         };
         let key_columns = (0..version.key_columns)
@@ -269,7 +266,8 @@ impl SortedLog {
         let sources: Vec<&RecordBatch> = self.batches.iter().collect();
         let batch = interleave_record_batch(&sources, &self.rows[range.clone()]).map_err(failed)?;
         let columns = batch.columns().to_vec();
-        let batch = RecordBatch::try_new(Arc::clone(&version.log_schema), columns).map_err(failed)?;
+        let batch =
+            RecordBatch::try_new(Arc::clone(&version.log_schema), columns).map_err(failed)?;
         let sequences = self.sequences[range].to_vec();
         window(version, batch, sequences, RoaringBitmap::new()).map(Some)
     }

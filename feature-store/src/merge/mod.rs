@@ -167,7 +167,9 @@ impl Merged {
     /// Takes every version of the next key. False at the end.
     fn take_key(&mut self) -> Result<bool, ReadError> {
         let mut least = self.least();
-        let row_key = least.and_then(|i| self.cursors[i].peek()).map(|(key, _)| key);
+        let row_key = least
+            .and_then(|i| self.cursors[i].peek())
+            .map(|(key, _)| key);
         let delete_key = self.deletes.get(self.next_delete).map(|d| d.key.as_slice());
         let mut key = std::mem::take(&mut self.key);
         key.clear();
