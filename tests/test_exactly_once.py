@@ -376,8 +376,11 @@ def test_every_record_is_there_once_whatever_is_killed(store, kafka, serve, soak
         for number, kind in enumerate(kinds):
             try:
                 campaign.cycle(kind)
-            except AssertionError as error:
-                raise AssertionError(f"cycle {number} ({kind}), PINION_TEST_SEED={seed}: {error}") from error
+            except Exception as error:
+                state = "runs" if server.alive() else f"exited ({server.process.poll()})"
+                raise AssertionError(
+                    f"cycle {number} ({kind}), PINION_TEST_SEED={seed}: {error!r}; the server {state}\n{server.log_text()}"
+                ) from error
             if number % 5 == 4:
                 server.kill()
                 store.run("check")
