@@ -1,12 +1,13 @@
 //! The key index of a log: hash -> versions of a key, readable without locks.
 //!
-//! Buckets are linked lists of keys; each key's versions are a second list, newest commit
-//! first. One writer inserts (under the table's writer lock); readers follow links with
-//! acquire loads and skip rows at or above what their snapshot sees. Rows are stored as
-//! `row + 1`, 0 is none. In latest tables only versions that win at their commit are
-//! inserted, so a key's first visible version is its winner. In history tables each
-//! version knows the greatest of itself and all older ones (`best`), so the latest value
-//! costs one step however many versions a hot key has.
+//! An open table names the newest version of each key, tagged with half of its hash, so that
+//! asking for a key which is not there mostly costs one look at one cache line; each key's
+//! versions are a list, newest commit first. One writer inserts (under the table's writer
+//! lock); readers follow links with acquire loads and skip rows at or above what their
+//! snapshot sees. Rows are stored as `row + 1`, 0 is none. In latest tables only versions that
+//! win at their commit are inserted, so a key's first visible version is its winner. In history
+//! tables each version knows the greatest of itself and all older ones (`best`), so the latest
+//! value costs one step however many versions a hot key has.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
@@ -14,13 +15,14 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use crate::segment::prefetch;
 
 const CHUNK_ROWS: usize = 1 << 12;
+/// Entries of the table that are taken from memory together: 4 KiB.
+const PAGE_ENTRIES: usize = 1 << 9;
 
 #[derive(Default)]
 struct Slot {
     hash: AtomicU64,
     event: AtomicI64,
     created: AtomicI64,
-    next_key: AtomicU32,
     older: AtomicU32,
     best: AtomicU32,
     deleted: AtomicBool,
@@ -28,21 +30,27 @@ struct Slot {
 
 /// See the module.
 pub(crate) struct LogIndex {
-    heads: OnceLock<Box<[AtomicU32]>>,
-    head_count: usize,
+    /// Entries: the upper half of a key's hash, and its newest row plus one; 0 is free. At most
+    /// half of them are taken, so a search always ends at a free one.
+    pages: Box<[OnceLock<Box<[AtomicU64]>>]>,
     chunks: Box<[OnceLock<Box<[Slot]>>]>,
+}
+
+/// What an entry says: a row plus one if it may be of this hash.
+fn row_of(entry: u64, hash: u64) -> Option<u32> {
+    (entry >> 32 == hash >> 32).then_some(entry as u32)
 }
 
 impl LogIndex {
     /// An index for up to `capacity_rows` rows. Memory is taken as rows come.
     pub(crate) fn new(capacity_rows: u32) -> LogIndex {
-        let capacity = (capacity_rows as usize).max(1);
+        let chunks = (capacity_rows as usize).max(1).div_ceil(CHUNK_ROWS);
+        let entries = (2 * chunks * CHUNK_ROWS).next_power_of_two();
         LogIndex {
-            heads: OnceLock::new(),
-            head_count: capacity.next_power_of_two().max(1024),
-            chunks: (0..capacity.div_ceil(CHUNK_ROWS))
+            pages: (0..entries / PAGE_ENTRIES)
                 .map(|_| OnceLock::new())
                 .collect(),
+            chunks: (0..chunks).map(|_| OnceLock::new()).collect(),
         }
     }
 
@@ -51,9 +59,26 @@ impl LogIndex {
         u32::try_from(self.chunks.len() * CHUNK_ROWS).unwrap_or(u32::MAX)
     }
 
-    fn heads(&self) -> &[AtomicU32] {
-        self.heads
-            .get_or_init(|| (0..self.head_count).map(|_| AtomicU32::new(0)).collect())
+    /// Where the search for a hash begins.
+    fn first_place(&self, hash: u64) -> usize {
+        hash as usize & (self.pages.len() * PAGE_ENTRIES - 1)
+    }
+
+    /// The place after `place`: the first after the last.
+    fn next_place(&self, place: usize) -> usize {
+        (place + 1) & (self.pages.len() * PAGE_ENTRIES - 1)
+    }
+
+    /// The entry at a place; `None` where none was ever stored nearby.
+    fn entry(&self, place: usize) -> Option<&AtomicU64> {
+        let page = self.pages[place / PAGE_ENTRIES].get()?;
+        Some(&page[place % PAGE_ENTRIES])
+    }
+
+    fn entry_to_write(&self, place: usize) -> &AtomicU64 {
+        let page = self.pages[place / PAGE_ENTRIES]
+            .get_or_init(|| (0..PAGE_ENTRIES).map(|_| AtomicU64::new(0)).collect());
+        &page[place % PAGE_ENTRIES]
     }
 
     fn slot(&self, row: u32) -> &Slot {
@@ -63,23 +88,28 @@ impl LogIndex {
         &chunk[row % CHUNK_ROWS]
     }
 
-    /// Fetches the head of a hash's bucket into the cache.
-    pub(crate) fn prefetch_head(&self, hash: u64) {
-        if let Some(heads) = self.heads.get() {
-            prefetch(heads, hash as usize & (self.head_count - 1));
+    /// Fetches the entry of a hash into the cache.
+    pub(crate) fn prefetch_entry(&self, hash: u64) {
+        let place = self.first_place(hash);
+        if let Some(page) = self.pages[place / PAGE_ENTRIES].get() {
+            prefetch(page, place % PAGE_ENTRIES);
         }
     }
 
-    /// Fetches the first key of a hash's bucket into the cache.
-    pub(crate) fn prefetch_slot(&self, hash: u64) {
-        let Some(heads) = self.heads.get() else {
-            return;
-        };
-        let at = heads[hash as usize & (self.head_count - 1)].load(Ordering::Acquire);
-        if let Some(row) = (at as usize).checked_sub(1)
-            && let Some(Some(chunk)) = self.chunks.get(row / CHUNK_ROWS).map(OnceLock::get)
-        {
-            prefetch(chunk, row % CHUNK_ROWS);
+    /// The newest row of what may be a hash's key; what is known of it is fetched.
+    pub(crate) fn prefetch_newest(&self, hash: u64) -> Option<u32> {
+        let mut place = self.first_place(hash);
+        loop {
+            let entry = self.entry(place)?.load(Ordering::Acquire);
+            if entry == 0 {
+                return None;
+            }
+            if let Some(row) = row_of(entry, hash).and_then(|row| row.checked_sub(1)) {
+                let chunk = self.chunks.get(row as usize / CHUNK_ROWS)?.get()?;
+                prefetch(chunk, row as usize % CHUNK_ROWS);
+                return Some(row);
+            }
+            place = self.next_place(place);
         }
     }
 
@@ -107,38 +137,36 @@ impl LogIndex {
     pub(crate) fn insert(&self, row: u32, same_key: impl Fn(u32) -> bool) {
         let slot = self.slot(row);
         let hash = slot.hash.load(Ordering::Relaxed);
-        let head = &self.heads()[hash as usize & (self.head_count - 1)];
-        let mut link = head;
+        let newest = (hash >> 32) << 32 | u64::from(row + 1);
+        let mut place = self.first_place(hash);
         loop {
-            let at = link.load(Ordering::Relaxed);
-            if at == 0 {
-                // A new key goes to the front of its bucket.
-                slot.next_key
-                    .store(head.load(Ordering::Relaxed), Ordering::Relaxed);
+            let entry = self.entry_to_write(place);
+            let found = entry.load(Ordering::Relaxed);
+            if found == 0 {
                 slot.best.store(row, Ordering::Relaxed);
-                head.store(row + 1, Ordering::Release);
+                // Release: a reader that sees the entry sees the slot.
+                entry.store(newest, Ordering::Release);
                 return;
             }
-            let other = self.slot(at - 1);
-            if other.hash.load(Ordering::Relaxed) == hash && same_key(at - 1) {
-                slot.older.store(at, Ordering::Relaxed);
-                slot.next_key
-                    .store(other.next_key.load(Ordering::Relaxed), Ordering::Relaxed);
-                let best = other.best.load(Ordering::Relaxed);
-                let mine = (
-                    slot.event.load(Ordering::Relaxed),
-                    slot.created.load(Ordering::Relaxed),
-                );
-                let (event, created, _) = self.meta(best);
-                slot.best.store(
-                    if (event, created) > mine { best } else { row },
-                    Ordering::Relaxed,
-                );
-                // A reader standing on the older version still follows its old link.
-                link.store(row + 1, Ordering::Release);
-                return;
+            if let Some(at) = row_of(found, hash) {
+                let other = self.slot(at - 1);
+                if other.hash.load(Ordering::Relaxed) == hash && same_key(at - 1) {
+                    slot.older.store(at, Ordering::Relaxed);
+                    let best = other.best.load(Ordering::Relaxed);
+                    let mine = (
+                        slot.event.load(Ordering::Relaxed),
+                        slot.created.load(Ordering::Relaxed),
+                    );
+                    let (event, created, _) = self.meta(best);
+                    slot.best.store(
+                        if (event, created) > mine { best } else { row },
+                        Ordering::Relaxed,
+                    );
+                    entry.store(newest, Ordering::Release);
+                    return;
+                }
             }
-            link = &other.next_key;
+            place = self.next_place(place);
         }
     }
 
@@ -152,11 +180,15 @@ impl LogIndex {
         latest: bool,
         same_key: impl Fn(u32) -> bool,
     ) -> Option<(u32, i64, i64, bool)> {
-        let mut at =
-            self.heads.get()?[hash as usize & (self.head_count - 1)].load(Ordering::Acquire);
-        while at != 0 {
-            let slot = self.slot(at - 1);
-            if slot.hash.load(Ordering::Relaxed) == hash {
+        let mut place = self.first_place(hash);
+        loop {
+            let entry = self.entry(place)?.load(Ordering::Acquire);
+            if entry == 0 {
+                return None;
+            }
+            if let Some(at) = row_of(entry, hash)
+                && self.slot(at - 1).hash.load(Ordering::Relaxed) == hash
+            {
                 let mut version = at;
                 while version != 0 && version > visible_rows {
                     version = self.slot(version - 1).older.load(Ordering::Acquire);
@@ -165,9 +197,8 @@ impl LogIndex {
                     return self.answer(version - 1, until, latest);
                 }
             }
-            at = slot.next_key.load(Ordering::Acquire);
+            place = self.next_place(place);
         }
-        None
     }
 
     fn answer(&self, newest: u32, until: i64, latest: bool) -> Option<(u32, i64, i64, bool)> {
@@ -209,6 +240,37 @@ mod tests {
         keys.push(key);
         index.set_meta(row, key % 7, event, 0, false);
         index.insert(row, |other| keys[other as usize] == key);
+    }
+
+    #[test]
+    fn a_full_index_finds_every_key_and_no_other_whatever_their_hashes() {
+        // All the same; only the tag differs; only the place differs; the last place, so that
+        // searches go round.
+        let hashes: [fn(u64) -> u64; 4] = [
+            |_| 7,
+            |key| key << 32,
+            |key| key,
+            |key| u64::MAX - (key & 1),
+        ];
+        for (kind, hash_of) in hashes.into_iter().enumerate() {
+            let index = LogIndex::new(1);
+            let rows = if kind == 2 {
+                index.capacity_rows()
+            } else {
+                500
+            };
+            for row in 0..rows {
+                let hash = hash_of(u64::from(row));
+                index.set_meta(row, hash, i64::from(row), 0, false);
+                index.insert(row, |other| other == row);
+            }
+            for row in 0..rows + 10 {
+                let found = index.find(hash_of(u64::from(row)), rows, i64::MAX, true, |other| {
+                    other == row
+                });
+                assert_eq!(found.map(|f| f.0), (row < rows).then_some(row), "{kind}");
+            }
+        }
     }
 
     #[test]

@@ -202,18 +202,18 @@ impl LogView {
         self.warm().ok()??.0.row(row)
     }
 
-    /// Fetches the head of a hash's bucket into the cache.
-    pub(crate) fn prefetch_head(&self, hash: u64) {
+    /// Fetches the index entry of a hash into the cache.
+    pub(crate) fn prefetch_entry(&self, hash: u64) {
         if let Ok(Some((_, index))) = self.warm() {
-            index.prefetch_head(hash);
+            index.prefetch_entry(hash);
         }
     }
 
-    /// Fetches the first key of a hash's bucket into the cache.
-    pub(crate) fn prefetch_slot(&self, hash: u64) {
-        if let Ok(Some((_, index))) = self.warm() {
-            index.prefetch_slot(hash);
-        }
+    /// The row that may have a hash's key, in rows that are in memory: its batch, and its place in
+    /// it. What the index knows of it is fetched into the cache.
+    pub(crate) fn prefetch_newest(&self, hash: u64) -> Option<(&RecordBatch, usize)> {
+        let (rows, index) = self.warm().ok()??;
+        rows.row(index.prefetch_newest(hash)?)
     }
 
     /// The greatest visible version of `key` with an event time at or before `until`.

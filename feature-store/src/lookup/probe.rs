@@ -303,10 +303,14 @@ fn probe_log(
     for start in (0..pending.len()).step_by(GROUP) {
         let end = pending.len().min(start + GROUP);
         for &key in &pending[start..end] {
-            log.prefetch_head(keys.hashes[key as usize]);
+            log.prefetch_entry(keys.hashes[key as usize]);
         }
         for &key in &pending[start..end] {
-            log.prefetch_slot(keys.hashes[key as usize]);
+            if let Some((batch, at)) = log.prefetch_newest(keys.hashes[key as usize]) {
+                for column in 0..log.log.version.key_columns {
+                    prefetch_cell(batch, column, at);
+                }
+            }
         }
         for at in start..end {
             let key = pending[at];
