@@ -41,10 +41,7 @@ from stream_report import REPORTS
 
 from support import flight as calls
 
-# Of a young broker on two cores the optimizing compiler takes up to a quarter (perf): Pinion and the peers beside it would
-# be measured against that.
-os.environ.setdefault("PINION_KAFKA_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
-from support.broker import Broker  # noqa: E402
+from support import broker as brokers
 from support.wait import until
 
 EVENTS = """
@@ -89,7 +86,7 @@ def main():
     for name in options.parts:
         here = machine()
         try:
-            with Span() as span, kafka() as broker:
+            with Span() as span, kafka(name) as broker:
                 found = parts[name](broker, options)
         except Unmeasured as why:
             print(f"\n== {name} is not measured: {why}")
@@ -104,9 +101,13 @@ def main():
 
 
 @contextmanager
-def kafka():
+def kafka(part):
+    """A broker of its own for a part. The parts that last a minute and more leave the optimizing compiler time to be done;
+    in the seconds of a run of `throughput` it would take a quarter of two cores (perf)."""
+    options = "-XX:TieredStopAtLevel=1" if part == "throughput" else "-XX:+TieredCompilation"
+    brokers.ENVIRONMENT = {**os.environ, "PINION_KAFKA_JAVA_OPTIONS": options}
     folder = tempfile.mkdtemp(prefix="pinion-bench-", dir=DATA)
-    broker = Broker(f"{folder}/kafka")
+    broker = brokers.Broker(f"{folder}/kafka")
     try:
         yield broker
     finally:
