@@ -215,8 +215,8 @@ pub const SETTINGS: &[Setting] = &[
     setting(
         "kafka.monitors",
         Kind::Switch,
-        Some("true"),
-        "Tell the brokers the positions, as offsets of groups pinion.<instance>.<table>",
+        Some("false"),
+        "Tell the brokers the positions, as offsets of groups pinion.<instance>.<table>; a broker that dies meanwhile may end the server (librdkafka issue 4605)",
     ),
     setting(
         "kafka.value_max_bytes",
