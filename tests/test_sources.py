@@ -9,7 +9,7 @@ import json
 import time
 
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from support import flight as calls
@@ -496,7 +496,12 @@ def test_monitors_see_the_positions_as_a_groups_offsets(store, kafka, serve):
 
     def seen():
         wanted = [TopicPartition(topic, 0), TopicPartition(topic, 1)]
-        return [p.offset for p in monitor.committed(wanted, timeout=10)] == [30, 12]
+        try:
+            return [p.offset for p in monitor.committed(wanted, timeout=10)] == [30, 12]
+        except KafkaException as error:
+            # A young broker has no coordinator yet.
+            assert error.args[0].code() == KafkaError.NOT_COORDINATOR, error
+            return False
 
     until(seen, 30, "offsets of the group")
     monitor.close()
