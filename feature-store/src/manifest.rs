@@ -144,10 +144,7 @@ impl Manifest {
         self.floor_max_event = self.floor_max_event.max(max_event);
     }
 
-    pub(crate) fn read(
-        dir: &Path,
-        number: u64,
-    ) -> Result<(Manifest, Vec<RoaringBitmap>), ReadNumberedError> {
+    pub(crate) fn read(dir: &Path, number: u64) -> Result<Manifest, ReadNumberedError> {
         let json = numbered::read(dir, KIND, FORMAT_VERSION, number)?;
         let path = numbered::path(dir, KIND, number);
         let manifest: Manifest =
@@ -155,28 +152,36 @@ impl Manifest {
                 path: path.clone(),
                 problem: e.to_string(),
             })?;
+        if manifest.number != number || manifest.logs.len() != manifest.log_levels.len() {
+            return Err(ReadNumberedError::Damaged {
+                path,
+                problem: "it contradicts itself".to_owned(),
+            });
+        }
+        Ok(manifest)
+    }
+
+    /// Reads its superseded rows: one bitmap for each of `segments`, then one for each of
+    /// `superseded_logs`.
+    pub(crate) fn read_superseded(
+        &self,
+        dir: &Path,
+    ) -> Result<Vec<RoaringBitmap>, ReadNumberedError> {
         let damaged = |problem: String| ReadNumberedError::Damaged {
-            path: path.clone(),
+            path: numbered::path(dir, KIND, self.number),
             problem,
         };
-        if manifest.number != number || manifest.logs.len() != manifest.log_levels.len() {
-            return Err(damaged("it contradicts itself".to_owned()));
-        }
-        let sup_path = numbered::path(dir, SUPERSEDED_KIND, number);
+        let sup_path = numbered::path(dir, SUPERSEDED_KIND, self.number);
         let bytes = std::fs::read(&sup_path)
             .map_err(|e| damaged(format!("{}: {e}", sup_path.display())))?;
-        if crc32fast::hash(&bytes) != manifest.superseded_crc32 {
+        if crc32fast::hash(&bytes) != self.superseded_crc32 {
             return Err(damaged(format!(
                 "checksum of {} differs",
                 sup_path.display()
             )));
         }
-        let superseded = decode_superseded(
-            &bytes,
-            manifest.segments.len() + manifest.superseded_logs.len(),
-        )
-        .ok_or_else(|| damaged(format!("{} cannot be read", sup_path.display())))?;
-        Ok((manifest, superseded))
+        decode_superseded(&bytes, self.segments.len() + self.superseded_logs.len())
+            .ok_or_else(|| damaged(format!("{} cannot be read", sup_path.display())))
     }
 
     /// Removes manifests below `keep_from`.
@@ -218,7 +223,9 @@ mod tests {
         manifest.number = 7;
         manifest.checkpoint.put_ids.push("a".to_owned());
         manifest.create(dir.path(), &[]).unwrap();
-        assert_eq!(Manifest::read(dir.path(), 7).unwrap().0, manifest);
+        let read = Manifest::read(dir.path(), 7).unwrap();
+        assert_eq!(read, manifest);
+        assert_eq!(read.read_superseded(dir.path()).unwrap(), []);
         assert!(
             manifest.create(dir.path(), &[]).is_err(),
             "a number is never created twice"

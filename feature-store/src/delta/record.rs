@@ -33,12 +33,35 @@ pub(crate) enum Place {
     Log(u64),
 }
 
-/// Row `row` of `place` is replaced by row `by` of this record (counted from its first).
+/// Row `row` of a file is replaced by row `by` of this record (counted from its first).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Replaced {
-    pub place: Place,
     pub row: u32,
     pub by: u32,
+}
+
+/// What a record's rows replace, by the file it lies in. A record names few files and many
+/// rows, so whoever needs a file looks for it once.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(crate) struct ReplacedRows(Vec<(Place, Vec<Replaced>)>);
+
+impl ReplacedRows {
+    /// Adds a row. Those of one file stay in the order they are added.
+    pub(crate) fn push(&mut self, place: Place, replaced: Replaced) {
+        match self.0.iter_mut().find(|(known, _)| *known == place) {
+            Some((_, rows)) => rows.push(replaced),
+            None => self.0.push((place, vec![replaced])),
+        }
+    }
+
+    /// The files, each with its rows.
+    pub(crate) fn by_place(&self) -> impl Iterator<Item = (Place, &[Replaced])> {
+        self.0.iter().map(|(place, rows)| (*place, rows.as_slice()))
+    }
+
+    fn len(&self) -> usize {
+        self.0.iter().map(|(_, rows)| rows.len()).sum()
+    }
 }
 
 /// The part of a record beside its rows.
@@ -51,7 +74,7 @@ pub(crate) struct Head {
     /// One per position; none at all when none is known.
     pub leader_epochs: Vec<Option<i32>>,
     pub put_id: Option<String>,
-    pub replaced: Vec<Replaced>,
+    pub replaced: ReplacedRows,
     pub dead_letters: Vec<DeadLetter>,
     pub resolved: Vec<DeadLetterId>,
     pub forwarded: Option<DeadLetterId>,
@@ -207,12 +230,9 @@ impl Head {
         if let Some(max_event) = self.max_event {
             put_signed(out, max_event);
         }
-        let mut places: Vec<Place> = self.replaced.iter().map(|r| r.place).collect();
-        places.sort_unstable();
-        places.dedup();
-        put_varint(out, places.len() as u64);
-        for place in &places {
-            let (kind, id) = match *place {
+        put_varint(out, self.replaced.0.len() as u64);
+        for (place, _) in self.replaced.by_place() {
+            let (kind, id) = match place {
                 Place::Segment(id) => (0, id),
                 Place::Log(id) => (1, id),
             };
@@ -220,10 +240,12 @@ impl Head {
             put_varint(out, id);
         }
         put_varint(out, self.replaced.len() as u64);
-        for r in &self.replaced {
-            put_varint(out, places.binary_search(&r.place).unwrap_or(0) as u64);
-            put_varint(out, u64::from(r.row));
-            put_varint(out, u64::from(r.by));
+        for (number, (_, rows)) in self.replaced.by_place().enumerate() {
+            for r in rows {
+                put_varint(out, number as u64);
+                put_varint(out, u64::from(r.row));
+                put_varint(out, u64::from(r.by));
+            }
         }
         put_varint(out, self.dead_letters.len() as u64);
         for d in &self.dead_letters {
@@ -288,24 +310,21 @@ impl Head {
         if reader.varint()? == 1 {
             head.max_event = Some(reader.signed()?);
         }
-        let mut places = Vec::new();
+        let places = &mut head.replaced.0;
         for _ in 0..reader.count()? {
             let kind = reader.varint()?;
             let id = reader.varint()?;
-            places.push(match kind {
+            let place = match kind {
                 0 => Place::Segment(id),
                 1 => Place::Log(id),
                 _ => return None,
-            });
+            };
+            places.push((place, Vec::new()));
         }
-        let replaced = reader.count()?;
-        head.replaced.reserve_exact(replaced);
-        for _ in 0..replaced {
-            let place = *places.get(usize::try_from(reader.varint()?).ok()?)?;
-            let row = u32::try_from(reader.varint()?).ok()?;
-            head.replaced.push(Replaced {
-                place,
-                row,
+        for _ in 0..reader.count()? {
+            let (_, rows) = places.get_mut(usize::try_from(reader.varint()?).ok()?)?;
+            rows.push(Replaced {
+                row: u32::try_from(reader.varint()?).ok()?,
                 by: u32::try_from(reader.varint()?).ok()?,
             });
         }
@@ -507,18 +526,19 @@ mod tests {
             new_topics: vec![("t".into(), "id".into())],
             positions: vec![(0, 3, 1 << 40)],
             put_id: Some("abc".into()),
-            replaced: vec![
-                Replaced {
-                    place: Place::Log(4),
-                    row: 9,
-                    by: 0,
-                },
-                Replaced {
-                    place: Place::Segment(7),
-                    row: 1 << 30,
-                    by: 1,
-                },
-            ],
+            replaced: ReplacedRows(vec![
+                (Place::Log(4), vec![Replaced { row: 9, by: 0 }]),
+                (
+                    Place::Segment(7),
+                    vec![
+                        Replaced {
+                            row: 1 << 30,
+                            by: 1,
+                        },
+                        Replaced { row: 3, by: 1 },
+                    ],
+                ),
+            ]),
             max_event: Some(-5),
             dead_letters: vec![DeadLetter {
                 topic: "t".into(),
@@ -554,7 +574,13 @@ mod tests {
             (77, 2, bytes.len())
         );
         assert_eq!(view.kinds, Some(&[2u8][..]));
-        assert_eq!(view.head.replaced.len(), 2);
+        let replaced: Vec<_> = view.head.replaced.by_place().collect();
+        assert_eq!(
+            replaced[0],
+            (Place::Log(4), &[Replaced { row: 9, by: 0 }][..])
+        );
+        assert_eq!(replaced[1].0, Place::Segment(7));
+        assert_eq!(replaced[1].1[1], Replaced { row: 3, by: 1 });
         assert_eq!(view.head.positions, [(0, 3, 1 << 40)]);
         assert_eq!(
             view.head.dead_letters[0].value.as_deref(),

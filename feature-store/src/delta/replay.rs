@@ -161,20 +161,17 @@ impl Replayed {
         }
         let first_sequence = self.base_sequence + u64::from(first_row);
         let own = Place::Log(self.incarnation);
-        for r in &view.head.replaced {
-            let known = self
-                .replaced
-                .iter()
-                .position(|(place, _)| *place == r.place);
+        for (place, rows) in view.head.replaced.by_place() {
+            let known = self.replaced.iter().position(|(p, _)| *p == place);
             let at = known.unwrap_or_else(|| {
-                self.replaced.push((r.place, Vec::new()));
+                self.replaced.push((place, Vec::new()));
                 self.replaced.len() - 1
             });
-            self.replaced[at]
-                .1
-                .push((r.row, first_sequence + u64::from(r.by)));
-            if r.place == own && r.row == first_row + r.by {
-                self.lost_at_birth.insert(r.row);
+            let replaced_at = |r: &record::Replaced| (r.row, first_sequence + u64::from(r.by));
+            self.replaced[at].1.extend(rows.iter().map(replaced_at));
+            if place == own {
+                let lost = rows.iter().filter(|r| r.row == first_row + r.by);
+                self.lost_at_birth.extend(lost.map(|r| r.row));
             }
         }
         if view.rows > 0 {

@@ -16,7 +16,7 @@ use crate::commit::{Change, Commit, DeadLetter, Receipt, WriteToken};
 use crate::compat::{Times, Version};
 use crate::dead_letters::DeadLetterId;
 use crate::delta::file::{HEADER_BYTES, LogFileWriter, LogHeader};
-use crate::delta::record::{self, Head, Place, Replaced, TopicTable};
+use crate::delta::record::{self, Head, Place, Replaced, ReplacedRows, TopicTable};
 use crate::delta::rows::LogRows;
 use crate::delta::{Log, LogView, body, key_equals};
 use crate::error::{CommitError, RowProblem};
@@ -44,7 +44,7 @@ struct Prepared {
 /// What the rows of a commit do to each other and to older rows of a latest table.
 #[derive(Default)]
 struct Resolved {
-    replaced: Vec<Replaced>,
+    replaced: ReplacedRows,
     /// Rows of the commit that a greater version has already beaten; empty if none.
     lost: Vec<bool>,
     /// Change of the number of live rows.
@@ -381,17 +381,18 @@ impl TableInner {
     }
 
     /// Records in the lists that readers see what a commit replaced.
-    fn note_replaced(&self, writer: &Writer, replaced: &[Replaced], first_sequence: u64) {
-        if replaced.is_empty() {
-            return;
-        }
+    fn note_replaced(&self, writer: &Writer, replaced: &ReplacedRows, first_sequence: u64) {
         let current = self.current.load();
-        for r in replaced {
-            let sequence = first_sequence + u64::from(r.by);
-            if r.place == Place::Log(writer.log.incarnation) {
-                writer.log.superseded.push(r.row, sequence);
-            } else if let Some(level) = current.levels.iter().rev().find(|l| l.place() == r.place) {
-                level.superseded().push(r.row, sequence);
+        for (place, rows) in replaced.by_place() {
+            let list = if place == Place::Log(writer.log.incarnation) {
+                &writer.log.superseded
+            } else if let Some(level) = current.levels.iter().rev().find(|l| l.place() == place) {
+                level.superseded()
+            } else {
+                continue;
+            };
+            for r in rows {
+                list.push(r.row, first_sequence + u64::from(r.by));
             }
         }
     }
@@ -416,7 +417,6 @@ impl TableInner {
             lost: vec![false; rows],
             ..Resolved::default()
         };
-        resolved.replaced.reserve(rows);
         // Winner of each key within this commit so far.
         let mut within: HashTable<usize> = HashTable::with_capacity(rows);
         // Of equal times the later commit, and in it the later row, wins.
@@ -448,18 +448,15 @@ impl TableInner {
             match before {
                 Some((_, _, times, _)) if times > times_of(i) => {
                     resolved.lost[i] = true;
-                    resolved.replaced.push(Replaced {
-                        place: here,
-                        row: first_row + by,
-                        by,
-                    });
+                    let row = first_row + by;
+                    resolved.replaced.push(here, Replaced { row, by });
                     continue;
                 }
                 Some((place, row, _, deleted)) => {
                     // Deletes in segments are in no scan; deletes in logs are marked so that
                     // a merge does not carry them on.
                     if !deleted || matches!(place, Place::Log(_)) {
-                        resolved.replaced.push(Replaced { place, row, by });
+                        resolved.replaced.push(place, Replaced { row, by });
                     }
                     if !deleted {
                         resolved.live_change -= 1;
