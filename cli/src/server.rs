@@ -108,8 +108,8 @@ pub fn ingest_config(config: &Config) -> IngestConfig {
         ingest.memory_bytes = bytes;
     }
     ingest.min_free_disk = config.bytes("kafka.min_free_disk");
-    if config.switch("kafka.monitors") {
-        ingest.monitor_interval = Some(std::time::Duration::from_secs(5));
+    if !config.switch("kafka.monitors") {
+        ingest.monitor_interval = None;
     }
     ingest.secrets_dir = config.path("kafka.secrets_dir");
     ingest

@@ -2,20 +2,23 @@
 //! offsets of the group `pinion.<instance>.<table>`. They are never read back, and a failure
 //! costs nothing: stored positions are those that count.
 //!
-//! The groups have no members. Their offsets are set by the admin API through the consumer that
-//! is there anyway, one small request per table and interval, on a thread of its own.
+//! The groups have no members. A small client for each table commits its offsets, on a thread of
+//! the source's own. The admin API would do without those clients, but librdkafka 2.12 may end the
+//! process when a broker dies while it serves a request to a group's coordinator: on its error
+//! path it uses the request after freeing it (its issue 4605, its pull request 5397).
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use parking_lot::Mutex;
-use rdkafka::{Offset, TopicPartitionList};
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::{CommitMode, Consumer as _};
+use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
 use crate::assign::Offsets;
 use crate::broker::Consumer;
-use crate::native;
+use crate::native::LogContext;
 use crate::source::Source;
 use crate::status::SourceStatus;
 
@@ -27,16 +30,22 @@ pub(crate) struct Monitors {
 
 impl Monitors {
     /// Starts telling, unless that is switched off. Without a thread nothing is told.
-    pub(crate) fn start(source: &Source, consumer: &Arc<Consumer>) -> Option<Monitors> {
+    pub(crate) fn start(source: &Source, settings: &ClientConfig) -> Option<Monitors> {
         let interval = source.config.monitor_interval?;
         let (alive, ended) = mpsc::channel::<()>();
+        let mut settings = settings.clone();
+        // What it has to say of the brokers, the source's own client says too.
+        settings.remove("debug");
+        settings.set_log_level(RDKafkaLogLevel::Emerg);
+        // How long a commit waits for a coordinator.
+        let wait = source.config.request_timeout.as_millis();
+        settings.set("session.timeout.ms", wait.clamp(1, 60_000).to_string());
         let teller = Teller {
             topic: source.key.topic.clone(),
             instance: source.config.instance.clone(),
-            timeout: source.config.request_timeout,
+            settings,
             status: Arc::clone(&source.status),
-            consumer: Arc::downgrade(consumer),
-            told: BTreeMap::new(),
+            tables: BTreeMap::new(),
         };
         let spawned = std::thread::Builder::new()
             .name("pinion-monitors".to_owned())
@@ -47,10 +56,7 @@ impl Monitors {
                         Err(RecvTimeoutError::Timeout) => {}
                         Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
                     }
-                    let Some(consumer) = teller.consumer.upgrade() else {
-                        return;
-                    };
-                    teller.tell(&consumer);
+                    teller.tell();
                 }
             });
         match spawned {
@@ -69,42 +75,64 @@ impl Monitors {
 struct Teller {
     topic: String,
     instance: String,
-    timeout: Duration,
+    settings: ClientConfig,
     status: Arc<Mutex<SourceStatus>>,
-    consumer: Weak<Consumer>,
-    /// What each table's group was told last.
-    told: BTreeMap<String, Offsets>,
+    tables: BTreeMap<String, Told>,
+}
+
+/// A table's client, and what it committed last.
+struct Told {
+    client: Consumer,
+    positions: Offsets,
 }
 
 impl Teller {
-    fn tell(&mut self, consumer: &Consumer) {
-        let tables: Vec<(String, Offsets)> = {
+    fn tell(&mut self) {
+        let now: BTreeMap<String, Offsets> = {
             let status = self.status.lock();
             let tables = status.tables.iter();
             tables
                 .map(|t| (t.table.clone(), t.positions.clone()))
                 .collect()
         };
-        for (table, positions) in tables {
-            if positions.is_empty() || self.told.get(&table) == Some(&positions) {
+        self.tables.retain(|table, _| now.contains_key(table));
+        for (table, positions) in now {
+            if positions.is_empty() {
                 continue;
             }
             let group = format!("pinion.{}.{table}", self.instance);
-            match self.commit(consumer, &group, &positions) {
-                Ok(()) => {
-                    self.told.insert(table, positions);
-                }
-                Err(reason) => tracing::debug!(group, "lag monitors are not told: {reason}"),
+            if let Err(reason) = self.commit(&table, &group, positions) {
+                tracing::debug!(group, "lag monitors are not told: {reason}");
             }
         }
     }
 
-    fn commit(&self, consumer: &Consumer, group: &str, positions: &Offsets) -> Result<(), String> {
-        let mut list = TopicPartitionList::new();
-        for (&partition, &next) in positions {
-            list.add_partition_offset(&self.topic, partition, Offset::Offset(next))
-                .map_err(|e| e.to_string())?;
+    fn commit(
+        &mut self,
+        table: &str,
+        group: &str,
+        positions: Offsets,
+    ) -> rdkafka::error::KafkaResult<()> {
+        if !self.tables.contains_key(table) {
+            self.settings.set("group.id", group);
+            let told = Told {
+                client: self.settings.create_with_context(LogContext)?,
+                positions: Offsets::default(),
+            };
+            self.tables.insert(table.to_owned(), told);
         }
-        native::set_group_offsets(consumer, group, &list, self.timeout)
+        let Some(told) = self.tables.get_mut(table) else {
+            return Ok(());
+        };
+        if told.positions == positions {
+            return Ok(());
+        }
+        let mut list = TopicPartitionList::new();
+        for (&partition, &next) in &positions {
+            list.add_partition_offset(&self.topic, partition, Offset::Offset(next))?;
+        }
+        told.client.commit(&list, CommitMode::Sync)?;
+        told.positions = positions;
+        Ok(())
     }
 }

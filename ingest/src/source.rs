@@ -127,7 +127,7 @@ impl Source {
             Ok(watch) => watch,
             Err(e) => return Ended::Retry(e.to_string()),
         };
-        let _monitors = Monitors::start(self, &consumer);
+        let _monitors = Monitors::start(self, &settings);
         let Some(mut session) = Session::new(self, &consumer, topic) else {
             return Ended::Retry("librdkafka gave the consumer no queue".to_owned());
         };

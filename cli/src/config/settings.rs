@@ -215,8 +215,8 @@ pub const SETTINGS: &[Setting] = &[
     setting(
         "kafka.monitors",
         Kind::Switch,
-        Some("false"),
-        "Tell the brokers the positions, as offsets of groups pinion.<instance>.<table>; a broker that dies meanwhile may end the server (librdkafka issue 4605)",
+        Some("true"),
+        "Tell the brokers the positions, as offsets of groups pinion.<instance>.<table>",
     ),
     setting(
         "kafka.value_max_bytes",
