@@ -546,6 +546,37 @@ def test_another_user_is_refused_by_name_unless_in_the_socket_s_group(server):
     assert connects([61003, 61002]) is None
 
 
+def nice_values(process):
+    """The nice values of a process's threads, those of the lane and the others."""
+    lane, others = set(), set()
+    for thread in os.listdir(f"/proc/{process}/task"):
+        with open(f"/proc/{process}/task/{thread}/stat") as stat:
+            name, _, rest = stat.read().partition("(")[2].rpartition(")")
+        (lane if name.startswith("pinion-lane") else others).add(int(rest.split()[16]))
+    return lane, others
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise a priority")
+def test_threads_of_the_lane_stand_above_the_rest_of_the_server(store, serve):
+    here = os.getpriority(os.PRIO_PROCESS, 0)
+    server = serve(env={"PINION__LANE__PRIORITY": "5"})
+    with pinion.connect(f"lane://{server.lane}"):
+        assert nice_values(server.process.pid) == ({here - 5}, {here})
+
+
+def test_a_priority_that_may_not_be_had_is_refused_with_what_would_allow_it(store):
+    without_the_right = ["setpriv", "--bounding-set", "-sys_nice"] if os.geteuid() == 0 else []
+    refused = subprocess.run(
+        [*without_the_right, binary(), "serve", "--data", store.data, "--lane", store.folder / "lane.sock"],
+        env=environment({"PINION__LANE__PRIORITY": "5"}),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert refused.returncode != 0
+    assert "lane.priority = 5" in refused.stderr and "CAP_SYS_NICE" in refused.stderr, refused.stderr
+
+
 # -- bytes that are no frames
 
 

@@ -67,6 +67,9 @@ fn lane_config(config: &Config) -> LaneConfig {
     if let Some(micros) = config.count("lane.spin_micros") {
         lane.spin = std::time::Duration::from_micros(micros);
     }
+    if let Some(steps) = config.count("lane.priority") {
+        lane.priority = u32::try_from(steps).unwrap_or(u32::MAX);
+    }
     if let Some(term) = config.duration("lane.lease_term") {
         lane.lease_term = term;
     }

@@ -140,6 +140,12 @@ pub const SETTINGS: &[Setting] = &[
         "How long a lane connection looks for its next request before it sleeps",
     ),
     setting(
+        "lane.priority",
+        Kind::Count,
+        None,
+        "How far the lane's threads stand above the rest of the server: lowers their nice value (CAP_SYS_NICE)",
+    ),
+    setting(
         "lane.lease_term",
         Kind::Duration,
         None,

@@ -9,12 +9,13 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use metrics::{counter, gauge};
 use parking_lot::Mutex;
+use rustix::process::{getpriority_process, setpriority_process};
 use tokio::runtime::Handle as Runtime;
 use tokio::sync::watch;
 use tonic::Code;
@@ -67,7 +68,17 @@ impl Lane {
             running: watch::Sender::new(0),
         });
         let accepting = Arc::clone(&shared);
-        shared.spawn("pinion-lane".to_owned(), move || accepting.accept_all())?;
+        let (tell, raised) = mpsc::sync_channel(1);
+        shared.spawn("pinion-lane".to_owned(), move || {
+            // The threads of connections are made by this one, and are born with its priority.
+            let found = raise_priority(accepting.context.config.lane.priority);
+            let goes_on = found.is_ok();
+            let _ = tell.send(found);
+            if goes_on {
+                accepting.accept_all();
+            }
+        })?;
+        raised.recv().map_err(io::Error::other)??;
         Ok(Lane { shared })
     }
 
@@ -106,6 +117,24 @@ impl Drop for Lane {
         self.stop();
         self.cut_off();
     }
+}
+
+/// Raises the calling thread above the rest of the process: its nice value falls by `steps`.
+fn raise_priority(steps: u32) -> io::Result<()> {
+    if steps == 0 {
+        return Ok(());
+    }
+    let steps = i32::try_from(steps).unwrap_or(i32::MAX);
+    let nice = getpriority_process(None)?.saturating_sub(steps).max(-20);
+    setpriority_process(None, nice).map_err(|error| {
+        let error = io::Error::from(error);
+        let problem = format!(
+            "lane.priority = {steps} asks for nice {nice}, which this user may not have ({error}): grant CAP_SYS_NICE \
+             or a RLIMIT_NICE of {} (systemd: LimitNICE={nice}), or leave lane.priority at 0",
+            20 - nice
+        );
+        io::Error::new(error.kind(), problem)
+    })
 }
 
 impl Shared {
