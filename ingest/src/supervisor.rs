@@ -54,6 +54,7 @@ impl Ingest {
                 paused,
                 ..Inner::default()
             }),
+            shown: Mutex::default(),
             wake: Condvar::new(),
         });
         let supervisor = Arc::clone(&shared);
@@ -85,14 +86,7 @@ pub struct IngestHandle {
 impl IngestHandle {
     /// Every source, by topic. A table whose source cannot even be tried is listed as stopped.
     pub fn status(&self) -> Vec<SourceStatus> {
-        let inner = self.shared.inner.lock();
-        let mut all: Vec<SourceStatus> = inner
-            .running
-            .values()
-            .map(|r| r.status.lock().clone())
-            .collect();
-        all.extend(inner.unstartable.iter().cloned());
-        drop(inner);
+        let mut all = self.shared.shown.lock().statuses();
         let tables = all.iter_mut().flat_map(|source| &mut source.tables);
         tables.for_each(|progress| self.shared.count_dead_letters(progress));
         all.sort_by(|a, b| (&a.topic, &a.brokers).cmp(&(&b.topic, &b.brokers)));
@@ -269,13 +263,28 @@ struct Shared {
     forward_problems: Problems,
     decoding: Arc<DecodeSettings>,
     inner: Mutex<Inner>,
+    /// What [`IngestHandle::status`] shows. `inner` may be held for as long as a source takes to
+    /// end or a seek to reach the disk; this never is. Taken after `inner`, if both.
+    shown: Mutex<Shown>,
     wake: Condvar,
+}
+
+#[derive(Default)]
+struct Shown {
+    sources: Vec<Arc<Mutex<SourceStatus>>>,
+    unstartable: Vec<SourceStatus>,
+}
+
+impl Shown {
+    fn statuses(&self) -> Vec<SourceStatus> {
+        let running = self.sources.iter().map(|status| status.lock().clone());
+        running.chain(self.unstartable.iter().cloned()).collect()
+    }
 }
 
 #[derive(Default)]
 struct Inner {
     running: BTreeMap<SourceKey, Running>,
-    unstartable: Vec<SourceStatus>,
     paused: Paused,
     stopping: bool,
 }
@@ -370,9 +379,8 @@ impl Shared {
 
     /// Brings the sources in line with the catalog.
     fn reconcile(&self) {
-        let (wanted, unstartable) = self.wanted();
+        let (wanted, mut unstartable) = self.wanted();
         let mut inner = self.inner.lock();
-        inner.unstartable = unstartable;
         // A source that loses a table ends before another starts: two consumers that feed one
         // table from one topic would apply a record twice.
         let ids = |tables: &[Table]| tables.iter().map(Table::id).collect::<BTreeSet<_>>();
@@ -421,12 +429,15 @@ impl Shared {
                     let state = SourceState::Stopped {
                         reason: e.to_string(),
                     };
-                    inner
-                        .unstartable
-                        .push(empty_status(&key.topic, &key.brokers, state));
+                    unstartable.push(empty_status(&key.topic, &key.brokers, state));
                 }
             }
         }
+        let running = inner.running.values();
+        *self.shown.lock() = Shown {
+            sources: running.map(|r| Arc::clone(&r.status)).collect(),
+            unstartable,
+        };
     }
 
     /// The sources that the catalog asks for, and those that cannot be tried.
@@ -503,5 +514,51 @@ fn empty_status(topic: &str, brokers: &str, state: SourceState) -> SourceStatus 
         tables: Vec::new(),
         end_offsets: BTreeMap::new(),
         lag: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use pinion_feature_store::StoreOptions;
+
+    use super::*;
+
+    #[test]
+    fn the_status_is_told_while_sources_are_being_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        Store::init(dir.path()).unwrap();
+        let store = Store::open(dir.path(), StoreOptions::default()).unwrap();
+        let definition = r#"
+            [table]
+            name = "clicks"
+            entity = [{ name = "id", type = "int64" }]
+            event_time = { name = "at", type = "timestamp[us, tz=UTC]" }
+            history = "latest"
+            [features]
+            count = "int64"
+            [source.kafka]
+            topic = "clicks"
+        "#;
+        let parsed = pinion_schemas::TableDefinition::parse_toml(definition).unwrap();
+        store.apply(vec![parsed]).unwrap();
+        // Without brokers its source cannot be tried, and is listed with the reason.
+        let ingest = Ingest::start(store, IngestConfig::default()).unwrap();
+        while ingest.status().is_empty() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let changing = ingest.shared.inner.lock();
+        let (tell, told) = mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                ingest.record_metrics();
+                tell.send(ingest.status()).unwrap();
+            });
+            let status = told.recv_timeout(Duration::from_secs(10));
+            drop(changing);
+            assert_eq!(status.unwrap()[0].topic, "clicks");
+        });
     }
 }
