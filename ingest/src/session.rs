@@ -23,7 +23,7 @@ use crate::decode::Incoming;
 use crate::feed::{
     Beside, Feed, FeedProblem, Headers, Permit, Step, TopicView, start_after_loss, way_out,
 };
-use crate::freshness::{Arrival, Freshness, Visible};
+use crate::freshness::{Arrival, Visible};
 use crate::native::{self, EventQueue, Polled, Record};
 use crate::slot::{Reading, Slot};
 use crate::source::{BACKOFF, Ended, Source};
@@ -238,15 +238,14 @@ impl<'s> Session<'s> {
                 }
                 Some(slot) if *slot.definition == *definition && slot.feed().is_some() => slot,
                 known => {
-                    let known_freshness = known
-                        .as_ref()
-                        .map_or_else(Freshness::new, |s| s.freshness.clone());
+                    let tally = known.map_or_else(
+                        || self.source.tallies.of(table.id(), &self.source.key.topic),
+                        |slot| slot.tally,
+                    );
                     let mut slot = Slot {
                         table: table.clone(),
                         definition,
-                        total: known.as_ref().map(|s| s.total).unwrap_or_default(),
-                        resets: known.as_ref().map_or(0, |s| s.resets),
-                        freshness: known_freshness,
+                        tally,
                         last_millis: None,
                         pause: BACKOFF.0,
                         reading: Reading::Paused,
@@ -259,6 +258,7 @@ impl<'s> Session<'s> {
             };
             self.slots.push(slot);
         }
+        keep_tallies(self.source, former);
         self.assigned = None;
     }
 
@@ -290,7 +290,7 @@ impl<'s> Session<'s> {
         );
         match opened {
             Ok(feed) => {
-                slot.resets += u64::from(feed.was_reset());
+                slot.tally.resets += u64::from(feed.was_reset());
                 slot.reading = Reading::Open(Box::new(feed));
             }
             Err(problem) => slot.set_aside(problem),
@@ -607,7 +607,7 @@ impl<'s> Session<'s> {
                     };
                     match feed.reset(partition, to, source, &lost, permit) {
                         Ok(()) => {
-                            slot.resets += 1;
+                            slot.tally.resets += 1;
                             continue;
                         }
                         Err(problem) => problem,
@@ -674,6 +674,20 @@ impl<'s> Session<'s> {
     }
 }
 
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        keep_tallies(self.source, std::mem::take(&mut self.slots));
+    }
+}
+
+/// For the session that reads these tables next.
+fn keep_tallies(source: &Source, slots: Vec<Slot>) {
+    for slot in slots {
+        let table = slot.table.id();
+        source.tallies.keep(table, &source.key.topic, slot.tally);
+    }
+}
+
 /// Applies a micro-batch to every table that reads. One that cannot take it is set aside.
 fn apply_to(
     slots: &mut [Slot],
@@ -696,7 +710,7 @@ fn apply_to(
                     started_millis,
                 };
                 let arrivals = taken.records.iter().filter_map(|&i| gathered.arrival(i));
-                slot.freshness.record(arrivals, visible);
+                slot.tally.freshness.record(arrivals, visible);
                 if let Some(last) = taken.records.last() {
                     slot.last_millis = incoming.get(*last).and_then(|r| r.timestamp_millis);
                 }

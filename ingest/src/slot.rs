@@ -1,9 +1,11 @@
 //! One table of a session: reading, set aside for a while, or stopped.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pinion_feature_store::Table;
+use parking_lot::Mutex;
+use pinion_feature_store::{Table, TableId};
 use pinion_schemas::TableDefinition;
 
 use crate::assign::Offsets;
@@ -18,16 +20,47 @@ pub(crate) struct Slot {
     pub(crate) table: Table,
     /// By which it reads now.
     pub(crate) definition: Arc<TableDefinition>,
-    /// What it did since the server started.
-    pub(crate) total: Applied,
-    pub(crate) freshness: Freshness,
+    pub(crate) tally: Tally,
     /// Timestamp of the record applied last.
     pub(crate) last_millis: Option<i64>,
-    /// Times that a lost position was set anew.
-    pub(crate) resets: u64,
     pub(crate) reading: Reading,
     /// Next pause, when the table cannot go on: grows until a batch is applied.
     pub(crate) pause: Duration,
+}
+
+/// What a table did since the server started, over however many connections.
+#[derive(Clone)]
+pub(crate) struct Tally {
+    pub(crate) total: Applied,
+    /// Times that a lost position was set anew.
+    pub(crate) resets: u64,
+    pub(crate) freshness: Freshness,
+}
+
+/// The tallies of tables that no session has in hand, by table and topic.
+#[derive(Clone, Default)]
+pub(crate) struct Tallies(Arc<Mutex<BTreeMap<(TableId, String), Tally>>>);
+
+impl Tallies {
+    /// What a table did so far.
+    pub(crate) fn of(&self, table: TableId, topic: &str) -> Tally {
+        let known = self.0.lock().get(&(table, topic.to_owned())).cloned();
+        known.unwrap_or_else(|| Tally {
+            total: Applied::default(),
+            resets: 0,
+            freshness: Freshness::new(),
+        })
+    }
+
+    /// Keeps it for the session that reads the table next.
+    pub(crate) fn keep(&self, table: TableId, topic: &str, tally: Tally) {
+        self.0.lock().insert((table, topic.to_owned()), tally);
+    }
+
+    /// Forgets tables that are no more.
+    pub(crate) fn retain(&self, there: impl Fn(TableId) -> bool) {
+        self.0.lock().retain(|(table, _), _| there(*table));
+    }
 }
 
 /// What a table does.
@@ -53,7 +86,7 @@ impl Slot {
 
     /// Adds what a micro-batch did.
     pub(crate) fn count(&mut self, applied: &Applied) {
-        self.total.add(applied);
+        self.tally.total.add(applied);
     }
 
     /// Takes the table out of the batches to come: for a while, or for good.
@@ -104,19 +137,19 @@ impl Slot {
         let lag = lag(&positions, ends);
         TableProgress {
             positions,
-            rows: self.total.rows,
-            deletes: self.total.deletes,
-            dead_letters: self.total.dead_letters,
-            filtered: self.total.filtered,
-            late: self.total.late,
-            duplicates: self.total.duplicates,
+            rows: self.tally.total.rows,
+            deletes: self.tally.total.deletes,
+            dead_letters: self.tally.total.dead_letters,
+            filtered: self.tally.total.filtered,
+            late: self.tally.total.late,
+            duplicates: self.tally.total.duplicates,
             lag,
             lag_seconds: match self.last_millis {
                 Some(millis) if lag > 0 => (now_millis() - millis).max(0) as f64 / 1e3,
                 _ => 0.0,
             },
-            freshness: Some(self.freshness.clone()),
-            resets: self.resets,
+            freshness: Some(self.tally.freshness.clone()),
+            resets: self.tally.resets,
             ..TableProgress::new(self.table.name(), state)
         }
     }

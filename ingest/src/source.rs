@@ -15,6 +15,7 @@ use crate::monitors::Monitors;
 use crate::native::LogContext;
 use crate::pressure::Pressure;
 use crate::session::Session;
+use crate::slot::Tallies;
 use crate::status::{SourceState, SourceStatus};
 
 /// First and longest pause between two tries.
@@ -50,6 +51,7 @@ pub(crate) struct Source {
     pub(crate) control: Arc<Control>,
     pub(crate) status: Arc<Mutex<SourceStatus>>,
     pub(crate) pressure: Pressure,
+    pub(crate) tallies: Tallies,
 }
 
 /// How a connection ended.

@@ -18,6 +18,7 @@ use crate::pauses::{PauseFile, Paused};
 use crate::pressure::{self, Pressure, PressureGauge};
 use crate::replay::{ReplayOf, ReplayReport, replay};
 use crate::seek::{self, Seek, Sought};
+use crate::slot::Tallies;
 use crate::source::{Source, SourceKey};
 use crate::status::{Forwarding, SourceState, SourceStatus, TableProgress};
 
@@ -49,6 +50,7 @@ impl Ingest {
             config: Arc::new(config),
             pause_file,
             pressure: gauge.shared.clone(),
+            tallies: Tallies::default(),
             forward_problems: Arc::clone(&forwarders.problems),
             inner: Mutex::new(Inner {
                 paused,
@@ -260,6 +262,7 @@ struct Shared {
     config: Arc<IngestConfig>,
     pause_file: PauseFile,
     pressure: Pressure,
+    tallies: Tallies,
     forward_problems: Problems,
     decoding: Arc<DecodeSettings>,
     inner: Mutex<Inner>,
@@ -380,6 +383,8 @@ impl Shared {
     /// Brings the sources in line with the catalog.
     fn reconcile(&self) {
         let (wanted, mut unstartable) = self.wanted();
+        let there: BTreeSet<TableId> = self.store.tables().iter().map(Table::id).collect();
+        self.tallies.retain(|table| there.contains(&table));
         let mut inner = self.inner.lock();
         // A source that loses a table ends before another starts: two consumers that feed one
         // table from one topic would apply a record twice.
@@ -488,6 +493,7 @@ impl Shared {
             control: Arc::clone(&control),
             status: Arc::clone(&status),
             pressure: self.pressure.clone(),
+            tallies: self.tallies.clone(),
         };
         let thread = std::thread::Builder::new()
             .name("pinion-source".to_owned())

@@ -482,3 +482,26 @@ fn monitors_read_the_positions_as_offsets_of_the_tables_group() {
             .is_ok_and(|found| found.elements()[0].offset() == rdkafka::Offset::Offset(7))
     });
 }
+
+#[test]
+fn what_a_table_did_is_counted_on_over_a_new_connection() {
+    let mut bench = Bench::new();
+    let store = bench.open();
+    apply(&store, "latest", "");
+    let ingest = bench.start(&store);
+    let counted = |rows: u64| {
+        wait_for("the rows being counted", || {
+            progress(&ingest).is_some_and(|p| p.rows == rows)
+        });
+    };
+    bench.send_rows(3);
+    counted(3);
+    // Another option: another client.
+    apply(
+        &store,
+        "latest",
+        "[source.kafka.options]\n\"client.rack\" = \"b\"",
+    );
+    bench.send_rows(2);
+    counted(5);
+}
