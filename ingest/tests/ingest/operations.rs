@@ -1,93 +1,44 @@
-//! Steering sources, against librdkafka's mock cluster: backpressure, moved and lost positions,
-//! pauses, bounds of dead letters. What needs a real broker is tested end to end.
+//! Steering sources: backpressure, moved and lost positions, pauses, bounds of dead letters.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use arrow_array::cast::AsArray;
-use arrow_array::types::Int64Type;
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMillisecondArray};
 use arrow_ipc::writer::StreamWriter;
-use pinion_feature_store::{ScanRequest, Store, StoreOptions, Table};
+use pinion_feature_store::{Store, Table};
 use pinion_ingest::{
     Ingest, IngestConfig, IngestError, IngestHandle, ReplayOf, Seek, SeekTo, SourceState,
     TableProgress, replay_dead_letters,
 };
-use pinion_schemas::TableDefinition;
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::mocking::MockCluster;
-use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
+use rdkafka::producer::BaseRecord;
 
-/// A store, and a broker with one partition.
-struct Bench {
-    cluster: MockCluster<'static, DefaultProducerContext>,
-    producer: BaseProducer,
-    dir: tempfile::TempDir,
-    produced: i64,
-}
+use super::support::{self, Bench, TOPIC, wait_for};
 
 impl Bench {
-    fn new() -> Bench {
-        let cluster = MockCluster::new(1).expect("mock cluster");
-        cluster.create_topic("events", 1, 1).expect("topic");
-        let producer = ClientConfig::new()
-            .set("bootstrap.servers", cluster.bootstrap_servers())
-            .set("linger.ms", "0")
-            .create()
-            .expect("producer");
-        let dir = tempfile::tempdir().expect("directory");
-        Store::init(dir.path()).expect("init");
-        Bench {
-            cluster,
-            producer,
-            dir,
-            produced: 0,
-        }
+    fn of_one_partition() -> Bench {
+        Bench::new(1, 1)
     }
 
-    fn open(&self) -> Store {
-        Store::open(self.dir.path(), StoreOptions::default()).expect("open")
+    fn sent(&self) -> i64 {
+        self.produced.get(&0).copied().unwrap_or(0)
     }
 
-    fn config(&self) -> IngestConfig {
-        IngestConfig {
-            brokers: Some(self.cluster.bootstrap_servers()),
-            fetch_wait: Duration::from_millis(10),
-            catalog_poll: Duration::from_millis(20),
-            request_timeout: Duration::from_secs(2),
-            min_free_disk: Some(1),
-            ..IngestConfig::default()
-        }
-    }
-
-    fn start(&self, store: &Store) -> IngestHandle {
-        Ingest::start(store.clone(), self.config()).expect("ingest")
-    }
-
-    fn send(&mut self, value: &str) {
+    fn send_text(&mut self, value: &str) {
         let headers = OwnedHeaders::new().insert(Header {
             key: "trace",
             value: Some("x"),
         });
-        let record = BaseRecord::<str, str>::to("events").key("k").payload(value);
-        self.producer
-            .send(record.headers(headers).timestamp(5))
-            .map_err(|(e, _)| e)
-            .expect("send");
-        self.produced += 1;
-    }
-
-    fn flush(&self) {
-        self.producer.flush(Duration::from_secs(20)).expect("flush");
+        let record = BaseRecord::<str, str>::to(TOPIC).partition(0).key("k");
+        self.produce(record.payload(value).headers(headers).timestamp(5));
     }
 
     /// Rows whose value is their offset, as long as nothing else was sent.
     fn send_rows(&mut self, count: i64) {
-        for _ in 0..count {
-            let n = self.produced;
-            self.send(&format!(r#"{{"id":"k{n}","ts":{n},"v":{n}}}"#));
+        for n in self.sent()..self.sent() + count {
+            self.send_text(&format!(r#"{{"id":"k{n}","ts":{n},"v":{n}}}"#));
         }
         self.flush();
     }
@@ -100,38 +51,17 @@ fn apply(store: &Store, history: &str, source: &str) -> Table {
          history = \"{history}\"\n[features]\nv = \"int64\"\n\
          [source.kafka]\ntopic = \"events\"\n{source}\n"
     );
-    let definition = TableDefinition::parse_toml(&text).expect("definition");
-    store.apply(vec![definition]).expect("apply");
-    store.table("t").expect("table")
+    support::apply(store, &text)
 }
 
+/// The values of the feature, in order; a null counts as 0.
 fn values(table: &Table) -> Vec<i64> {
-    let request = ScanRequest {
-        columns: Some(vec!["v".to_owned()]),
-        ..ScanRequest::default()
-    };
-    let mut found = Vec::new();
-    for scanned in table.snapshot().scan(&request).expect("scan") {
-        let batch = scanned.expect("batch").batch;
-        found.extend_from_slice(batch.column(0).as_primitive::<Int64Type>().values());
-    }
-    found.sort_unstable();
-    found
-}
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !done() {
-        assert!(
-            started.elapsed() < Duration::from_secs(30),
-            "timed out waiting for {what}"
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let values = support::values(table).into_iter();
+    values.map(Option::unwrap_or_default).collect()
 }
 
 fn position(table: &Table) -> Option<i64> {
-    table.positions().next_offset("events", 0)
+    table.positions().next_offset(TOPIC, 0)
 }
 
 fn wait_for_position(table: &Table, next: i64) {
@@ -172,7 +102,7 @@ fn seek(to: SeekTo) -> Seek {
 
 #[test]
 fn a_disk_with_too_little_free_holds_the_source_back_and_says_so() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_one_partition();
     let store = bench.open();
     let table = apply(&store, "latest", "");
     bench.send_rows(10);
@@ -195,7 +125,7 @@ fn a_disk_with_too_little_free_holds_the_source_back_and_says_so() {
 
 #[test]
 fn a_backlog_larger_than_the_memory_comes_through_whole_and_logs_stay_small() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_one_partition();
     let store = bench.open();
     let table = apply(&store, "all", "");
     bench.send_rows(40_000);
@@ -223,7 +153,7 @@ fn a_backlog_larger_than_the_memory_comes_through_whole_and_logs_stay_small() {
 
 #[test]
 fn a_seek_moves_a_running_table_both_ways_and_refuses_what_does_not_exist() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_one_partition();
     let store = bench.open();
     let table = apply(&store, "latest", "");
     let ingest = bench.start(&store);
@@ -262,7 +192,7 @@ fn a_seek_moves_a_running_table_both_ways_and_refuses_what_does_not_exist() {
 
 #[test]
 fn a_history_table_is_not_read_again_unless_that_is_meant() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_one_partition();
     let store = bench.open();
     let table = apply(&store, "all", "");
     let ingest = bench.start(&store);
@@ -287,7 +217,7 @@ fn a_history_table_is_not_read_again_unless_that_is_meant() {
 #[test]
 fn a_lost_position_is_set_anew_only_by_the_policy_and_counted() {
     for (policy, next) in [("earliest", None), ("latest", Some(23))] {
-        let mut bench = Bench::new();
+        let mut bench = Bench::of_one_partition();
         let store = bench.open();
         let source = format!("on_lost = \"{policy}\"");
         let table = apply(&store, "all", &source);
@@ -298,7 +228,7 @@ fn a_lost_position_is_set_anew_only_by_the_policy_and_counted() {
         // The mock keeps 5 MiB a partition.
         let filler = format!(r#"{{"id":"{}","ts":1,"v":1}}"#, "x".repeat(500_000));
         for _ in 0..20 {
-            bench.send(&filler);
+            bench.send_text(&filler);
         }
         bench.flush();
         let ingest = bench.start(&store);
@@ -316,7 +246,7 @@ fn a_lost_position_is_set_anew_only_by_the_policy_and_counted() {
 
 #[test]
 fn a_paused_table_stays_paused_over_a_restart_and_reads_on_where_it_stood() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_one_partition();
     let store = bench.open();
     let table = apply(&store, "all", "");
     let ingest = bench.start(&store);
@@ -338,14 +268,14 @@ fn a_paused_table_stays_paused_over_a_restart_and_reads_on_where_it_stood() {
 
 #[test]
 fn dead_letters_keep_their_headers_and_pass_once_the_definition_reads_them() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_one_partition();
     let store = bench.open();
     let table = apply(&store, "all", "");
     let _ingest = bench.start(&store);
     bench.send_rows(2);
-    bench.send(r#"{"id":"a","ts":1,"v":"seven"}"#);
-    bench.send(r#"{"id":"b","ts":1,"other":7}"#);
-    bench.send(r#"{"ts":1,"v":7}"#);
+    bench.send_text(r#"{"id":"a","ts":1,"v":"seven"}"#);
+    bench.send_text(r#"{"id":"b","ts":1,"other":7}"#);
+    bench.send_text(r#"{"ts":1,"v":7}"#);
     bench.flush();
     wait_for_position(&table, 5);
     let letters = table.dead_letters(9).expect("letters");
@@ -373,7 +303,7 @@ fn dead_letters_keep_their_headers_and_pass_once_the_definition_reads_them() {
 
 #[test]
 fn a_dead_letter_of_many_rows_is_settled_once() {
-    let bench = Bench::new();
+    let bench = Bench::of_one_partition();
     let store = bench.open();
     let table = apply(&store, "all", "format = \"arrow\"");
     let _ingest = bench.start(&store);
@@ -413,14 +343,14 @@ fn a_dead_letter_of_many_rows_is_settled_once() {
 
 #[test]
 fn too_large_a_share_of_dead_letters_stops_the_table_and_keeps_them_to_look_at() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_one_partition();
     let store = bench.open();
     let table = apply(&store, "all", "dead_letters = { max_rate = \"10%\" }");
     let ingest = bench.start(&store);
     bench.send_rows(90);
     wait_for_position(&table, 90);
     for _ in 0..30 {
-        bench.send("{broken");
+        bench.send_text("{broken");
     }
     bench.flush();
     let reason = wait_for_stop(&ingest);
@@ -436,14 +366,14 @@ fn too_large_a_share_of_dead_letters_stops_the_table_and_keeps_them_to_look_at()
 
 #[test]
 fn a_full_dead_letter_log_stops_the_table_before_the_batch_that_does_not_fit() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_one_partition();
     let store = bench.open();
     let table = apply(&store, "all", "dead_letters = { max_bytes = \"1000 B\" }");
     let ingest = bench.start(&store);
-    bench.send(&"x".repeat(500));
+    bench.send_text(&"x".repeat(500));
     bench.flush();
     wait_for_position(&table, 1);
-    bench.send(&"y".repeat(500));
+    bench.send_text(&"y".repeat(500));
     bench.flush();
     let reason = wait_for_stop(&ingest);
     assert!(reason.contains("max_bytes (1 kB)"), "{reason}");
@@ -459,7 +389,7 @@ fn a_full_dead_letter_log_stops_the_table_before_the_batch_that_does_not_fit() {
 
 #[test]
 fn monitors_read_the_positions_as_offsets_of_the_tables_group() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_one_partition();
     let store = bench.open();
     let table = apply(&store, "all", "");
     bench.send_rows(7);
@@ -485,7 +415,7 @@ fn monitors_read_the_positions_as_offsets_of_the_tables_group() {
 
 #[test]
 fn what_a_table_did_is_counted_on_over_a_new_connection() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_one_partition();
     let store = bench.open();
     apply(&store, "latest", "");
     let ingest = bench.start(&store);

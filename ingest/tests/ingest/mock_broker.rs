@@ -1,8 +1,6 @@
-//! Ingest against librdkafka's mock cluster, in process.
-//!
-//! The mock keeps no transactions, compacts nothing and holds 5 MiB a partition; what needs a
-//! real broker is tested end to end. Every record carries its partition and offset into its
-//! row, so that "each once" is read off the table.
+//! What is read becomes rows, each record once: over partitions, tables, restarts and brokers
+//! that come and go. Every record carries its partition and offset into its row, so that "each
+//! once" is read off the table.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -10,95 +8,46 @@ use std::time::{Duration, Instant};
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Int32Type, Int64Type};
 use arrow_schema::DataType;
-use pinion_feature_store::{ScanRequest, Store, StoreOptions, Table};
+use pinion_feature_store::{ScanRequest, Store, Table};
 use pinion_ingest::{Ingest, IngestConfig, IngestError, IngestHandle, SourceState, SourceStatus};
 use pinion_schemas::TableDefinition;
-use rdkafka::ClientConfig;
-use rdkafka::mocking::MockCluster;
-use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
+use rdkafka::producer::{BaseRecord, Producer};
+
+use super::support::{Bench, TOPIC, state, wait_for};
 
 const PARTITIONS: i32 = 3;
 
-/// A store, a broker, and the offsets produced so far.
-struct Bench {
-    cluster: MockCluster<'static, DefaultProducerContext>,
-    producer: BaseProducer,
-    dir: tempfile::TempDir,
-    produced: BTreeMap<i32, i64>,
-}
-
 impl Bench {
-    fn new() -> Bench {
-        Bench::with_brokers(1)
-    }
-
-    fn with_brokers(brokers: i32) -> Bench {
-        let cluster = MockCluster::new(brokers).expect("mock cluster");
-        cluster
-            .create_topic("events", PARTITIONS, brokers)
-            .expect("topic");
-        let producer = ClientConfig::new()
-            .set("bootstrap.servers", cluster.bootstrap_servers())
-            .set("linger.ms", "0")
-            .set("reconnect.backoff.max.ms", "100")
-            .create()
-            .expect("producer");
-        let dir = tempfile::tempdir().expect("directory");
-        Store::init(dir.path()).expect("init");
-        Bench {
-            cluster,
-            producer,
-            dir,
-            produced: BTreeMap::new(),
-        }
-    }
-
-    fn open(&self) -> Store {
-        Store::open(self.dir.path(), StoreOptions::default()).expect("open")
-    }
-
-    fn start(&self, store: &Store) -> IngestHandle {
-        self.start_looking_every(store, Duration::from_millis(20))
+    fn of_partitions(brokers: i32) -> Bench {
+        Bench::new(PARTITIONS, brokers)
     }
 
     fn start_looking_every(&self, store: &Store, catalog_poll: Duration) -> IngestHandle {
         let config = IngestConfig {
-            brokers: Some(self.cluster.bootstrap_servers()),
-            fetch_wait: Duration::from_millis(10),
             catalog_poll,
-            discovery_interval: Duration::from_millis(500),
-            request_timeout: Duration::from_secs(2),
-            ..IngestConfig::default()
+            ..self.config()
         };
         Ingest::start(store.clone(), config).expect("ingest")
     }
 
     fn send(&mut self, partition: i32, key: &str, value: Option<&str>, timestamp_millis: i64) {
-        let mut record = BaseRecord::<str, str>::to("events")
+        let mut record = BaseRecord::<str, str>::to(TOPIC)
             .partition(partition)
             .key(key)
             .timestamp(timestamp_millis);
         if let Some(value) = value {
             record = record.payload(value);
         }
-        self.producer
-            .send(record)
-            .map_err(|(e, _)| e)
-            .expect("send");
-        *self.produced.entry(partition).or_default() += 1;
-    }
-
-    fn flush(&self) {
-        self.producer.flush(Duration::from_secs(20)).expect("flush");
+        self.produce(record);
     }
 
     /// Sends `count` rows over all partitions, each with a time of its own.
-    fn send_rows(&mut self, first: i64, count: i64) {
+    fn spread_rows(&mut self, first: i64, count: i64) {
         self.send_some(first, count);
         self.flush();
     }
 
-    /// As [`Bench::send_rows`], without waiting for the brokers.
+    /// As [`Bench::spread_rows`], without waiting for the brokers.
     fn send_some(&mut self, first: i64, count: i64) {
         for i in first..first + count {
             let partition = i32::try_from(i % i64::from(PARTITIONS)).expect("small");
@@ -151,26 +100,6 @@ fn offsets(table: &Table) -> Vec<(i32, i64)> {
     found
 }
 
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !done() {
-        assert!(
-            started.elapsed() < Duration::from_secs(30),
-            "timed out waiting for {what}"
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn wait_for_positions(table: &Table, produced: &BTreeMap<i32, i64>) {
-    wait_for("positions", || {
-        let positions = table.positions();
-        produced
-            .iter()
-            .all(|(p, end)| positions.next_offset("events", *p) == Some(*end))
-    });
-}
-
 fn status(ingest: &IngestHandle) -> SourceStatus {
     let started = Instant::now();
     loop {
@@ -185,15 +114,6 @@ fn status(ingest: &IngestHandle) -> SourceStatus {
     }
 }
 
-fn table_state(ingest: &IngestHandle, table: &str) -> Option<SourceState> {
-    let status = ingest.status().into_iter().next()?;
-    status
-        .tables
-        .into_iter()
-        .find(|t| t.table == table)
-        .map(|t| t.state)
-}
-
 fn every_offset(produced: &BTreeMap<i32, i64>) -> Vec<(i32, i64)> {
     produced
         .iter()
@@ -203,12 +123,12 @@ fn every_offset(produced: &BTreeMap<i32, i64>) -> Vec<(i32, i64)> {
 
 #[test]
 fn json_events_become_rows_once_and_positions_follow() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_partitions(1);
     let store = bench.open();
     let table = apply(&store, "t", "");
     let ingest = bench.start(&store);
-    bench.send_rows(0, 3_000);
-    wait_for_positions(&table, &bench.produced);
+    bench.spread_rows(0, 3_000);
+    wait_for("positions", || bench.is_read(&table));
     assert_eq!(offsets(&table), every_offset(&bench.produced));
     wait_for("status", || {
         status(&ingest).tables[0].rows == 3_000 && status(&ingest).lag == 0
@@ -219,7 +139,7 @@ fn json_events_become_rows_once_and_positions_follow() {
 
 #[test]
 fn tombstones_delete_at_the_record_timestamp() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_partitions(1);
     let store = bench.open();
     let table = apply(&store, "t", "");
     let _ingest = bench.start(&store);
@@ -238,7 +158,7 @@ fn tombstones_delete_at_the_record_timestamp() {
     bench.send(0, r#"{"id":"a"}"#, None, 2_000);
     bench.send(0, "b", None, 500);
     bench.flush();
-    wait_for_positions(&table, &bench.produced);
+    wait_for("positions", || bench.is_read(&table));
     let request = |as_of: Option<i64>| pinion_feature_store::LookupRequest {
         keys: vec![std::sync::Arc::new(arrow_array::StringArray::from(vec![
             "a", "b",
@@ -267,7 +187,7 @@ fn tombstones_delete_at_the_record_timestamp() {
 
 #[test]
 fn broken_records_become_dead_letters_and_the_rest_goes_on() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_partitions(1);
     let store = bench.open();
     let table = apply(&store, "t", "");
     let ingest = bench.start(&store);
@@ -286,7 +206,7 @@ fn broken_records_become_dead_letters_and_the_rest_goes_on() {
     }
     bench.send(0, r#"{"other":1}"#, None, 1);
     bench.flush();
-    wait_for_positions(&table, &bench.produced);
+    wait_for("positions", || bench.is_read(&table));
     let good: Vec<(i32, i64)> = (0..5).map(|i| (0, i * 2)).collect();
     assert_eq!(offsets(&table), good);
     let mut letters = table.dead_letters(100).expect("dead letters");
@@ -310,19 +230,19 @@ fn broken_records_become_dead_letters_and_the_rest_goes_on() {
 
 #[test]
 fn a_restart_reads_on_from_the_stored_positions() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_partitions(1);
     for round in 0..3 {
         let store = bench.open();
         let table = apply(&store, "t", "");
         let ingest = bench.start(&store);
-        bench.send_rows(round * 1_000, 1_000);
+        bench.spread_rows(round * 1_000, 1_000);
         if round < 2 {
             // Stop wherever it is.
             wait_for("some rows", || !offsets(&table).is_empty());
             ingest.stop();
             store.close();
         } else {
-            wait_for_positions(&table, &bench.produced);
+            wait_for("positions", || bench.is_read(&table));
             assert_eq!(offsets(&table), every_offset(&bench.produced));
         }
     }
@@ -330,21 +250,21 @@ fn a_restart_reads_on_from_the_stored_positions() {
 
 #[test]
 fn a_table_added_later_reads_the_topic_from_its_own_start() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_partitions(1);
     let store = bench.open();
     let first = apply(&store, "first", "");
     let ingest = bench.start(&store);
-    bench.send_rows(0, 900);
-    wait_for_positions(&first, &bench.produced);
+    bench.spread_rows(0, 900);
+    wait_for("positions", || bench.is_read(&first));
     let second = apply(&store, "second", "");
     let late = apply(&store, "late", "start = \"latest\"");
     wait_for("the latest table", || {
-        table_state(&ingest, "late") == Some(SourceState::Running)
+        state(&ingest, "late") == Some(SourceState::Running)
     });
     let before = bench.produced.clone();
-    bench.send_rows(900, 300);
+    bench.spread_rows(900, 300);
     for table in [&first, &second, &late] {
-        wait_for_positions(table, &bench.produced);
+        wait_for("positions", || bench.is_read(table));
     }
     assert_eq!(offsets(&first), every_offset(&bench.produced));
     assert_eq!(offsets(&second), every_offset(&bench.produced));
@@ -358,12 +278,12 @@ fn a_table_added_later_reads_the_topic_from_its_own_start() {
 
 #[test]
 fn an_event_sent_after_a_feature_was_added_is_read_with_it() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_partitions(1);
     let store = bench.open();
     let table = apply(&store, "t", "");
     let _ingest = bench.start_looking_every(&store, Duration::from_secs(60));
-    bench.send_rows(0, 3);
-    wait_for_positions(&table, &bench.produced);
+    bench.spread_rows(0, 3);
+    wait_for("positions", || bench.is_read(&table));
     let mut wider = definition("t", "");
     let name = "extra".to_owned();
     wider
@@ -373,7 +293,7 @@ fn an_event_sent_after_a_feature_was_added_is_read_with_it() {
     let value = r#"{"id":"a","ts":9,"v":1,"extra":7}"#;
     bench.send(0, "k", Some(value), 9);
     bench.flush();
-    wait_for_positions(&table, &bench.produced);
+    wait_for("positions", || bench.is_read(&table));
     let request = ScanRequest {
         columns: Some(vec![name]),
         ..ScanRequest::default()
@@ -388,11 +308,11 @@ fn an_event_sent_after_a_feature_was_added_is_read_with_it() {
 
 #[test]
 fn a_listed_partition_is_the_only_one_read() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_partitions(1);
     let store = bench.open();
     let table = apply(&store, "t", "partitions = [1]");
     let _ingest = bench.start(&store);
-    bench.send_rows(0, 30);
+    bench.spread_rows(0, 30);
     wait_for("rows", || offsets(&table).len() == 10);
     assert!(offsets(&table).iter().all(|(p, _)| *p == 1));
     assert_eq!(table.positions().next_offset("events", 0), None);
@@ -400,19 +320,19 @@ fn a_listed_partition_is_the_only_one_read() {
 
 #[test]
 fn a_paused_topic_is_not_read_until_resumed() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_partitions(1);
     let store = bench.open();
     let table = apply(&store, "t", "");
     let ingest = bench.start(&store);
-    bench.send_rows(0, 30);
-    wait_for_positions(&table, &bench.produced);
+    bench.spread_rows(0, 30);
+    wait_for("positions", || bench.is_read(&table));
     ingest.pause("events").expect("pause");
     wait_for("pause", || status(&ingest).state == SourceState::Paused);
-    bench.send_rows(30, 30);
+    bench.spread_rows(30, 30);
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(offsets(&table).len(), 30);
     ingest.resume("events").expect("resume");
-    wait_for_positions(&table, &bench.produced);
+    wait_for("positions", || bench.is_read(&table));
     assert_eq!(offsets(&table), every_offset(&bench.produced));
     assert!(matches!(
         ingest.pause("nope"),
@@ -422,26 +342,26 @@ fn a_paused_topic_is_not_read_until_resumed() {
 
 #[test]
 fn a_broker_that_goes_away_and_returns_costs_no_record() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_partitions(1);
     let store = bench.open();
     let table = apply(&store, "t", "");
     let ingest = bench.start(&store);
-    bench.send_rows(0, 300);
-    wait_for_positions(&table, &bench.produced);
+    bench.spread_rows(0, 300);
+    wait_for("positions", || bench.is_read(&table));
     bench.cluster.broker_down(-1).expect("down");
     wait_for("degraded", || {
         matches!(status(&ingest).state, SourceState::Degraded { .. })
     });
     bench.cluster.broker_up(-1).expect("up");
-    bench.send_rows(300, 300);
-    wait_for_positions(&table, &bench.produced);
+    bench.spread_rows(300, 300);
+    wait_for("positions", || bench.is_read(&table));
     assert_eq!(offsets(&table), every_offset(&bench.produced));
     wait_for("running", || status(&ingest).state == SourceState::Running);
 }
 
 #[test]
 fn partitions_whose_leaders_move_lose_and_double_nothing() {
-    let mut bench = Bench::with_brokers(3);
+    let mut bench = Bench::of_partitions(3);
     let store = bench.open();
     let table = apply(&store, "t", "");
     let _ingest = bench.start(&store);
@@ -480,18 +400,19 @@ fn partitions_whose_leaders_move_lose_and_double_nothing() {
         ends.iter().all(|(p, end)| *end >= bench.produced[p]),
         "{ends:?}"
     );
-    wait_for_positions(&table, &ends);
+    bench.produced.clone_from(&ends);
+    wait_for("positions", || bench.is_read(&table));
     assert_eq!(offsets(&table), every_offset(&ends));
 }
 
 #[test]
 fn an_offset_the_topic_no_longer_has_stops_the_table_with_the_reason() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_partitions(1);
     let store = bench.open();
     let table = apply(&store, "t", "");
     let ingest = bench.start(&store);
-    bench.send_rows(0, 3);
-    wait_for_positions(&table, &bench.produced);
+    bench.spread_rows(0, 3);
+    wait_for("positions", || bench.is_read(&table));
     ingest.stop();
     // The mock keeps 5 MiB a partition.
     let filler = format!(r#"{{"id":"{}","ts":1,"v":1}}"#, "x".repeat(500_000));
@@ -519,7 +440,7 @@ fn an_offset_the_topic_no_longer_has_stops_the_table_with_the_reason() {
 
 #[test]
 fn a_source_follows_the_catalog_and_says_what_it_lacks() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::of_partitions(1);
     let store = bench.open();
     let ingest = Ingest::start(
         store.clone(),
@@ -538,15 +459,15 @@ fn a_source_follows_the_catalog_and_says_what_it_lacks() {
     assert!(reason.contains("--brokers"), "{reason}");
     let brokers = format!("brokers = \"{}\"", bench.cluster.bootstrap_servers());
     let table = apply(&store, "nowhere", &brokers);
-    bench.send_rows(0, 30);
-    wait_for_positions(&table, &bench.produced);
+    bench.spread_rows(0, 30);
+    wait_for("positions", || bench.is_read(&table));
     store.drop_table("nowhere").expect("drop");
     wait_for("the end of the source", || ingest.status().is_empty());
 }
 
 #[test]
 fn a_topic_that_does_not_exist_yet_is_waited_for() {
-    let bench = Bench::new();
+    let bench = Bench::of_partitions(1);
     let store = bench.open();
     let text = "[table]\nname = \"t\"\nentity = [{ name = \"id\", type = \"string\" }]\n\
         event_time = { name = \"ts\", type = \"timestamp[ms, tz=UTC]\" }\n\

@@ -1,82 +1,30 @@
 //! Values whose schemas stand in a registry: the registry goes away, does not know an id yet,
 //! or knows more and more of them, and no record is lost or refused for it.
 
-#[path = "../src/decode/stub.rs"]
-mod stub;
+use std::time::Duration;
 
-use std::time::{Duration, Instant};
-
-use arrow_array::cast::AsArray;
-use arrow_array::types::Int64Type;
-use pinion_feature_store::{ScanRequest, Store, StoreOptions, Table};
+use pinion_feature_store::{Store, Table};
 use pinion_ingest::{Ingest, IngestConfig, IngestHandle, SourceState};
-use pinion_schemas::TableDefinition;
-use rdkafka::ClientConfig;
-use rdkafka::mocking::MockCluster;
-use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
-use stub::StubRegistry;
+use rdkafka::producer::BaseRecord;
+
+use super::stub::StubRegistry;
+use super::support::{self, Bench, TOPIC, state, values, wait_for};
 
 const ROW: &str = r#"{"type":"record","name":"R","fields":[
     {"name":"id","type":"string"},{"name":"v","type":"int"}]}"#;
 
-struct Bench {
-    cluster: MockCluster<'static, DefaultProducerContext>,
-    producer: BaseProducer,
-    dir: tempfile::TempDir,
-    sent: i64,
-}
-
 impl Bench {
-    fn new() -> Bench {
-        let cluster = MockCluster::new(1).expect("mock cluster");
-        cluster.create_topic("events", 1, 1).expect("topic");
-        let producer = ClientConfig::new()
-            .set("bootstrap.servers", cluster.bootstrap_servers())
-            .set("linger.ms", "0")
-            .create()
-            .expect("producer");
-        let dir = tempfile::tempdir().expect("directory");
-        Store::init(dir.path()).expect("init");
-        Bench {
-            cluster,
-            producer,
-            dir,
-            sent: 0,
-        }
-    }
-
-    fn open(&self) -> Store {
-        Store::open(self.dir.path(), StoreOptions::default()).expect("open")
-    }
-
-    fn start(&self, store: &Store, registry: &str) -> IngestHandle {
+    fn start_with_registry(&self, store: &Store, registry: &str) -> IngestHandle {
         let config = IngestConfig {
-            brokers: Some(self.cluster.bootstrap_servers()),
             registry: Some(registry.to_owned()),
-            fetch_wait: Duration::from_millis(10),
-            catalog_poll: Duration::from_millis(20),
-            ..IngestConfig::default()
+            ..self.config()
         };
         Ingest::start(store.clone(), config).expect("ingest")
     }
 
-    fn send(&mut self, value: &[u8]) {
-        let record = BaseRecord::<[u8], [u8]>::to("events")
-            .partition(0)
-            .payload(value);
-        self.producer
-            .send(record)
-            .map_err(|(e, _)| e)
-            .expect("send");
-        self.sent += 1;
-    }
-
-    fn flush(&self) {
-        self.producer.flush(Duration::from_secs(20)).expect("flush");
-    }
-
-    fn is_read(&self, table: &Table) -> bool {
-        table.positions().next_offset("events", 0) == Some(self.sent)
+    fn send_bytes(&mut self, value: &[u8]) {
+        let record = BaseRecord::<[u8], [u8]>::to(TOPIC);
+        self.produce(record.partition(0).payload(value));
     }
 }
 
@@ -95,43 +43,7 @@ fn apply(store: &Store, name: &str, format: &str) -> Table {
         "[table]\nname = \"{name}\"\nentity = [{{ name = \"id\", type = \"string\" }}]\n\
          [features]\nv = \"int64\"\n[source.kafka]\ntopic = \"events\"\nformat = \"{format}\"\n"
     );
-    let definition = TableDefinition::parse_toml(&text).expect("definition");
-    store.apply(vec![definition]).expect("apply");
-    store.table(name).expect("table")
-}
-
-/// The values of `v`, in order.
-fn rows(table: &Table) -> Vec<Option<i64>> {
-    let request = ScanRequest {
-        columns: Some(vec!["v".to_owned()]),
-        ..ScanRequest::default()
-    };
-    let mut found = Vec::new();
-    for scanned in table.snapshot().scan(&request).expect("scan") {
-        let batch = scanned.expect("batch").batch;
-        found.extend(batch.column(0).as_primitive::<Int64Type>().iter());
-    }
-    found.sort_unstable();
-    found
-}
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !done() {
-        assert!(
-            started.elapsed() < Duration::from_secs(30),
-            "timed out waiting for {what}"
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn state(ingest: &IngestHandle, table: &str) -> Option<SourceState> {
-    let tables = ingest.status().into_iter().flat_map(|s| s.tables);
-    tables
-        .into_iter()
-        .find(|t| t.table == table)
-        .map(|t| t.state)
+    support::apply(store, &text)
 }
 
 fn is_degraded(ingest: &IngestHandle, table: &str, words: &str) -> bool {
@@ -143,16 +55,16 @@ fn is_degraded(ingest: &IngestHandle, table: &str, words: &str) -> bool {
 
 #[test]
 fn a_registry_that_is_down_is_waited_for_and_nothing_is_refused() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(1, 1);
     let store = bench.open();
     let waiting = apply(&store, "waiting", "avro");
     let other = apply(&store, "other", "json");
     let registry = StubRegistry::start();
     let (url, port) = (registry.url(), registry.port());
     drop(registry);
-    let ingest = bench.start(&store, &url);
+    let ingest = bench.start_with_registry(&store, &url);
     for v in 0..40 {
-        bench.send(&avro(1, &format!("k{v}"), v));
+        bench.send_bytes(&avro(1, &format!("k{v}"), v));
     }
     bench.flush();
     wait_for("the reason", || {
@@ -163,12 +75,12 @@ fn a_registry_that_is_down_is_waited_for_and_nothing_is_refused() {
     assert_eq!(other.dead_letters(100).expect("letters").len(), 40);
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(waiting.positions().next_offset("events", 0), Some(0));
-    assert!(rows(&waiting).is_empty());
+    assert!(values(&waiting).is_empty());
 
     let registry = StubRegistry::start_on(port);
     registry.put_schema(1, "AVRO", ROW);
     wait_for("all rows", || bench.is_read(&waiting));
-    assert_eq!(rows(&waiting), (0..40).map(Some).collect::<Vec<_>>());
+    assert_eq!(values(&waiting), (0..40).map(Some).collect::<Vec<_>>());
     assert!(waiting.dead_letters(100).expect("letters").is_empty());
     assert_eq!(other.dead_letters(100).expect("letters").len(), 40);
     wait_for("running", || {
@@ -178,31 +90,31 @@ fn a_registry_that_is_down_is_waited_for_and_nothing_is_refused() {
 
 #[test]
 fn an_id_that_the_registry_does_not_know_yet_is_waited_for() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(1, 1);
     let store = bench.open();
     let table = apply(&store, "t", "avro");
     let registry = StubRegistry::start();
     registry.put_schema(1, "AVRO", ROW);
-    let ingest = bench.start(&store, &registry.url());
-    bench.send(&avro(1, "a", 1));
+    let ingest = bench.start_with_registry(&store, &registry.url());
+    bench.send_bytes(&avro(1, "a", 1));
     bench.flush();
     wait_for("the known", || bench.is_read(&table));
-    bench.send(&avro(2, "b", 2));
-    bench.send(&avro(1, "c", 3));
+    bench.send_bytes(&avro(2, "b", 2));
+    bench.send_bytes(&avro(1, "c", 3));
     bench.flush();
     wait_for("the reason", || {
         is_degraded(&ingest, "t", "does not know schema id 2")
     });
-    assert_eq!(rows(&table), [Some(1)], "nothing overtakes");
+    assert_eq!(values(&table), [Some(1)], "nothing overtakes");
     registry.put_schema(2, "AVRO", ROW);
     wait_for("all rows", || bench.is_read(&table));
-    assert_eq!(rows(&table), [Some(1), Some(2), Some(3)]);
+    assert_eq!(values(&table), [Some(1), Some(2), Some(3)]);
     assert!(table.dead_letters(100).expect("letters").is_empty());
 }
 
 #[test]
 fn a_schema_that_changes_on_the_way_is_followed_or_refused_by_name() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(1, 1);
     let store = bench.open();
     let table = apply(&store, "t", "avro");
     let registry = StubRegistry::start();
@@ -225,17 +137,17 @@ fn a_schema_that_changes_on_the_way_is_followed_or_refused_by_name() {
         "AVRO",
         r#"{"type":"record","name":"R","fields":[{"name":"id","type":"string"}]}"#,
     );
-    let _ingest = bench.start(&store, &registry.url());
-    bench.send(&avro(1, "a", 1));
-    bench.send(&avro(2, "b", 2));
-    bench.send(&[avro(3, "c", 1), b"3".to_vec()].concat());
-    bench.send(&[avro(4, "d", 4), vec![2]].concat());
+    let _ingest = bench.start_with_registry(&store, &registry.url());
+    bench.send_bytes(&avro(1, "a", 1));
+    bench.send_bytes(&avro(2, "b", 2));
+    bench.send_bytes(&[avro(3, "c", 1), b"3".to_vec()].concat());
+    bench.send_bytes(&[avro(4, "d", 4), vec![2]].concat());
     let mut without = avro(5, "e", 0);
     without.pop();
-    bench.send(&without);
+    bench.send_bytes(&without);
     bench.flush();
     wait_for("all records", || bench.is_read(&table));
-    assert_eq!(rows(&table), [None, Some(1), Some(2), Some(4)]);
+    assert_eq!(values(&table), [None, Some(1), Some(2), Some(4)]);
     let letters = table.dead_letters(100).expect("letters");
     assert_eq!(letters.len(), 1);
     assert_eq!(letters[0].offset, 2);
