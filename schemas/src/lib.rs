@@ -35,6 +35,7 @@
 
 #![forbid(unsafe_code)]
 
+mod as_text;
 mod check;
 mod check_formats;
 mod defaults;
