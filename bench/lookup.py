@@ -43,7 +43,7 @@ from lookup_paths import (
 )
 from lookup_report import REPORTS
 from peers import FEAST_PYTHON, Feast
-from serve_for import Pinion, missing_lane, understands
+from serve_for import RAISED, Pinion, missing_lane, understands
 from serving import FEAST_STEP, REDIS_STEP, Sizes
 from workers import Workers
 
@@ -152,7 +152,7 @@ def lookups(sizes, data, count):
 def half(sizes, data, count):
     found = {}
     with ExitStack() as stack:
-        pinion, redis = stack.enter_context(Pinion(data)), stack.enter_context(redis_server(sizes))
+        pinion, redis = stack.enter_context(Pinion(data, env=RAISED)), stack.enter_context(redis_server(sizes))
         best = next(iter(REDIS_SETTINGS))
         paths = pinion_paths(stack, pinion) | {best: redis_paths(stack, redis)[best]}
         few = (sizes.profile // REDIS_STEP, REDIS_STEP)
@@ -234,7 +234,7 @@ def many(sizes, data, count):
     request = {"scan": {"table": "scan"}}
     paths = [f"{FLIGHT}, Unix socket"] + ([] if missing_lane() else [LANE])
     with ExitStack() as stack:
-        pinion = stack.enter_context(Pinion(data))
+        pinion = stack.enter_context(Pinion(data, env=RAISED))
         scans = stack.enter_context(Workers("scan", {"url": pinion.unix}, clients=PROCESSES))
         every = pinion_paths(stack, pinion, clients=1)
         clients = {path: every[path] for path in paths}

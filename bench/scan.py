@@ -39,7 +39,7 @@ from harness import (
 )
 from peers import PyarrowServer, TonicServer
 from scan_report import REPORTS
-from serve_for import Pinion, example, missing_lane, native
+from serve_for import RAISED, Pinion, example, missing_lane, native
 from serving import Sizes
 from workers import Workers
 
@@ -379,7 +379,7 @@ def cold(sizes, data, count):
     for number in range(min(count, 3)):
         for path, kind in paths.items():
             dropped = drop_pages(data)
-            with Pinion(data) as pinion, ExitStack() as stack:
+            with Pinion(data, env=RAISED) as pinion, ExitStack() as stack:
                 where = {"url": pinion.unix} if kind == "flight" else {"socket": str(pinion.lane)}
                 lookups = Workers(kind, {**where, "table": "profile", "features": serving.FEATURES}, clients=1)
                 stack.enter_context(lookups)

@@ -2,6 +2,7 @@
 
 import plot
 from harness import median, ratios, spread, table
+from serve_for import RAISED_NOTE
 
 
 def full_report(found):
@@ -118,6 +119,7 @@ def cold_report(found):
     rates = [found["gb"] / run["scan_seconds"] for run in found["runs"]]
     stayed = max(run["resident_before"] for run in found["runs"])
     notes.append(f"the cold scan itself: {spread(rates)} GB/s; at most {stayed:.1%} of the table was in memory before")
+    notes.append(RAISED_NOTE)
     header = ["lookups of 100 keys", "", "p50 µs: min / median / max", "p99 µs"]
     return table(header, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n", []
 

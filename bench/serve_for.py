@@ -20,6 +20,11 @@ def missing_lane():
     return "" if "--lane" in said else f"{binary()} has no --lane"
 
 
+# As for a sidecar that shares few cores: the lane's threads go before the server's others.
+RAISED = {"PINION__LANE__PRIORITY": 10}
+RAISED_NOTE = "with lane.priority = 10, which the default is not: docs/operations.md, \"Short of cores\""
+
+
 class Pinion(Server):
     """`pinion serve` on TCP, on a Unix socket, and on the local lane."""
 

@@ -36,7 +36,7 @@ from harness import (
     show_part,
     versions,
 )
-from serve_for import Pinion, example, native
+from serve_for import RAISED, Pinion, example, native
 from stream_report import REPORTS
 
 from support import flight as calls
@@ -256,7 +256,7 @@ def beside(broker, options, rate=50_000, keys=1_000_000):
     topic = broker.topic("events", partitions=PARTITIONS)
     seconds = max(2.0, options.seconds / 6)
     rounds = options.rounds
-    with served(broker, EVENTS % topic) as server:
+    with served(broker, EVENTS % topic, env=RAISED) as server:
         client = calls.connect(server)
         fill = result(
             run("stream_produce", "--brokers", broker.bootstrap, "--topic", topic, "--rate", 200_000, "--seconds",

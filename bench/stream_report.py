@@ -2,6 +2,7 @@
 
 import plot
 from harness import median, ratios, spread, table
+from serve_for import RAISED_NOTE
 
 
 def freshness_report(found):
@@ -93,6 +94,7 @@ def beside_report(found):
         f"{found['rate']:,} events a second into a table of {found['table_rows']:,} rows; 1,000 lookups of 100 keys a second "
         "over the lane, then whole scans over the Unix socket",
         f"at the end {found['segments']} segments, {found['superseded']:.0%} of their rows superseded",
+        RAISED_NOTE,
         "goal: within 2x",
     ]
     header = ["", "source paused: min / median / max", "reading", "times worse"]

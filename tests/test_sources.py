@@ -491,7 +491,7 @@ def test_monitors_see_the_positions_as_a_groups_offsets(store, kafka, serve):
     log = Log(kafka.producer(), topic)
     produce(log, 0, 30, partition=0)
     produce(log, 30, 12, partition=1)
-    serve(brokers=kafka.bootstrap, env={"PINION__KAFKA__INSTANCE": "blue"})
+    serve(brokers=kafka.bootstrap, env={"PINION__KAFKA__INSTANCE": "blue", "PINION__KAFKA__MONITORS": "true"})
     monitor = Consumer({"bootstrap.servers": kafka.bootstrap, "group.id": "pinion.blue.clicks"})
 
     def seen():

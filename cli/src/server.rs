@@ -111,8 +111,8 @@ pub fn ingest_config(config: &Config) -> IngestConfig {
         ingest.memory_bytes = bytes;
     }
     ingest.min_free_disk = config.bytes("kafka.min_free_disk");
-    if !config.switch("kafka.monitors") {
-        ingest.monitor_interval = None;
+    if config.switch("kafka.monitors") {
+        ingest.monitor_interval = Some(std::time::Duration::from_secs(5));
     }
     ingest.secrets_dir = config.path("kafka.secrets_dir");
     ingest
@@ -135,8 +135,14 @@ pub fn run(
     // Before the sources start: counters are bound to the recorder that is there.
     install_metrics();
     server.check().map_err(CliError::from_error)?;
+    // A thread of the runtime may be born of one of the lane, which may have a higher priority
+    // (`lane.priority`): it is not to keep that.
+    let nice = rustix::process::getpriority_process(None).unwrap_or(0);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        .on_thread_start(move || {
+            let _ = rustix::process::setpriority_process(None, nice);
+        })
         .build()?;
     let sources = Arc::new(
         Ingest::start(store.clone(), ingest)

@@ -45,9 +45,9 @@ pub struct IngestConfig {
     pub memory_bytes: u64,
     /// Sources wait while the disk has less free. `None`: a twentieth of it, at most 1 GiB.
     pub min_free_disk: Option<u64>,
-    /// How often positions are told to the brokers, for lag monitors; `None`: never. Each table
-    /// costs a small client then: a connection to its group's coordinator, and an idle thread for
-    /// each broker.
+    /// How often positions are told to the brokers, for lag monitors; `None`, the default:
+    /// never. Each table costs a client of its own then: two connections, and an idle thread for
+    /// each broker and three more.
     pub monitor_interval: Option<Duration>,
     /// Where options of tables may read secrets from.
     pub secrets_dir: Option<PathBuf>,
@@ -71,7 +71,7 @@ impl Default for IngestConfig {
             queue_bytes: 16 << 20,
             memory_bytes: 1 << 30,
             min_free_disk: None,
-            monitor_interval: Some(Duration::from_secs(5)),
+            monitor_interval: None,
             secrets_dir: None,
         }
     }

@@ -330,6 +330,7 @@ impl Shared {
             if inner.stopping {
                 let running = std::mem::take(&mut inner.running);
                 drop(inner);
+                *self.shown.lock() = Shown::default();
                 // All at once, so that the slowest and not their sum is waited for.
                 for source in running.values() {
                     source.control.stop();
@@ -383,8 +384,6 @@ impl Shared {
     /// Brings the sources in line with the catalog.
     fn reconcile(&self) {
         let (wanted, mut unstartable) = self.wanted();
-        let there: BTreeSet<TableId> = self.store.tables().iter().map(Table::id).collect();
-        self.tallies.retain(|table| there.contains(&table));
         let mut inner = self.inner.lock();
         // A source that loses a table ends before another starts: two consumers that feed one
         // table from one topic would apply a record twice.
@@ -405,6 +404,8 @@ impl Shared {
                 running.join();
             }
         }
+        let there: BTreeSet<TableId> = self.store.tables().iter().map(Table::id).collect();
+        self.tallies.retain(|table| there.contains(&table));
         for (key, tables) in wanted {
             let paused = inner.paused.topics.contains(&key.topic);
             let table_ids = ids(&tables);

@@ -221,7 +221,7 @@ pub const SETTINGS: &[Setting] = &[
     setting(
         "kafka.monitors",
         Kind::Switch,
-        Some("true"),
+        Some("false"),
         "Tell the brokers the positions, as offsets of groups pinion.<instance>.<table>",
     ),
     setting(

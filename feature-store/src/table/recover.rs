@@ -117,31 +117,30 @@ impl Opener<'_> {
         let mut first_problem = None;
         let mut fell_back = false;
         for number in self.manifest_numbers()?.into_iter().rev() {
-            let opened = match Manifest::read(&self.dirs.manifest, number) {
+            let problem = match Manifest::read(&self.dirs.manifest, number) {
                 Ok(manifest) => {
                     let (segments, logs) = self.open_files(&manifest);
-                    // An older manifest does not mend a log.
-                    let logs = logs?;
-                    segments.map(|segments| Found {
-                        manifest,
-                        segments,
-                        logs,
-                        fell_back,
-                    })
+                    match segments {
+                        Ok(segments) => {
+                            return Ok(Found {
+                                manifest,
+                                segments,
+                                // An older manifest does not mend a log.
+                                logs: logs?,
+                                fell_back,
+                            });
+                        }
+                        Err(error) => error,
+                    }
                 }
-                Err(error) => Err(open_error(error, FORMAT_VERSION)),
+                Err(error) => open_error(error, FORMAT_VERSION),
             };
-            match opened {
-                Ok(found) => return Ok(found),
-                Err(error @ (OpenError::NewerVersion { .. } | OpenError::Io { .. })) => {
-                    return Err(error);
-                }
-                Err(error) => {
-                    tracing::warn!(table = self.table, manifest = number, error = %error, "manifest cannot be used");
-                    first_problem.get_or_insert(error);
-                    fell_back = true;
-                }
+            if let OpenError::NewerVersion { .. } | OpenError::Io { .. } = problem {
+                return Err(problem);
             }
+            tracing::warn!(table = self.table, manifest = number, error = %problem, "manifest cannot be used");
+            first_problem.get_or_insert(problem);
+            fell_back = true;
         }
         if let Some(error) = first_problem {
             return Err(error);
@@ -164,8 +163,8 @@ impl Opener<'_> {
     }
 
     /// Opens what a manifest names: its logs here, its segments meanwhile on a thread of their
-    /// own. Every byte of a log is read, and a segment's metadata only: with 8 segments and
-    /// 100,000 rows in the log the two take about equally long.
+    /// own, if there is one to be had. Every byte of a log is read, and a segment's metadata
+    /// only: with 8 segments and 100,000 rows in the log the two take about equally long.
     fn open_files(
         &self,
         manifest: &Manifest,
@@ -174,13 +173,15 @@ impl Opener<'_> {
         Result<WalkedLogs, OpenError>,
     ) {
         std::thread::scope(|scope| {
-            let segments = scope.spawn(|| self.open_segments(manifest));
+            let thread = std::thread::Builder::new().name("pinion-open".to_owned());
+            let beside = thread.spawn_scoped(scope, || self.open_segments(manifest));
             let logs = self.walk_logs(manifest);
-            let segments = segments.join();
-            (
-                segments.unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-                logs,
-            )
+            let segments = match beside.map(std::thread::ScopedJoinHandle::join) {
+                Ok(Ok(segments)) => segments,
+                Ok(Err(panic)) => std::panic::resume_unwind(panic),
+                Err(_) => self.open_segments(manifest),
+            };
+            (segments, logs)
         })
     }
 

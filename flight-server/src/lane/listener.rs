@@ -130,7 +130,7 @@ fn raise_priority(steps: u32) -> io::Result<()> {
         let error = io::Error::from(error);
         let problem = format!(
             "lane.priority = {steps} asks for nice {nice}, which this user may not have ({error}): grant CAP_SYS_NICE \
-             or a RLIMIT_NICE of {} (systemd: LimitNICE={nice}), or leave lane.priority at 0",
+             or a RLIMIT_NICE of {} (systemd: LimitNICE={nice:+}), or leave lane.priority at 0",
             20 - nice
         );
         io::Error::new(error.kind(), problem)
