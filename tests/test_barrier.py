@@ -24,6 +24,7 @@ import pytest
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from support.process import REPOSITORY
+from support.process import pinion as command
 from support.truth import ends
 from support.wait import until
 
@@ -312,6 +313,21 @@ def test_a_barrier_is_met_across_a_restart_and_fails_at_once_when_the_source_has
             client.scan("items", wait={topic: {0: 10_000}}, wait_timeout=30)
         assert time.monotonic() - began < 5
         assert client.scan("items", wait=seen, wait_timeout=0).num_rows == 100
+
+
+def test_a_barrier_waits_for_a_source_that_is_about_to_start(store, kafka, serve):
+    topic = kafka.topic("about", partitions=2)
+    producer = kafka.producer()
+    seen = pinion.Offsets()
+    producer.produce(topic, b'{"id":"a","n":1}', partition=0, on_delivery=seen.delivered)
+    assert producer.flush(30) == 0
+    server = serve(brokers=kafka.bootstrap)
+    with pinion.connect(server.flight) as client:
+        definition = store.folder / "items.toml"
+        definition.write_text(TABLE.format(topic=topic))
+        command("apply", "--server", server.flight, definition)
+        # Most likely before the catalog is looked at again for new sources.
+        assert client.scan("items", wait=seen, wait_timeout=30).num_rows == 1
 
 
 def made_again(kafka, topic):

@@ -87,7 +87,12 @@ format = "json"
 """,
 ]
 # Small logs: kills also find segments being written and merged.
-SETTINGS = {"PINION__STORE__DELTA_MAX_ROWS": 1_500, "PINION__STORE__MAX_SEGMENTS": 4}
+# With monitors, so that a broker dies while they are told as well.
+SETTINGS = {
+    "PINION__STORE__DELTA_MAX_ROWS": 1_500,
+    "PINION__STORE__MAX_SEGMENTS": 4,
+    "PINION__KAFKA__MONITORS": "true",
+}
 FAST = {"server": 11, "recovery": 4, "broker": 3, "both": 2}
 SOAK = {"server": 120, "recovery": 30, "broker": 30, "both": 20}
 

@@ -559,8 +559,15 @@ def nice_values(process):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise a priority")
 def test_threads_of_the_lane_stand_above_the_rest_of_the_server(store, serve):
     here = os.getpriority(os.PRIO_PROCESS, 0)
+    store.apply(LATEST)
     server = serve(env={"PINION__LANE__PRIORITY": "5"})
-    with pinion.connect(f"lane://{server.lane}"):
+    with pinion.connect(server.flight, lane=f"lane://{server.lane}") as client:
+        put = client.put("items", items([1]))
+        log, _, sequence = put["token"]["snapshot"].partition("-")
+        later = {"table": "items", "snapshot": f"{log}-{int(sequence) + 1}"}
+        # A wait has the runtime make a thread, and that in one of the lane.
+        with pytest.raises(TimeoutError):
+            client.lookup(["items:price"], {"item": [1]}, wait=later, wait_timeout=0.1)
         assert nice_values(server.process.pid) == ({here - 5}, {here})
 
 

@@ -115,6 +115,7 @@ impl SourceControl for KafkaSources {
     fn stopped(&self, topic: &str) -> Option<String> {
         let status = self.0.status();
         match status.into_iter().find(|source| source.topic == topic) {
+            None if self.0.is_wanted(topic) => None,
             None => Some(format!("no table reads topic {topic:?}")),
             Some(source) => match source.state {
                 SourceState::Stopped { reason } => Some(reason),

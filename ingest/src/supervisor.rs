@@ -95,6 +95,16 @@ impl IngestHandle {
         all
     }
 
+    /// Whether a table of the catalog reads a topic. Its source may be about to start: then
+    /// [`IngestHandle::status`] does not list it yet.
+    pub fn is_wanted(&self, topic: &str) -> bool {
+        let reads = |table: &Table| {
+            let definition = table.definition();
+            definition.kafka.as_ref().is_some_and(|k| k.topic == topic)
+        };
+        self.shared.store.tables().iter().any(reads)
+    }
+
     /// Brings the metrics of all sources up to date, for whoever shows them.
     pub fn record_metrics(&self) {
         measure::record(&self.status());
@@ -553,6 +563,7 @@ mod tests {
         store.apply(vec![parsed]).unwrap();
         // Without brokers its source cannot be tried, and is listed with the reason.
         let ingest = Ingest::start(store, IngestConfig::default()).unwrap();
+        assert!(ingest.is_wanted("clicks") && !ingest.is_wanted("views"));
         while ingest.status().is_empty() {
             std::thread::sleep(Duration::from_millis(5));
         }
