@@ -152,7 +152,7 @@ def lookups(sizes, data, count):
 def half(sizes, data, count):
     found = {}
     with ExitStack() as stack:
-        pinion, redis = stack.enter_context(Pinion(data, env=RAISED)), stack.enter_context(redis_server(sizes))
+        pinion, redis = stack.enter_context(Pinion(data)), stack.enter_context(redis_server(sizes))
         best = next(iter(REDIS_SETTINGS))
         paths = pinion_paths(stack, pinion) | {best: redis_paths(stack, redis)[best]}
         few = (sizes.profile // REDIS_STEP, REDIS_STEP)

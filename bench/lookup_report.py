@@ -100,7 +100,7 @@ def half_report(found):
             )
     notes = (
         "\n- 8 clients, each with a request every so often; one that is late because the one before took long counts "
-        f"from when it was due\n- {RAISED_NOTE}\n- goal for Pinion: p99 at most 3x p50\n"
+        "from when it was due\n- goal for Pinion: p99 at most 3x p50\n"
     )
     header = ["K", "path", "requests/s at saturation", "at half of it: p50 µs", "p99 µs", "p99 / p50"]
     return table(header, rows) + "\n" + notes, []
