@@ -14,6 +14,7 @@ import struct
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pinion
@@ -565,9 +566,15 @@ def test_threads_of_the_lane_stand_above_the_rest_of_the_server(store, serve):
         put = client.put("items", items([1]))
         log, _, sequence = put["token"]["snapshot"].partition("-")
         later = {"table": "items", "snapshot": f"{log}-{int(sequence) + 1}"}
-        # A wait has the runtime make a thread, and that in one of the lane.
-        with pytest.raises(TimeoutError):
-            client.lookup(["items:price"], {"item": [1]}, wait=later, wait_timeout=0.1)
+
+    def waits(_):
+        with pinion.connect(f"lane://{server.lane}") as client, pytest.raises(TimeoutError):
+            client.lookup(["items:price"], {"item": [1]}, wait=later, wait_timeout=0.3)
+
+    # Each wait has the runtime make a thread, and that in one of the lane.
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(waits, range(8)))) == 8
+    with pinion.connect(f"lane://{server.lane}"):
         assert nice_values(server.process.pid) == ({here - 5}, {here})
 
 
