@@ -1,9 +1,14 @@
-//! Reading and settling a table's dead letters. What they are: see `crate::dead_letters`.
+//! Reading and settling a table's dead letters, and their files. What they are: see
+//! `crate::dead_letters`.
 
-use super::recover::{dead_letter_path, read_dead_letters};
+use std::fs::File;
+use std::path::Path;
+
 use super::{Table, TableInner, Work};
 use crate::commit::{Commit, DeadLetter};
-use crate::dead_letters::{DeadLetterCounts, DeadLetterId, DeadLetterPage, StoredDeadLetter};
+use crate::dead_letters::{
+    DeadLetterCounts, DeadLetterId, DeadLetterPage, DeadLetterState, StoredDeadLetter,
+};
 use crate::error::{CommitError, ReadError, WorkError};
 use crate::manifest::{DeadLetterFile, Manifest};
 
@@ -269,4 +274,61 @@ impl Table {
             tracing::warn!(table = %self.name(), error, "settled dead letters could not be removed");
         }
     }
+}
+
+/// What the manifest says of the dead letters in files.
+pub(super) fn dead_letters_in_files(manifest: &Manifest) -> DeadLetterState {
+    let mut state = DeadLetterState::default();
+    for file in &manifest.dead_letter_files {
+        let count = u32::try_from(file.dead_letters).unwrap_or(u32::MAX);
+        state.add(file.log, count, file.bytes);
+    }
+    let checkpoint = &manifest.checkpoint;
+    let resolved = checkpoint.resolved_dead_letters.iter();
+    resolved.for_each(|id| state.resolve(id));
+    checkpoint
+        .forwarded_dead_letter
+        .into_iter()
+        .for_each(|id| state.forward(id));
+    state
+}
+
+fn dead_letter_path(dir: &Path, log: u64) -> std::path::PathBuf {
+    dir.join(format!("{log:016x}.dead"))
+}
+
+/// Keeps the dead letters of a log that is about to become a segment.
+pub(super) fn write_dead_letters(
+    dir: &Path,
+    log: u64,
+    letters: &[DeadLetter],
+) -> std::io::Result<DeadLetterFile> {
+    let head = crate::delta::record::Head {
+        dead_letters: letters.to_vec(),
+        ..Default::default()
+    };
+    let mut bytes = Vec::new();
+    head.encode(&mut bytes);
+    let path = dead_letter_path(dir, log);
+    std::fs::write(&path, &bytes)?;
+    crate::fail::sync_all(&File::open(&path)?)?;
+    crate::fail::sync_dir(dir)?;
+    Ok(DeadLetterFile {
+        log,
+        dead_letters: letters.len() as u64,
+        crc32: crc32fast::hash(&bytes),
+        bytes: bytes.len() as u64,
+    })
+}
+
+/// Reads them back.
+fn read_dead_letters(dir: &Path, file: &DeadLetterFile) -> Result<Vec<DeadLetter>, String> {
+    let path = dead_letter_path(dir, file.log);
+    let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    if bytes.len() as u64 != file.bytes || crc32fast::hash(&bytes) != file.crc32 {
+        return Err(format!("{}: checksum differs", path.display()));
+    }
+    crate::delta::record::Head::decode(&mut crate::delta::record::Reader::new(&bytes))
+        .map(|head| head.dead_letters)
+        .ok_or_else(|| format!("{}: cannot be read", path.display()))
 }

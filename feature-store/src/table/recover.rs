@@ -15,6 +15,7 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use roaring::RoaringBitmap;
 
+use super::dead_letters::dead_letters_in_files;
 use super::work::open_segment;
 use super::{ClosedState, Counters, OpenedTable, Table, TableDirs, TableInner, Work, Writer};
 use crate::catalog::{TableEntry, open_error};
@@ -28,9 +29,7 @@ use crate::delta::rows::LogRows;
 use crate::delta::{Log, LogView};
 use crate::error::OpenError;
 use crate::level::{Level, SegmentLevel};
-use crate::manifest::{
-    Checkpoint, ClosedLog, DeadLetterFile, FORMAT_VERSION, KIND, LogEnd, Manifest,
-};
+use crate::manifest::{Checkpoint, ClosedLog, FORMAT_VERSION, KIND, LogEnd, Manifest};
 use crate::numbered::{self, CreateNumberedError};
 use crate::positions::Positions;
 use crate::segment::OpenSegmentError;
@@ -679,64 +678,4 @@ fn remove_orphans(dirs: &TableDirs, manifest: &Manifest) {
     sweep(&dirs.temporary, &|_| false);
     sweep(&dirs.manifest, &|name| !name.ends_with(".partial"));
     Manifest::remove_below(&dirs.manifest, manifest.number);
-}
-
-/// What the manifest says of the dead letters in files.
-fn dead_letters_in_files(manifest: &Manifest) -> DeadLetterState {
-    let mut state = DeadLetterState::default();
-    for file in &manifest.dead_letter_files {
-        let count = u32::try_from(file.dead_letters).unwrap_or(u32::MAX);
-        state.add(file.log, count, file.bytes);
-    }
-    let checkpoint = &manifest.checkpoint;
-    let resolved = checkpoint.resolved_dead_letters.iter();
-    resolved.for_each(|id| state.resolve(id));
-    checkpoint
-        .forwarded_dead_letter
-        .into_iter()
-        .for_each(|id| state.forward(id));
-    state
-}
-
-pub(super) fn dead_letter_path(dir: &Path, log: u64) -> std::path::PathBuf {
-    dir.join(format!("{log:016x}.dead"))
-}
-
-/// Keeps the dead letters of a log that is about to become a segment.
-pub(super) fn write_dead_letters(
-    dir: &Path,
-    log: u64,
-    letters: &[DeadLetter],
-) -> std::io::Result<DeadLetterFile> {
-    let head = crate::delta::record::Head {
-        dead_letters: letters.to_vec(),
-        ..Default::default()
-    };
-    let mut bytes = Vec::new();
-    head.encode(&mut bytes);
-    let path = dead_letter_path(dir, log);
-    std::fs::write(&path, &bytes)?;
-    crate::fail::sync_all(&File::open(&path)?)?;
-    crate::fail::sync_dir(dir)?;
-    Ok(DeadLetterFile {
-        log,
-        dead_letters: letters.len() as u64,
-        crc32: crc32fast::hash(&bytes),
-        bytes: bytes.len() as u64,
-    })
-}
-
-/// Reads them back.
-pub(crate) fn read_dead_letters(
-    dir: &Path,
-    file: &DeadLetterFile,
-) -> Result<Vec<DeadLetter>, String> {
-    let path = dead_letter_path(dir, file.log);
-    let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-    if bytes.len() as u64 != file.bytes || crc32fast::hash(&bytes) != file.crc32 {
-        return Err(format!("{}: checksum differs", path.display()));
-    }
-    crate::delta::record::Head::decode(&mut crate::delta::record::Reader::new(&bytes))
-        .map(|head| head.dead_letters)
-        .ok_or_else(|| format!("{}: cannot be read", path.display()))
 }

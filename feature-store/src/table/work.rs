@@ -327,7 +327,7 @@ impl TableInner {
         superseded.extend(of_logs);
         if let Some(done) = done {
             if !done.dead_letters.is_empty() {
-                let file = super::recover::write_dead_letters(
+                let file = super::dead_letters::write_dead_letters(
                     &self.dirs.dead_letters,
                     done.incarnation,
                     &done.dead_letters,
