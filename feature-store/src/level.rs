@@ -9,6 +9,7 @@ use std::sync::Arc;
 use arrow_array::RecordBatch;
 use roaring::RoaringBitmap;
 
+use crate::changes::ByEvent;
 use crate::compat::{Times, Version};
 use crate::delta::record::Place;
 use crate::delta::{Found, LogView};
@@ -27,6 +28,8 @@ pub(crate) struct SegmentLevel {
     pub superseded: Superseded,
     /// Least and greatest event time over rows and deletes, in ticks.
     pub event_range: Option<(i64, i64)>,
+    /// Which rows leave the table's history next, once a reader of changes asked.
+    pub by_event: ByEvent,
 }
 
 /// See the module.

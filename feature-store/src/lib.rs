@@ -3,7 +3,8 @@
 //! A [`Store`] is a directory of tables. A [`Table`] takes [`Commit`]s (visible when
 //! [`Table::commit`] returns, durable when [`Table::wait_durable`] does) and hands out
 //! [`Snapshot`]s. A snapshot never changes; all reads of one request use one per table:
-//! [`Snapshot::lookup`] answers keys, [`Snapshot::scan`] streams batches.
+//! [`Snapshot::lookup`] answers keys, [`Snapshot::scan`] streams batches,
+//! [`Snapshot::changes_since`] tells what became of an older one.
 //!
 //! Inside: rows arrive in the delta log (`delta`), leave it as immutable segments
 //! (`segment`), and are combined by merges (`merge`). A numbered manifest (`manifest`)
@@ -11,6 +12,7 @@
 #![warn(missing_docs)]
 
 mod catalog;
+mod changes;
 mod check;
 mod commit;
 mod compat;
@@ -43,6 +45,10 @@ mod table;
 mod worker;
 
 pub use catalog::{TableId, TablePlan};
+pub use changes::{
+    Changed, Changes, ChangesSince, FileRange, GoneKeys, KeyedRows, LatestRows, MappedRows, Reload,
+    SegmentFile,
+};
 pub use check::{CheckProblem, CheckReport};
 pub use commit::{Change, Commit, DeadLetter, Receipt, WriteToken};
 pub use dead_letters::{

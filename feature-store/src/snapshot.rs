@@ -77,6 +77,9 @@ pub(crate) struct SnapshotInner {
     pub max_event: Option<i64>,
     /// Rows that are neither deletes nor superseded.
     pub live_rows: u64,
+    /// Deletes below this sequence may have left no trace: a merge since the table was opened
+    /// has dropped them, with what they deleted.
+    pub dropped_deletes: u64,
 }
 
 impl SnapshotInner {

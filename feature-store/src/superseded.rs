@@ -117,10 +117,14 @@ impl Superseded {
 
     /// The rows replaced for a reader that sees sequences below `end_sequence`.
     pub(crate) fn below(&self, end_sequence: u64) -> RoaringBitmap {
+        self.of_rows_since(0, end_sequence)
+    }
+
+    /// As [`below`](Self::below), exact only for rows of sequence `from` and later: nothing
+    /// earlier has replaced them. Costs what was replaced since `from`, and the base.
+    pub(crate) fn of_rows_since(&self, from: u64, end_sequence: u64) -> RoaringBitmap {
         // In order: a bitmap takes rows at random ten times slower.
-        let mut since: Vec<u32> = (0..self.len_below(end_sequence))
-            .map(|i| self.entry(i).0)
-            .collect();
+        let mut since: Vec<u32> = self.between(from, end_sequence).map(|(row, _)| row).collect();
         since.sort_unstable();
         since.dedup();
         let mut rows = RoaringBitmap::from_sorted_iter(since).unwrap_or_default();
@@ -158,6 +162,8 @@ mod tests {
         assert_eq!(list.below(101).iter().collect::<Vec<_>>(), [0, 7]);
         assert_eq!(list.count_below(3100), 3001);
         assert_eq!(list.below(u64::MAX).len(), 5001);
+        let since: Vec<u32> = list.of_rows_since(102, 104).iter().collect();
+        assert_eq!(since, [4, 6, 7]);
         assert_eq!(
             list.between(102, 104).collect::<Vec<_>>(),
             [(4, 102), (6, 103)]

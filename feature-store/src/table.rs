@@ -156,6 +156,8 @@ struct Writer {
     positions: Arc<Positions>,
     max_event: Option<i64>,
     live_rows: u64,
+    /// See [`SnapshotInner::dropped_deletes`].
+    dropped_deletes: u64,
     /// Dead letters of the log being written.
     dead_letters: Vec<DeadLetter>,
     /// Logs that wait to become segments, oldest first.
@@ -205,6 +207,7 @@ impl TableInner {
             positions: Arc::clone(&writer.positions),
             max_event: writer.max_event,
             live_rows: writer.live_rows,
+            dropped_deletes: writer.dropped_deletes,
         }
     }
 
@@ -452,6 +455,27 @@ impl Table {
                     .wait_for(&mut count, left.min(Duration::from_secs(1)));
             }
         }
+    }
+
+    /// Waits until there is a snapshot with other rows, another definition or other positions
+    /// than `seen`, at most until `deadline`; at once if there is one already. A merge is none:
+    /// it changes no answer.
+    ///
+    /// While it waits it costs a wake-up for every commit, and one a second.
+    pub fn wait_for_newer(&self, seen: &Snapshot, deadline: Instant) -> Option<Snapshot> {
+        let (old, same_table) = (&seen.0, |new: &SnapshotInner| {
+            Arc::ptr_eq(&new.table, &seen.0.table)
+        });
+        self.wait_for(
+            |new| {
+                let new = &new.0;
+                !same_table(new)
+                    || new.end_sequence != old.end_sequence
+                    || new.version.number != old.version.number
+                    || !Arc::ptr_eq(&new.positions, &old.positions)
+            },
+            deadline,
+        )
     }
 
     /// Bytes of the log being written, and of closed ones that wait to become segments. Their

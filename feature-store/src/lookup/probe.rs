@@ -104,7 +104,7 @@ impl From<crate::delta::Found> for Hit {
     }
 }
 
-/// The version of a key in a latest table that a writer meets, deletes included.
+/// The version that decides for a key, deletes included.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Winner {
     /// Number of the level, newest first.
@@ -200,6 +200,31 @@ impl SnapshotInner {
         }
     }
 
+    /// The versions that decide for the keys, deletes included, one answer a key: as
+    /// [`latest_winners`](Self::latest_winners) in a latest table, else the greatest of all.
+    pub(crate) fn winners(
+        &self,
+        levels: &[&Level],
+        encoded: &EncodedKeys,
+        hashes: &[u64],
+    ) -> Result<Vec<Option<Winner>>, ReadError> {
+        if self.version.latest() {
+            return self.latest_winners(levels, encoded, hashes);
+        }
+        let mut winners = vec![None; hashes.len()];
+        let keys = Keys { encoded, hashes };
+        self.walk_greatest(levels, &keys, 0..hashes.len(), i64::MAX, |level, key, hit| {
+            winners[key] = Some(Winner {
+                level,
+                row: hit.row,
+                event: hit.order.event,
+                created: hit.order.created,
+                deleted: hit.deleted,
+            });
+        })?;
+        Ok(winners)
+    }
+
     /// The greatest version among all levels.
     fn find_greatest(
         &self,
@@ -208,6 +233,28 @@ impl SnapshotInner {
         range: Range<usize>,
         window: Window,
         found: &mut [Found],
+    ) -> Result<(), ReadError> {
+        let start = range.start;
+        self.walk_greatest(levels, keys, range, window.until, |level, key, hit| {
+            if !hit.deleted && window.holds(hit.order.event) {
+                found[key - start] = Found {
+                    level,
+                    row: hit.row,
+                    event: hit.order.event,
+                };
+            }
+        })
+    }
+
+    /// Tells of each key of a history table its greatest version with an event time of at most
+    /// `until`, deletes included: level, key, version.
+    fn walk_greatest(
+        &self,
+        levels: &[&Level],
+        keys: &Keys<'_>,
+        range: Range<usize>,
+        until: i64,
+        mut tell: impl FnMut(u32, usize, crate::delta::Found),
     ) -> Result<(), ReadError> {
         let both = Needs {
             event: true,
@@ -242,17 +289,9 @@ impl SnapshotInner {
                 }
             }
             for key in group {
-                let hit =
-                    self.winner(keys.encoded.get(key), keys.hashes[key], window.until, false)?;
-                if let Some(hit) = hit
-                    && !hit.found.deleted
-                    && window.holds(hit.found.order.event)
-                {
-                    found[key - range.start] = Found {
-                        level: hit.number as u32,
-                        row: hit.found.row,
-                        event: hit.found.order.event,
-                    };
+                let hit = self.winner(keys.encoded.get(key), keys.hashes[key], until, false)?;
+                if let Some(hit) = hit {
+                    tell(hit.number as u32, key, hit.found);
                 }
             }
         }

@@ -37,12 +37,12 @@ pub(crate) struct Merged {
     cut: i64,
     /// The key being taken; kept for its room.
     key: Vec<u8>,
-    out: Output,
+    out: Picked,
 }
 
 /// Rows picked but not yet copied, and deletes to carry.
 #[derive(Default)]
-struct Output {
+struct Picked {
     sources: Vec<RecordBatch>,
     picks: Vec<(usize, usize)>,
     keys: EncodedKeys,
@@ -90,7 +90,7 @@ impl Merged {
             latest,
             cut,
             key: Vec::new(),
-            out: Output::default(),
+            out: Picked::default(),
         })
     }
 
@@ -269,6 +269,14 @@ pub(crate) struct Written {
     pub event_range: Option<(i64, i64)>,
 }
 
+/// What a merge made of its levels.
+pub(crate) struct Output {
+    /// `None` when nothing is left to keep.
+    pub written: Option<Written>,
+    /// One past the greatest sequence of a delete that was dropped; 0 when none was.
+    pub dropped: u64,
+}
+
 /// What may still meet the rows of a merge: it decides which deletes it keeps.
 pub(crate) struct Merging {
     /// No older level exists.
@@ -277,8 +285,7 @@ pub(crate) struct Merging {
     pub late_from: Option<i64>,
 }
 
-/// Writes the rows of `levels` as one segment, as seen at `snapshot`. Returns `None` when
-/// nothing is left to keep.
+/// Writes the rows of `levels` as one segment, as seen at `snapshot`.
 pub(crate) fn write_segment(
     snapshot: &SnapshotInner,
     levels: &[&Level],
@@ -286,7 +293,7 @@ pub(crate) fn write_segment(
     dir: &Path,
     id: SegmentId,
     options: &SegmentWriterOptions,
-) -> Result<Option<Written>, WorkError> {
+) -> Result<Output, WorkError> {
     let version = Arc::clone(&snapshot.version);
     let latest = version.latest();
     let mut merged = Merged::new(
@@ -318,12 +325,12 @@ pub(crate) fn write_segment(
             );
         }
     };
+    let mut dropped = 0;
     while let Some(step) = merged.next_step()? {
-        let deletes: Vec<&DeleteEntry> = step
-            .deletes
-            .iter()
-            .filter(|d| d.order.event >= droppable_before)
-            .collect();
+        let kept = |d: &&DeleteEntry| d.order.event >= droppable_before;
+        let (deletes, gone): (Vec<_>, Vec<_>) = step.deletes.iter().partition(kept);
+        let ends = gone.iter().map(|d| d.order.sequence.saturating_add(1));
+        dropped = ends.fold(dropped, u64::max);
         if step.batch.num_rows() == 0 && deletes.is_empty() {
             continue;
         }
@@ -362,11 +369,12 @@ pub(crate) fn write_segment(
         }
         crate::fail::point("merge.writing");
     }
-    match writer {
-        Some(writer) => Ok(Some(Written {
+    let written = match writer {
+        Some(writer) => Some(Written {
             meta: writer.finish()?,
             event_range,
-        })),
-        None => Ok(None),
-    }
+        }),
+        None => None,
+    };
+    Ok(Output { written, dropped })
 }

@@ -25,8 +25,10 @@ use arrow_schema::{ArrowError, Schema, SchemaRef};
 use self::filter::{BoundFilter, KeyRange};
 pub use self::filter::{Filter, FilterError};
 pub use self::part::{PartSize, ScanPart};
-use self::select::{Output, picks, read_rows};
+use self::select::{Output, read_rows};
+pub(crate) use self::select::{Pick, picks};
 use self::walk::{Piece, Walk};
+pub(crate) use self::walk::{Stored, both, since_cut, without_dirty};
 
 use crate::compat::Version;
 use crate::error::ReadError;
@@ -176,7 +178,7 @@ impl Snapshot {
         Ok(Some(ScanFilter::new(filter, columns, &self.0.version)?))
     }
 
-    fn column_index(&self, name: &str) -> Result<usize, ReadError> {
+    pub(crate) fn column_index(&self, name: &str) -> Result<usize, ReadError> {
         let version = &self.0.version;
         version.definition.column_index(name).ok_or_else(|| {
             let known = version.schema.fields().iter().map(|f| f.name().as_str());

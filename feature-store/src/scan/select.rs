@@ -25,7 +25,7 @@ const MIN_RUN_ROWS: usize = 2048;
 
 /// Rows of a stored batch that go out as one batch.
 #[derive(Debug, PartialEq)]
-pub(super) enum Pick {
+pub(crate) enum Pick {
     /// All of these.
     Run(Range<usize>),
     /// Of these, those set, counted from the start of the range.
@@ -36,7 +36,7 @@ pub(super) enum Pick {
 ///
 /// A single run is sliced, however short. A batch with few dropped rows, as in a table under
 /// update, is cut: long runs of blocks without any are slices, what lies between is copied.
-pub(super) fn picks(range: &Range<usize>, passed: Option<BooleanBuffer>) -> Vec<Pick> {
+pub(crate) fn picks(range: &Range<usize>, passed: Option<BooleanBuffer>) -> Vec<Pick> {
     let Some(passed) = passed else {
         return match range.is_empty() {
             true => Vec::new(),

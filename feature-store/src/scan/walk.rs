@@ -56,7 +56,7 @@ impl Piece {
 
 /// A stored batch. Of a segment's, columns are decoded when they are asked for.
 #[derive(Clone)]
-pub(super) enum Stored {
+pub(crate) enum Stored {
     Segment(Arc<SegmentLevel>, usize),
     Memory {
         batch: RecordBatch,
@@ -83,7 +83,7 @@ impl Stored {
     }
 
     /// Makes some columns of the version it was written with ready for `column`.
-    pub(super) fn read(&self, columns: &[usize]) -> Result<(), ReadError> {
+    pub(crate) fn read(&self, columns: &[usize]) -> Result<(), ReadError> {
         match self {
             Stored::Segment(level, index) => level
                 .segment
@@ -94,7 +94,7 @@ impl Stored {
     }
 
     /// A stored column by its number, one of those read.
-    pub(super) fn column(&self, at: usize) -> Result<ArrayRef, ArrowError> {
+    pub(crate) fn column(&self, at: usize) -> Result<ArrayRef, ArrowError> {
         let column = match self {
             Stored::Segment(level, index) => level.segment.column(*index, at),
             Stored::Memory { batch, .. } => batch.columns().get(at),
@@ -413,7 +413,7 @@ fn log_piece(
 }
 
 /// Rows that are not superseded; `None` when none is.
-fn without_dirty(
+pub(crate) fn without_dirty(
     dirty: &RoaringBitmap,
     first_row: u32,
     rows: &Range<usize>,
@@ -430,7 +430,7 @@ fn without_dirty(
 }
 
 /// Rows at or after the retention cut; `None` when all are.
-fn since_cut(
+pub(crate) fn since_cut(
     times: &ArrayRef,
     rows: &Range<usize>,
     cut: i64,
@@ -447,7 +447,7 @@ fn since_cut(
     })))
 }
 
-fn both(a: Option<BooleanBuffer>, b: Option<BooleanBuffer>) -> Option<BooleanBuffer> {
+pub(crate) fn both(a: Option<BooleanBuffer>, b: Option<BooleanBuffer>) -> Option<BooleanBuffer> {
     match (a, b) {
         (Some(a), Some(b)) => Some(&a & &b),
         (a, b) => a.or(b),

@@ -12,6 +12,7 @@ use roaring::RoaringBitmap;
 
 use super::work::open_segment;
 use super::{Table, TableInner};
+use crate::changes::ByEvent;
 use crate::compat::Version;
 use crate::delta::record::Place;
 use crate::error::{CommitError, ReadError, WorkError};
@@ -121,6 +122,7 @@ impl TableInner {
             base_sequence: before.end_sequence,
             superseded: Superseded::new(RoaringBitmap::new()),
             event_range,
+            by_event: ByEvent::default(),
         };
         // The long part, without the writer lock.
         let mut outcome = Outcome::default();

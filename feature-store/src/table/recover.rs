@@ -19,6 +19,7 @@ use super::dead_letters::dead_letters_in_files;
 use super::work::open_segment;
 use super::{ClosedState, Counters, OpenedTable, Table, TableDirs, TableInner, Work, Writer};
 use crate::catalog::{TableEntry, open_error};
+use crate::changes::ByEvent;
 use crate::commit::DeadLetter;
 use crate::compat::Version;
 use crate::dead_letters::DeadLetterState;
@@ -214,6 +215,7 @@ impl Opener<'_> {
                         base_sequence: entry.base_sequence,
                         superseded: Superseded::new(rows),
                         event_range: entry.event_range,
+                        by_event: ByEvent::default(),
                     })))
                 })
                 .collect();
@@ -498,6 +500,7 @@ pub(crate) fn open_table(
         positions: Arc::clone(&positions),
         max_event: replay.max_event,
         live_rows,
+        dropped_deletes: 0,
     };
     Ok(Table(Arc::new(TableInner {
         name: table_name,
@@ -514,6 +517,7 @@ pub(crate) fn open_table(
             positions,
             max_event: replay.max_event,
             live_rows,
+            dropped_deletes: 0,
             dead_letters: Vec::new(),
             closed: replay.closed,
             next_log: next_log + 1,

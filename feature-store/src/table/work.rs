@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use roaring::RoaringBitmap;
 
 use super::{Table, TableInner, Work};
+use crate::changes::ByEvent;
 use crate::commit::DeadLetter;
 use crate::compat::Version;
 use crate::delta::file::log_path;
@@ -16,7 +17,7 @@ use crate::error::{CommitError, ReadError, WorkError};
 use crate::level::{Level, SegmentLevel};
 use crate::manifest::{Checkpoint, Manifest, SegmentEntry};
 use crate::merge::plan::{MergeLimits, SegmentSize, plan_merge};
-use crate::merge::{Merging, Written, write_segment};
+use crate::merge::{Merging, Output, Written, write_segment};
 use crate::numbered::CreateNumberedError;
 use crate::segment::{Segment, SegmentId};
 use crate::snapshot::SnapshotInner;
@@ -141,7 +142,7 @@ impl TableInner {
         let inputs: Vec<&Level> = snapshot.levels[range.clone()].iter().collect();
         let id = SegmentId(work.manifest.next_segment);
         work.manifest.next_segment += 1;
-        let written = write_segment(
+        let Output { written, dropped } = write_segment(
             snapshot,
             &inputs,
             Merging {
@@ -173,6 +174,7 @@ impl TableInner {
                 base_sequence: 0,
                 superseded: Superseded::new(carried),
                 event_range,
+                by_event: ByEvent::default(),
             })
         });
         let new_levels = |levels: &[Level]| -> Vec<Level> {
@@ -207,6 +209,7 @@ impl TableInner {
             writer.closed.retain(|c| c.incarnation != done.incarnation);
         }
         writer.live_rows = writer.live_rows.saturating_sub(retired);
+        writer.dropped_deletes = writer.dropped_deletes.max(dropped);
         let levels = Arc::new(new_levels(&self.current.load().levels));
         self.publish(self.snapshot_of(&writer, levels));
         drop(writer);

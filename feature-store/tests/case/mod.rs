@@ -2,6 +2,7 @@
 //! every answer with the oracle's.
 
 mod compare;
+mod follow;
 mod loads;
 mod restarts;
 mod rng;

@@ -22,6 +22,7 @@ impl World {
             self.synced.1 = 0;
         }
         self.note_synced();
+        self.follow();
         self.marks.push(Mark {
             sequence: id.sequence,
             oracle: self.oracle.clone(),
@@ -98,6 +99,7 @@ impl World {
             kept.findable = false;
         }
         self.store = Some(self.open(Store::open));
+        self.opening += 1;
         self.marks.drain(..self.marks.len().saturating_sub(1));
         let id = self.table().snapshot().id();
         if let Some(mark) = self.marks.last_mut() {

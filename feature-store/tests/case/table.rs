@@ -83,7 +83,7 @@ const WIDER: [(&str, &[&str]); 7] = [
     ("string", &["large_string"]),
 ];
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Column {
     pub name: String,
     pub data_type: DataType,

@@ -9,6 +9,7 @@ use pinion_feature_store::{
 
 use super::Rng;
 use super::compare::compare;
+use super::follow::{Follower, followers};
 use super::table::{NO_CREATED_TIME, Spec};
 use crate::oracle::{Cell, Event, Oracle, Rules, View};
 
@@ -43,6 +44,9 @@ pub struct World {
     /// Records of each partition, and where its reader stands.
     pub(super) partitions: Vec<(Vec<Event>, usize)>,
     pub(super) kept: Vec<Kept>,
+    pub(super) followers: Vec<Follower>,
+    /// How often the store was opened.
+    pub(super) opening: u64,
     /// One for every commit to the present log, after one for its beginning.
     pub(super) marks: Vec<Mark>,
     pub(super) log: u64,
@@ -73,11 +77,13 @@ impl World {
             dir,
             options,
             store: Some(store),
-            spec,
             keys,
             oracle: Oracle::default(),
             partitions: vec![Default::default(); PARTITIONS],
             kept: Vec::new(),
+            followers: followers(seed, &spec),
+            opening: 1,
+            spec,
             marks: Vec::new(),
             log: 0,
             synced: (0, 0),
@@ -135,6 +141,7 @@ impl World {
             91..96 => self.load(),
             _ => self.compare_all(),
         }
+        self.follow();
         if self.rng.chance(25) {
             self.compare_now();
         }
