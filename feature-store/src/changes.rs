@@ -98,8 +98,8 @@ impl Snapshot {
     /// mean the same in both; else the answer is [`Reload`].
     ///
     /// Costs what was written since, once for each version; in history tables a lookup for each
-    /// as well, or one merge of the table if more than half of it is new. Nothing is read
-    /// before the first step of the iterator. Two things cost more:
+    /// as well, or one merge of the table if more than half of it is new. Rows are read as the
+    /// iterator goes. Two things cost more:
     ///
     /// - A delete in a latest table may be merged away before anybody asks: the table was
     ///   flushed and merged down to its oldest segment meanwhile, which takes many refreshes of
@@ -113,7 +113,8 @@ impl Snapshot {
     ///
     /// # Errors
     ///
-    /// `UnknownFeature` before anything is read.
+    /// `UnknownFeature` before anything is read; `Log` if what an earlier process left is
+    /// damaged. Damaged segments are errors of the iterator.
     pub fn changes_since(
         &self,
         older: &Snapshot,
@@ -143,7 +144,7 @@ impl Snapshot {
     ///
     /// # Errors
     ///
-    /// `UnknownFeature` before anything is read.
+    /// As [`Snapshot::changes_since`].
     pub fn latest_rows(&self, columns: Option<&[String]>) -> Result<LatestRows, ReadError> {
         let reader = self.reader(self.wanted_columns(columns)?, 0);
         let tasks = self.new_versions(&reader)?;

@@ -124,7 +124,10 @@ impl Superseded {
     /// earlier has replaced them. Costs what was replaced since `from`, and the base.
     pub(crate) fn of_rows_since(&self, from: u64, end_sequence: u64) -> RoaringBitmap {
         // In order: a bitmap takes rows at random ten times slower.
-        let mut since: Vec<u32> = self.between(from, end_sequence).map(|(row, _)| row).collect();
+        let mut since: Vec<u32> = self
+            .between(from, end_sequence)
+            .map(|(row, _)| row)
+            .collect();
         since.sort_unstable();
         since.dedup();
         let mut rows = RoaringBitmap::from_sorted_iter(since).unwrap_or_default();

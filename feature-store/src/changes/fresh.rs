@@ -27,18 +27,22 @@ pub(super) enum Batches {
 }
 
 impl Batches {
-    /// Those of a log leave out what lies before `first_row`.
+    /// Those of a log leave out the rows before `first_row`.
     pub(super) fn new(level: &Level, first_row: u32) -> Result<Batches, ReadError> {
-        Ok(match level {
-            Level::Segment(segment) => Batches::Segment(Arc::clone(segment), 0),
-            Level::Log(log) => {
-                let rows = log.rows()?;
-                let left = |(first, batch): &(u32, RecordBatch)| {
-                    u64::from(*first) + batch.num_rows() as u64 > u64::from(first_row)
-                };
-                Batches::Log(rows.batches().filter(left).collect::<Vec<_>>().into_iter())
+        let log = match level {
+            Level::Segment(segment) => return Ok(Batches::Segment(Arc::clone(segment), 0)),
+            Level::Log(log) => log,
+        };
+        let mut batches = Vec::new();
+        for (first, batch) in log.rows()?.batches() {
+            let before = first_row.saturating_sub(first) as usize;
+            if let Some(left) = batch.num_rows().checked_sub(before)
+                && left > 0
+            {
+                batches.push((first.max(first_row), batch.slice(before, left)));
             }
-        })
+        }
+        Ok(Batches::Log(batches.into_iter()))
     }
 }
 
@@ -71,7 +75,9 @@ impl Iterator for Batches {
 /// The first row of a log that is new.
 fn first_new(log: &LogView, from: u64) -> u32 {
     let rows = from.saturating_sub(log.log.base_sequence);
-    u32::try_from(rows).unwrap_or(u32::MAX).min(log.visible_rows)
+    u32::try_from(rows)
+        .unwrap_or(u32::MAX)
+        .min(log.visible_rows)
 }
 
 /// Whether a segment may hold versions of sequence `from` or later.
@@ -167,26 +173,21 @@ impl NewRows {
 
     /// Which rows of a batch are new: `None` for none of them, `Some(None)` for all.
     fn new_rows(&self, batch: &StoredBatch, from: u64) -> Option<Option<BooleanBuffer>> {
-        match &self.level {
-            Level::Log(log) => {
-                let first = first_new(log, from).saturating_sub(batch.first_row) as usize;
-                let new = BooleanBuffer::collect_bool(batch.rows, |row| row >= first);
-                Some((first > 0).then_some(new))
-            }
-            Level::Segment(segment) => {
-                let least = from.saturating_sub(segment.base_sequence);
-                if segment.segment.meta().min_sequence >= least {
-                    return Some(None);
-                }
-                let rows = batch.first_row..batch.first_row + batch.rows as u32;
-                let sequences = segment.segment.sequences(rows);
-                if !sequences.iter().any(|&sequence| sequence >= least) {
-                    return None;
-                }
-                let new = |row: usize| sequences[row] >= least;
-                Some(Some(BooleanBuffer::collect_bool(batch.rows, new)))
-            }
+        let Level::Segment(segment) = &self.level else {
+            // Batches of a log begin with the first new row.
+            return Some(None);
+        };
+        let least = from.saturating_sub(segment.base_sequence);
+        if segment.segment.meta().min_sequence >= least {
+            return Some(None);
         }
+        let rows = batch.first_row..batch.first_row + batch.rows as u32;
+        let sequences = segment.segment.sequences(rows);
+        if !sequences.iter().any(|&sequence| sequence >= least) {
+            return None;
+        }
+        let new = |row: usize| sequences[row] >= least;
+        Some(Some(BooleanBuffer::collect_bool(batch.rows, new)))
     }
 
     fn within_history(
@@ -366,7 +367,8 @@ impl MergedRows {
             reader.push_batch(&step.batch, step.keys, out)?;
         } else if new.has_true() {
             let mut keys = EncodedKeys::default();
-            new.set_indices().for_each(|row| keys.push(step.keys.get(row)));
+            new.set_indices()
+                .for_each(|row| keys.push(step.keys.get(row)));
             let filter = BooleanArray::new(new, None);
             let rows = filter_record_batch(&step.batch, &filter);
             reader.push_batch(&rows.map_err(|e| reader.compute(&e))?, keys, out)?;

@@ -158,9 +158,9 @@ impl Expired {
         let (before, now) = (winners(&self.older)?, winners(&reader.snapshot)?);
         // The row must have been the latest, and the key must not have another: that is new.
         let gone = |at: usize| {
-            before[at].is_some_and(|w| {
-                (w.level, w.row, w.deleted) == (self.number, rows[at], false)
-            }) && now[at].is_none_or(|w| w.event < reader.cut)
+            before[at]
+                .is_some_and(|w| (w.level, w.row, w.deleted) == (self.number, rows[at], false))
+                && now[at].is_none_or(|w| w.event < reader.cut)
         };
         reader.push_gone(&keys, &hashes, gone, out);
         Ok(more)
@@ -244,6 +244,47 @@ impl Next {
             self.end = end;
             self.rows.retain(|(event, _)| *event < end);
             self.limit = self.limit.max(self.rows.len());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_in_order_is_all_there_is_up_to_its_end() {
+        let mut state = 7u64;
+        let mut random = |below: u64| {
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            ((state >> 33) % below) as i64
+        };
+        for case in 0..300 {
+            let spread = [1, 3, 50, 10_000][case % 4];
+            let all: Vec<i64> = (0..random(400)).map(|_| random(spread)).collect();
+            let start = random(spread);
+            let left = start..start + 1 + random(spread);
+            let mut next = Next {
+                left: left.clone(),
+                end: i64::MAX,
+                limit: 8,
+                rows: Vec::new(),
+            };
+            for (&event, row) in all.iter().zip(0..) {
+                next.push(event, row);
+            }
+            assert!(next.end >= left.end);
+            let mut expected: Vec<(i64, u32)> = all.iter().copied().zip(0..).collect();
+            expected.retain(|(event, _)| (start..next.end).contains(event));
+            next.rows.sort_unstable();
+            expected.sort_unstable();
+            assert_eq!(next.rows, expected, "{left:?} to {}", next.end);
+            let within = expected.iter().filter(|(e, _)| left.contains(e)).count();
+            let beyond = expected.len() - within;
+            // Few are equal where there are many to draw from.
+            assert!(spread < 10_000 || beyond <= 2 * within.max(8), "{beyond}");
         }
     }
 }

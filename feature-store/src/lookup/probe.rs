@@ -213,15 +213,21 @@ impl SnapshotInner {
         }
         let mut winners = vec![None; hashes.len()];
         let keys = Keys { encoded, hashes };
-        self.walk_greatest(levels, &keys, 0..hashes.len(), i64::MAX, |level, key, hit| {
-            winners[key] = Some(Winner {
-                level,
-                row: hit.row,
-                event: hit.order.event,
-                created: hit.order.created,
-                deleted: hit.deleted,
-            });
-        })?;
+        self.walk_greatest(
+            levels,
+            &keys,
+            0..hashes.len(),
+            i64::MAX,
+            |level, key, hit| {
+                winners[key] = Some(Winner {
+                    level,
+                    row: hit.row,
+                    event: hit.order.event,
+                    created: hit.order.created,
+                    deleted: hit.deleted,
+                });
+            },
+        )?;
         Ok(winners)
     }
 

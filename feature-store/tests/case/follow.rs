@@ -89,13 +89,7 @@ impl Follower {
     }
 
     /// The copy with what changed; `None` if it must be taken anew, and rightly so.
-    fn changed(
-        &self,
-        copy: Copy,
-        snapshot: &Snapshot,
-        opening: u64,
-        spec: &Spec,
-    ) -> Option<Rows> {
+    fn changed(&self, copy: Copy, snapshot: &Snapshot, opening: u64, spec: &Spec) -> Option<Rows> {
         let since = snapshot.changes_since(&copy.snapshot, self.columns.as_deref());
         let changes = match since.unwrap_or_else(|e| panic!("changes: {e}")) {
             ChangesSince::Changes(changes) => changes,
@@ -127,7 +121,10 @@ impl Follower {
             match changed.unwrap_or_else(|e| panic!("changes: {e}")) {
                 Changed::Rows(new) => {
                     check(snapshot, &new);
-                    new.keys.iter().zip(&new.hashes).for_each(|(k, h)| once(k, *h));
+                    new.keys
+                        .iter()
+                        .zip(&new.hashes)
+                        .for_each(|(k, h)| once(k, *h));
                     rows.extend(keyed(&new));
                 }
                 Changed::Gone(gone) => {
