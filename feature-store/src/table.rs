@@ -463,19 +463,15 @@ impl Table {
     ///
     /// While it waits it costs a wake-up for every commit, and one a second.
     pub fn wait_for_newer(&self, seen: &Snapshot, deadline: Instant) -> Option<Snapshot> {
-        let (old, same_table) = (&seen.0, |new: &SnapshotInner| {
-            Arc::ptr_eq(&new.table, &seen.0.table)
-        });
-        self.wait_for(
-            |new| {
-                let new = &new.0;
-                !same_table(new)
-                    || new.end_sequence != old.end_sequence
-                    || new.version.number != old.version.number
-                    || !Arc::ptr_eq(&new.positions, &old.positions)
-            },
-            deadline,
-        )
+        let old = &seen.0;
+        let is_newer = |new: &Snapshot| {
+            let new = &new.0;
+            !Arc::ptr_eq(&new.table, &old.table)
+                || new.end_sequence != old.end_sequence
+                || new.version.number != old.version.number
+                || !Arc::ptr_eq(&new.positions, &old.positions)
+        };
+        self.wait_for(is_newer, deadline)
     }
 
     /// Bytes of the log being written, and of closed ones that wait to become segments. Their
