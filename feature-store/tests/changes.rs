@@ -84,21 +84,30 @@ fn delete(table: &Table, items: &[i64]) {
     commit(table, Change::Delete(batch.unwrap()));
 }
 
+fn minutes(minutes: impl Iterator<Item = i64>) -> ArrayRef {
+    let times = TimestampSecondArray::from_iter_values(minutes.map(|minute| minute * 60));
+    Arc::new(times.with_timezone("UTC"))
+}
+
 /// One row per item, at a minute of its own.
 fn put_at(table: &Table, rows: &[(i64, i64)]) {
     let items: Vec<i64> = rows.iter().map(|(item, _)| *item).collect();
-    let times = rows.iter().map(|(_, minute)| minute * 60);
-    let times = TimestampSecondArray::from_iter_values(times).with_timezone("UTC");
     let prices = Float64Array::from(vec![1.0; rows.len()]);
     let columns = [
         ("item", keys(&items)),
-        ("at", Arc::new(times) as _),
+        ("at", minutes(rows.iter().map(|(_, minute)| *minute))),
         ("price", Arc::new(prices) as _),
     ];
     commit(
         table,
         Change::Upsert(RecordBatch::try_from_iter(columns).unwrap()),
     );
+}
+
+fn delete_at(table: &Table, item: i64, minute: i64) {
+    let at = minutes(std::iter::once(minute));
+    let batch = RecordBatch::try_from_iter([("item", keys(&[item])), ("at", at)]);
+    commit(table, Change::Delete(batch.unwrap()));
 }
 
 /// The price of each changed item, `None` if it is gone.
@@ -159,6 +168,11 @@ fn a_delete_that_was_merged_away_is_told_all_the_same() {
     assert_eq!(changes(&with_segment, &old), expected);
     assert_eq!(changes(&merged, &old), expected);
     assert_eq!(changes(&merged, &with_log), BTreeMap::new());
+
+    delete(&table, &[500]);
+    table.merge().unwrap();
+    let expected = BTreeMap::from([(500, None)]);
+    assert_eq!(changes(&table.snapshot(), &merged), expected, "one delete");
 }
 
 #[test]
@@ -200,6 +214,25 @@ fn rows_that_leave_the_history_are_told_without_a_commit_of_their_keys() {
     put_at(&table, &[(11, 200)]);
     let expected = BTreeMap::from([(4, None), (9, None), (10, None), (11, row)]);
     assert_eq!(changes(&table.snapshot(), &later), expected, "all others");
+}
+
+#[test]
+fn a_key_deleted_and_then_past_the_history_is_told_once() {
+    for flushed in [false, true] {
+        let (_dir, _store, table) = table(ONE_HOUR);
+        put_at(&table, &Vec::from_iter((0..100).map(|item| (item, 30))));
+        put_at(&table, &[(5, 31)]);
+        let old = table.snapshot();
+        delete_at(&table, 5, 32);
+        if flushed {
+            table.flush().unwrap();
+        }
+        put_at(&table, &[(5, 20), (100, 93)]);
+        // `changes` sees that no key comes twice.
+        let mut expected: BTreeMap<i64, Option<f64>> = (0..100).map(|i| (i, None)).collect();
+        expected.insert(100, Some(1.0));
+        assert_eq!(changes(&table.snapshot(), &old), expected);
+    }
 }
 
 #[test]
@@ -254,6 +287,14 @@ fn a_definition_needs_a_reload_only_where_it_changes_a_wanted_column() {
     assert_eq!(reload(&added, &wide, None), because("stock_days"));
     let stock = ["stock".to_owned()];
     assert_eq!(reload(&added, &wide, Some(&stock)), None);
+
+    // Rows from before the feature read as its default.
+    let days = "stock_days = { type = \"int32\", default = 3 }";
+    let table = apply(&store, &format!("{wider}\n{days}"));
+    assert_eq!(
+        reload(&table.snapshot(), &added, None),
+        because("stock_days")
+    );
     let unknown = added.changes_since(&wide, Some(&["no".to_owned()]));
     assert!(matches!(unknown, Err(ReadError::UnknownFeature { .. })));
 }
