@@ -289,7 +289,7 @@ fn a_definition_needs_a_reload_only_where_it_changes_a_wanted_column() {
     assert_eq!(reload(&added, &wide, Some(&stock)), None);
 
     // Rows from before the feature read as its default.
-    let days = "stock_days = { type = \"int32\", default = 3 }";
+    let days = "[[feature]]\nname = \"stock_days\"\ntype = \"int32\"\ndefault = 3";
     let table = apply(&store, &format!("{wider}\n{days}"));
     assert_eq!(
         reload(&table.snapshot(), &added, None),
