@@ -13,9 +13,9 @@ use metrics::counter;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tonic::transport::server::Connected;
 
 use crate::authority::Mender;
+use crate::bulk::Class;
 use crate::sendfile;
 
 /// How long to wait when no connection can be accepted (no file descriptors left).
@@ -51,10 +51,12 @@ enum Transport {
 }
 
 /// What a request may know about its connection.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Peer {
     /// It came over the Unix socket.
     pub(crate) unix: bool,
+    /// What works it off.
+    pub(crate) class: Class,
 }
 
 impl Listener {
@@ -77,10 +79,7 @@ impl Listener {
 
     /// Accepts for ever. A connection over the limit is closed at once; an accept that fails
     /// is tried again after a pause, so that running out of descriptors passes.
-    pub(crate) fn incoming(
-        self,
-        permits: Arc<Semaphore>,
-    ) -> impl Stream<Item = io::Result<Connection>> {
+    pub(crate) fn incoming(self, permits: Arc<Semaphore>) -> impl Stream<Item = Connection> {
         stream::unfold((self, permits), |(listener, permits)| async move {
             loop {
                 match listener.accept().await {
@@ -91,7 +90,7 @@ impl Listener {
                                 transport,
                                 _permit: permit,
                             };
-                            return Some((Ok(connection), (listener, permits)));
+                            return Some((connection, (listener, permits)));
                         }
                         Err(_) => {
                             counter!("pinion_connections_refused_total").increment(1);
@@ -119,12 +118,12 @@ fn tune_for_loopback(stream: &TcpStream) {
     }
 }
 
-impl Connected for Connection {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
+impl Connection {
+    /// What requests of this connection may know.
+    pub(crate) fn peer(&self, class: Class) -> Peer {
         Peer {
             unix: matches!(self.transport, Transport::Unix(..)),
+            class,
         }
     }
 }

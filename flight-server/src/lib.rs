@@ -14,14 +14,16 @@
 //! `info` (one file per kind of request), `keys` (JSON keys), `wire` (DoGet's replies, below
 //! tonic), `lane` (the local lane, beside Flight), `intake` (messages of a put), `encode` (batches
 //! to messages of tonic's), `error` (the only place that chooses codes), `service` (the Flight
-//! trait), `serve`, `connection`, `authority` and `sendfile` (sockets), `admin` (HTTP), `metrics`.
+//! trait), `serve`, `accept` (connections), `bulk` (which runtime works them off), `connection`, `authority` and `sendfile` (sockets), `admin` (HTTP), `metrics`.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod accept;
 mod action;
 mod admin;
 mod authority;
 mod barrier;
+mod bulk;
 mod command;
 mod config;
 mod connection;

@@ -5,18 +5,19 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use arrow_flight::flight_service_server::FlightServiceServer;
 use pinion_feature_store::Store;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tonic::transport::Server;
+use tonic::service::Routes;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use crate::accept::accept;
 use crate::admin;
+use crate::bulk::Bulk;
 use crate::config::{ConfigError, ServerConfig};
 use crate::connection::{Listener, SocketFile, bind_unix};
 use crate::hooks::Hooks;
@@ -24,12 +25,6 @@ use crate::lane::Lane;
 use crate::service::{Context, Service};
 use crate::wire::Layer;
 
-const KEEPALIVE: Duration = Duration::from_secs(30);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Bytes of an upload that may be under way before the server has read them.
-const STREAM_WINDOW_BYTES: u32 = 4 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-const MAX_HEADER_BYTES: u32 = 64 << 10;
 const FLIGHT_SERVICE: &str = "arrow.flight.protocol.FlightService";
 
 /// Where the server listens, ports resolved.
@@ -112,6 +107,11 @@ pub async fn serve(
         );
         servers.spawn(server);
     }
+    let bulk = Bulk::start().map_err(|source| ServeError::Serve {
+        what: "Flight",
+        source: source.into(),
+    })?;
+    let bulk = Arc::new(bulk);
     let permits = Arc::new(Semaphore::new(context.config.max_connections));
     for listener in bound.flight {
         let flight = FlightServiceServer::new(Service {
@@ -122,27 +122,20 @@ pub async fn serve(
         let health = tonic_health::pb::health_server::HealthServer::new(
             tonic_health::server::HealthService::from_health_reporter(health.clone()),
         );
-        let server = Server::builder()
-            .max_concurrent_streams(context.config.max_concurrent_streams)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .http2_keepalive_interval(Some(KEEPALIVE))
-            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-            .http2_max_header_list_size(MAX_HEADER_BYTES)
-            .add_service(health)
-            .add_service(Layer {
-                inner: flight,
-                context: Arc::clone(&context),
-            })
-            .serve_with_incoming_shutdown(
-                listener.incoming(Arc::clone(&permits)),
-                until_stopped(stopped.clone()),
-            );
+        let routes = Routes::new(health).add_service(Layer {
+            inner: flight,
+            context: Arc::clone(&context),
+        });
+        let server = accept(
+            listener.incoming(Arc::clone(&permits)),
+            routes.prepare(),
+            Arc::clone(&bulk),
+            context.config.max_concurrent_streams,
+            until_stopped(stopped.clone()),
+        );
         servers.spawn(async move {
-            server.await.map_err(|source| ServeError::Serve {
-                what: "Flight",
-                source: source.into(),
-            })
+            server.await;
+            Ok(())
         });
     }
 

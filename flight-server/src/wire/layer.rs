@@ -73,10 +73,13 @@ where
 
 async fn get(context: SharedContext, request: Request<Body>) -> Response<Body> {
     let measured = measure::Request::start("DoGet");
-    let unix = request.extensions().get::<Peer>().is_some_and(|p| p.unix);
-    match open(&context, request.into_body()).await {
+    let Some(peer) = request.extensions().get::<Peer>().cloned() else {
+        let failure = Failure::new(Code::Internal, "TASK", "a request without a connection");
+        return refuse(failure, measured);
+    };
+    match open(&context, request.into_body(), &peer).await {
         Ok((mut reply, limits)) => {
-            if unix && context.config.sendfile.is_on() {
+            if peer.unix && context.config.sendfile.is_on() {
                 reply.send_by_descriptor();
             }
             response(Body::new(WireStream::start(reply, limits, measured)))
@@ -108,7 +111,11 @@ fn refuse(failure: Failure, measured: measure::Request) -> Response<Body> {
     Status::from(failure).into_http()
 }
 
-async fn open(context: &SharedContext, body: Body) -> Result<(super::Reply, Limits), Failure> {
+async fn open(
+    context: &SharedContext,
+    body: Body,
+    peer: &Peer,
+) -> Result<(super::Reply, Limits), Failure> {
     let message = read_message(body, context.config.max_request_bytes).await?;
     let ticket = Ticket::decode(message).map_err(|error| {
         Failure::new(
@@ -121,6 +128,7 @@ async fn open(context: &SharedContext, body: Body) -> Result<(super::Reply, Limi
     let permit = context.scan_permit()?;
     let limits = Limits {
         permit,
+        open: peer.class.stream(),
         turns: Arc::clone(&context.turns),
         senders: Arc::clone(&context.senders),
         reader_idle: context.config.reader_idle,

@@ -24,6 +24,7 @@ use tonic::{Code, Status};
 
 use super::reply::{Reply, Step};
 use super::turns::{Turn, TurnTaker, Turns};
+use crate::bulk::OpenStream;
 use crate::error::Failure;
 use crate::measure;
 
@@ -67,6 +68,8 @@ struct Chunk {
 pub(crate) struct Limits {
     /// Held until the client has taken everything.
     pub(crate) permit: OwnedSemaphorePermit,
+    /// Counts the stream for its connection.
+    pub(crate) open: OpenStream,
     /// Turns in the pool of blocking threads, given in the order asked.
     pub(crate) turns: Arc<Semaphore>,
     /// Turns at the wire: see `turns`.
@@ -80,7 +83,8 @@ impl WireStream {
     pub(super) fn start(reply: Reply, limits: Limits, request: measure::Request) -> WireStream {
         let shared = Arc::new(Shared::default());
         let turns = TurnTaker::new(Arc::clone(&limits.senders));
-        tokio::spawn(drive(Arc::clone(&shared), reply, limits));
+        let handle = limits.open.handle().clone();
+        handle.spawn(drive(Arc::clone(&shared), reply, limits));
         WireStream {
             shared,
             in_flight: measure::bytes_in_flight(),
@@ -206,6 +210,7 @@ impl Drop for InFlight {
 async fn drive(shared: Arc<Shared>, mut reply: Reply, limits: Limits) {
     let Limits {
         permit: _permit,
+        open: _open,
         turns,
         senders: _,
         reader_idle,
