@@ -1,0 +1,190 @@
+//! Kernels that the library knows by name, and runs on the CPU.
+//!
+//! To add one: its name as in the PTX, the sizes of its parameters in order, the ranges it is
+//! sure to touch (so that freeing one while the launch is queued is found out), and what it does.
+//! It reaches memory only through [`Launch::read`] and [`Launch::write`], which fault like the
+//! device does: error 700, for good, and a violation.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use crate::abi::items;
+use crate::codes::{Answer, ILLEGAL_ADDRESS, INVALID_VALUE};
+use crate::space::{Access, Segment};
+use crate::state;
+use crate::violations::violation;
+
+/// A range that a launch touches.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Need {
+    pub(crate) address: u64,
+    pub(crate) bytes: u64,
+    pub(crate) write: bool,
+}
+
+/// See the module.
+pub(crate) struct Kernel {
+    pub(crate) name: &'static str,
+    /// Bytes of each parameter.
+    pub(crate) params: &'static [usize],
+    pub(crate) needs: fn(&Params) -> Vec<Need>,
+    pub(crate) run: fn(&mut Launch) -> Answer,
+}
+
+/// All kernels.
+pub(crate) const KERNELS: &[Kernel] = &[Kernel {
+    name: "pinion_fake_copy",
+    params: &[8, 8, 8],
+    needs: |params| {
+        let (to, from, bytes) = (params.u64(0), params.u64(1), params.u64(2));
+        vec![
+            Need {
+                address: from,
+                bytes,
+                write: false,
+            },
+            Need {
+                address: to,
+                bytes,
+                write: true,
+            },
+        ]
+    },
+    run: |launch| {
+        let (to, from, bytes) = (
+            launch.params.u64(0),
+            launch.params.u64(1),
+            launch.params.u64(2),
+        );
+        let mut buffer = vec![0; bytes as usize];
+        launch.read(from, &mut buffer)?;
+        launch.write(to, &buffer)
+    },
+}];
+
+/// The parameters of a launch, as copied at the call.
+#[derive(Debug)]
+pub(crate) struct Params(Vec<u64>);
+
+impl Params {
+    /// Copies what the program's pointers point to: `sizes` says how much of each.
+    pub(crate) fn take(pointers: *const *const c_void, sizes: &[usize]) -> Result<Params, i32> {
+        let pointers = items(pointers, sizes.len());
+        if pointers.len() != sizes.len() {
+            return Err(INVALID_VALUE);
+        }
+        let values = pointers.iter().zip(sizes).map(|(pointer, size)| {
+            let mut value = [0; 8];
+            let bytes = items(pointer.cast::<u8>(), *size);
+            value
+                .get_mut(..bytes.len())
+                .ok_or(INVALID_VALUE)?
+                .copy_from_slice(bytes);
+            Ok(u64::from_le_bytes(value))
+        });
+        Ok(Params(values.collect::<Result<_, i32>>()?))
+    }
+
+    /// A parameter of 8 bytes or fewer, without sign.
+    pub(crate) fn u64(&self, number: usize) -> u64 {
+        self.0[number]
+    }
+}
+
+/// A kernel while it runs.
+pub(crate) struct Launch {
+    name: &'static str,
+    pub(crate) params: Arc<Params>,
+    /// Blocks of the grid.
+    #[allow(dead_code, reason = "for kernels that divide their work by it")]
+    pub(crate) grid: [u32; 3],
+    /// Threads of a block.
+    #[allow(dead_code, reason = "for kernels that divide their work by it")]
+    pub(crate) block: [u32; 3],
+    device: usize,
+    /// Ranges resolved already, with the access they were resolved for.
+    known: Vec<(Vec<Segment>, Access)>,
+}
+
+impl Launch {
+    pub(crate) fn new(
+        name: &'static str,
+        params: Arc<Params>,
+        grid: [u32; 3],
+        block: [u32; 3],
+        device: usize,
+        known: Vec<(Vec<Segment>, Access)>,
+    ) -> Launch {
+        Launch {
+            name,
+            params,
+            grid,
+            block,
+            device,
+            known,
+        }
+    }
+
+    /// Reads bytes of the device.
+    pub(crate) fn read(&mut self, address: u64, out: &mut [u8]) -> Answer {
+        let mut done = 0;
+        while done < out.len() {
+            let segment = self.find(address + done as u64, Access::Read)?;
+            let bytes = segment.bytes.min(out.len() - done);
+            segment
+                .memory
+                .read(segment.offset, &mut out[done..done + bytes]);
+            done += bytes;
+        }
+        Ok(())
+    }
+
+    /// Writes bytes of the device.
+    pub(crate) fn write(&mut self, address: u64, source: &[u8]) -> Answer {
+        let mut done = 0;
+        while done < source.len() {
+            let segment = self.find(address + done as u64, Access::ReadWrite)?;
+            let bytes = segment.bytes.min(source.len() - done);
+            segment
+                .memory
+                .write(segment.offset, &source[done..done + bytes]);
+            done += bytes;
+        }
+        Ok(())
+    }
+
+    /// The memory from an address on, as far as it goes.
+    fn find(&mut self, address: u64, needed: Access) -> Result<Segment, i32> {
+        let known = self
+            .known
+            .iter()
+            .filter(|(_, access)| *access >= needed)
+            .flat_map(|(segments, _)| segments);
+        let hit = known.into_iter().find(|segment| {
+            (segment.address..segment.address + segment.bytes as u64).contains(&address)
+        });
+        if let Some(segment) = hit {
+            let skip = (address - segment.address) as usize;
+            let mut rest = segment.clone();
+            rest.offset += skip;
+            rest.bytes -= skip;
+            rest.address = address;
+            return Ok(rest);
+        }
+        let state = state::lock();
+        let found = state
+            .space
+            .segment_at(address, self.device)
+            .filter(|(_, access)| *access >= needed);
+        let Some((whole, _)) = found else {
+            violation(format!(
+                "{} reaches {address:#x}: {}",
+                self.name,
+                state.space.explain(address)
+            ));
+            return Err(ILLEGAL_ADDRESS);
+        };
+        self.known.push((vec![whole.clone()], needed));
+        Ok(whole)
+    }
+}
