@@ -3,6 +3,10 @@
 //! Enums of C are plain integers here: programs may pass values that no header knows. Pointers to
 //! results are `Option<&mut T>`, which is a pointer that may be NULL; `T` is always a type for
 //! which every bit pattern is a value.
+//!
+//! The functions below follow raw pointers and are safe to call all the same: they are given
+//! nothing but pointers that an exported function was given, and what such a pointer points to is
+//! the promise of the C caller, in the driver's own reference.
 
 use std::ffi::{c_char, c_void};
 

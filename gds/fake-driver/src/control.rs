@@ -197,10 +197,14 @@ pub extern "C" fn fake_peek(address: u64, out: *mut u8, bytes: usize) -> i32 {
 #[unsafe(no_mangle)]
 pub extern "C" fn fake_reset() -> usize {
     fake_hold(0);
+    gate::with_contexts(Vec::clear);
     let mut state = streams::wait_for_all(state::lock(), None);
     let left = state.leftovers().len();
     let streams = std::mem::take(&mut state.streams);
-    *state = State::default();
+    *state = State {
+        space: state.space.emptied(),
+        ..State::default()
+    };
     drop(state);
     drop(streams);
     state::changed();

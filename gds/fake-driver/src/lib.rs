@@ -4,15 +4,19 @@
 //! loads where they would. It plays a device whose asynchronous work really is asynchronous, late
 //! by random amounts, and it watches over lifetimes: memory that is freed, unmapped or
 //! unregistered while an operation touches it is a violation, which is recorded, printed and, in
-//! strict mode, fatal. See [`settings`](self) below for the knobs and `CLAIMS.md` for what of the
-//! real driver is modelled, on whose word, and what is not.
+//! strict mode, fatal. `CLAIMS.md` lists what of the real driver is modelled, on whose word, and
+//! what is not.
+//!
+//! The environment sets a process up (the table in `src/settings.rs`); the `fake_…` functions
+//! change the settings while it runs, and tell what happened.
 //!
 //! - `driver/`: the `cu…` functions by subject; [`cufile`]: the `cuFile…` functions
-//! - `control`: the `fake_…` functions, by which a test drives it
+//! - [`control`]: the `fake_…` functions
 //! - `gate`: what every call passes: counts, rules that make calls fail, refusals
 //! - `streams`: queues and their threads, order, and who touches what
-//! - `space`: addresses and what lies there; `sys`: mappings and bytes, nearly all of the unsafe
-//!   code; `kernels`: kernels by name
+//! - `space`: addresses and what lies there; `shared`: memory counted over several processes;
+//!   `kernels`: kernels by name
+//! - `sys` and `abi`: mappings, bytes and pointers of the caller: nearly all of the unsafe code
 //!
 //! In Rust, depend on the crate and ask [`library`] for the file, or [`lay_out`] for a folder to
 //! put on `LD_LIBRARY_PATH`. Elsewhere, `lay-out.sh FOLDER` makes the same folder.
@@ -26,6 +30,7 @@ pub mod driver;
 mod gate;
 mod kernels;
 mod settings;
+mod shared;
 mod space;
 mod state;
 mod streams;

@@ -10,6 +10,7 @@
 //! | `MEMORY_BYTES` | memory of each device | 16 GiB |
 //! | `DRIVER_VERSION` | what `cuDriverGetVersion` says | 13000 |
 //! | `GDS` | 1: GPUDirect Storage works; 0: cuFile has its compatibility mode only | 1 |
+//! | `SHARED` | a folder that exists: processes share the memory of the devices, see [`crate::shared`] | none |
 //! | `REPORT` | a folder: `PID.violations` as they happen, `PID.report` at exit | none |
 
 use std::path::PathBuf;
@@ -32,6 +33,7 @@ pub(crate) struct Settings {
     pub(crate) memory_bytes: u64,
     pub(crate) driver_version: i32,
     pub(crate) gds: bool,
+    pub(crate) shared: Option<PathBuf>,
     pub(crate) report: Option<PathBuf>,
 }
 
@@ -44,6 +46,7 @@ static ENVIRONMENT: LazyLock<Settings> = LazyLock::new(|| Settings {
     memory_bytes: number("MEMORY_BYTES", 16 << 30),
     driver_version: number("DRIVER_VERSION", 13_000) as i32,
     gds: number("GDS", 1) != 0,
+    shared: text("SHARED").map(PathBuf::from),
     report: text("REPORT").map(PathBuf::from),
 });
 

@@ -157,6 +157,15 @@ fn at<T>(map: &BTreeMap<u64, T>, address: u64, bytes: impl Fn(&T) -> u64) -> Opt
 }
 
 impl Space {
+    /// With nothing in it, in the same arena, and going on behind the addresses given out so far.
+    pub(crate) fn emptied(&self) -> Space {
+        Space {
+            arena: self.arena,
+            next: self.next,
+            ..Space::default()
+        }
+    }
+
     /// Addresses for `bytes` bytes, on `align`.
     pub(crate) fn addresses(&mut self, bytes: u64, align: u64) -> Result<u64, i32> {
         let align = align.max(GAP_BYTES);

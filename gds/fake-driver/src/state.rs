@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use crate::cufile::CuFile;
 use crate::settings;
+use crate::shared;
 use crate::space::{Space, Touch};
 use crate::streams::Stream;
 
@@ -134,7 +135,8 @@ impl State {
         let held_back: u64 = pools
             .map(|pool| pool.reserved_bytes.saturating_sub(pool.used_bytes))
             .sum();
-        crate::sys::live_device_bytes(device) + held_back
+        let mine = || crate::sys::live_device_bytes(device);
+        shared::taken_bytes(device).unwrap_or_else(mine) + held_back
     }
 
     /// Bytes of a device that can still be allocated.

@@ -176,7 +176,7 @@ fn implied(state: &State, id: u64) -> Vec<(u64, u64)> {
 }
 
 /// Queues an operation and returns its number. Touching memory whose stream-ordered free is
-/// already queued is a violation.
+/// already queued is a violation, and the operation is left out.
 pub(crate) fn submit(
     state: &mut State,
     id: u64,
@@ -196,12 +196,14 @@ pub(crate) fn submit_after(
     touches: Vec<Touch>,
     work: Work,
 ) -> u64 {
+    let mut void = false;
     for touch in &touches {
         let freed = state
             .space
             .allocation_at(touch.addresses.start)
             .is_some_and(|(_, found)| found.free_queued);
         if freed {
+            void = true;
             violation(format!(
                 "{call} touches {} after cuMemFreeAsync was called for it",
                 hex(&touch.addresses)
@@ -219,7 +221,7 @@ pub(crate) fn submit_after(
         number,
         after,
         touches,
-        void: false,
+        void,
         work,
     });
     changed();
@@ -300,7 +302,7 @@ fn users(state: &State, addresses: &Range<u64>) -> Vec<String> {
             stream
                 .queue
                 .iter()
-                .filter(|op| meets(&op.touches))
+                .filter(|op| !op.void && meets(&op.touches))
                 .map(|op| format!("{}, queued", op.call)),
         );
     }

@@ -2,9 +2,12 @@
 //!
 //! The only room that maps, unmaps or touches bytes. Everything above it passes offsets.
 
+use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::{io, ptr};
+
+use crate::shared;
 
 /// What freed memory is overwritten with.
 pub(crate) const POISON: u8 = 0xDB;
@@ -70,26 +73,22 @@ impl Memory {
 
     /// Device memory of this process alone, full of junk.
     pub(crate) fn private(device: usize, bytes: usize) -> io::Result<Memory> {
-        let base = map(bytes, libc::PROT_READ | libc::PROT_WRITE, None)?;
+        let file = shared::create(&shared::name(device, false), bytes).transpose()?;
+        // The mapping keeps the file open: no descriptor is needed.
+        let fd = file.as_ref().map(|file| file.as_raw_fd());
+        let base = map(bytes, libc::PROT_READ | libc::PROT_WRITE, fd)?;
         let memory = Memory::new(base, bytes, Owner::Device { device, fd: None });
         memory.fill_with_junk();
         Ok(memory)
     }
 
-    /// Device memory behind a new memfd of that name, full of junk.
-    pub(crate) fn exportable(device: usize, bytes: usize, name: &str) -> io::Result<Memory> {
-        let name = std::ffi::CString::new(name).map_err(io::Error::other)?;
-        // SAFETY: `name` is a C string that outlives the call.
-        let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the call just returned this descriptor; nobody else has it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: a plain system call on an open descriptor.
-        if unsafe { libc::ftruncate(fd.as_raw_fd(), bytes as libc::off_t) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
+    /// Device memory behind a new descriptor, full of junk.
+    pub(crate) fn exportable(device: usize, bytes: usize, rdma: bool) -> io::Result<Memory> {
+        let name = shared::name(device, rdma);
+        let fd = match shared::create(&name, bytes) {
+            Some(file) => file?,
+            None => memfd(&name, bytes)?,
+        };
         let memory = Memory::imported(device, bytes, fd)?;
         memory.fill_with_junk();
         Ok(memory)
@@ -289,6 +288,19 @@ fn transfer(bytes: usize, mut step: impl FnMut(usize) -> isize) -> io::Result<us
         }
     }
     Ok(done)
+}
+
+fn memfd(name: &str, bytes: usize) -> io::Result<OwnedFd> {
+    let name = std::ffi::CString::new(name).map_err(io::Error::other)?;
+    // SAFETY: `name` is a C string that outlives the call.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call just returned this descriptor; nobody else has it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(bytes as u64)?;
+    Ok(file.into())
 }
 
 fn map(bytes: usize, protection: i32, fd: Option<i32>) -> io::Result<*mut u8> {

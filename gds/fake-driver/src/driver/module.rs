@@ -63,9 +63,12 @@ fn entries(ptx: &str) -> Result<Vec<String>, i32> {
     Ok(names.collect())
 }
 
-/// CUDA 13.n reads PTX 9.n, CUDA 12.n reads PTX 8.n.
+/// CUDA 13.n reads PTX 9.n and CUDA 12.n reads PTX 8.n, but from 12.6 on the numbers are one
+/// behind.
 fn newest_ptx(driver_version: i32) -> (i32, i32) {
-    (driver_version / 1000 - 4, driver_version % 1000 / 10)
+    let (major, minor) = (driver_version / 1000, driver_version % 1000 / 10);
+    let behind = i32::from(major == 12 && minor > 5);
+    (major - 4, minor - behind)
 }
 
 #[unsafe(no_mangle)]

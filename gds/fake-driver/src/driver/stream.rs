@@ -1,10 +1,11 @@
 //! Streams as the program sees them.
 
+use std::cell::Cell;
 use std::ffi::c_void;
 
 use crate::abi::put;
 use crate::codes::{Answer, INVALID_HANDLE, INVALID_VALUE, NOT_READY};
-use crate::gate::{Here, giving_back, here, in_context};
+use crate::gate::{Here, giving_back, here, in_context, initialised};
 use crate::state::{self, State};
 use crate::streams::{self, Kind, Work};
 use crate::violations::violation;
@@ -189,5 +190,21 @@ pub extern "C" fn cuStreamGetFlags(stream: u64, out: Option<&mut u32>) -> i32 {
                 .get(&id)
                 .map(|found| u32::from(found.kind == Kind::NonBlocking))
         })
+    })
+}
+
+thread_local! {
+    static CAPTURE_MODE: Cell<i32> = const { Cell::new(0) };
+}
+
+/// Swaps the calling thread's mode. Capture itself is not modelled, so that the mode has no effect.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuThreadExchangeStreamCaptureMode(mode: Option<&mut i32>) -> i32 {
+    initialised("cuThreadExchangeStreamCaptureMode", || {
+        let mode = mode
+            .filter(|mode| (0..=2).contains(&**mode))
+            .ok_or(INVALID_VALUE)?;
+        *mode = CAPTURE_MODE.replace(*mode);
+        Ok(())
     })
 }

@@ -105,6 +105,7 @@ table! {
         "cuStreamGetPriority" => cuStreamGetPriority,
         "cuStreamGetFlags" => cuStreamGetFlags,
         "cuLaunchHostFunc" => cuLaunchHostFunc,
+        "cuThreadExchangeStreamCaptureMode" => cuThreadExchangeStreamCaptureMode,
     event:
         "cuEventCreate" => cuEventCreate,
         "cuEventRecord" => cuEventRecord,

@@ -14,6 +14,7 @@ use crate::abi::{AccessDesc, AllocationProp, Location, items, put, put_raw};
 use crate::codes::{INVALID_DEVICE, INVALID_VALUE, NOT_SUPPORTED, OUT_OF_MEMORY};
 use crate::driver::device::{check, device};
 use crate::gate::{giving_back, in_context, initialised};
+use crate::shared;
 use crate::space::{Access, GRANULARITY, Mapping, Physical, Reservation, hex};
 use crate::state::{self, State};
 use crate::streams;
@@ -23,7 +24,6 @@ use crate::violations::violation;
 const LOCATION_DEVICE: i32 = 1;
 const ALLOCATION_PINNED: i32 = 1;
 const POSIX_DESCRIPTOR: i32 = 1;
-const MEMFD_NAME: &str = "pinion-fake-gpu";
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemGetAllocationGranularity(
@@ -75,11 +75,7 @@ pub extern "C" fn cuMemCreate(
         let exportable = prop.requested_handle_types == POSIX_DESCRIPTOR;
         let rdma = prop.gpu_direct_rdma_capable != 0;
         let memory = if exportable {
-            Memory::exportable(
-                device,
-                bytes,
-                &format!("{MEMFD_NAME}-{device}-{}", u8::from(rdma)),
-            )
+            Memory::exportable(device, bytes, rdma)
         } else {
             Memory::private(device, bytes)
         };
@@ -199,7 +195,11 @@ pub extern "C" fn cuMemExportToShareableHandle(
         }
         let mut state = state::lock();
         let found = physical(&mut state, "cuMemExportToShareableHandle", handle)?;
-        let fd = found.memory.fd().ok_or(INVALID_VALUE)?;
+        let fd = found
+            .memory
+            .fd()
+            .filter(|_| found.exportable)
+            .ok_or(INVALID_VALUE)?;
         let copy = sys::duplicate(fd.as_raw_fd()).map_err(|_| OUT_OF_MEMORY)?;
         put_raw(out, copy.into_raw_fd())
     })
@@ -234,23 +234,13 @@ pub extern "C" fn cuMemImportFromShareableHandle(
     })
 }
 
-/// Device and RDMA flag of an exported descriptor, from the name of the memfd.
+/// Device and RDMA flag of an exported descriptor, from the name of its file.
 fn what_is_exported(fd: i32) -> Result<(usize, bool), i32> {
     let link = std::fs::read_link(format!("/proc/self/fd/{fd}")).map_err(|_| INVALID_VALUE)?;
-    let name = link.to_string_lossy().into_owned();
-    let name = name
-        .strip_prefix("/memfd:")
-        .and_then(|name| name.split(' ').next())
-        .ok_or(INVALID_VALUE)?;
-    let facts = name.strip_prefix(MEMFD_NAME).ok_or(INVALID_VALUE)?;
-    let mut facts = facts.split('-').skip(1);
-    let ordinal = facts
-        .next()
-        .and_then(|text| text.parse().ok())
-        .ok_or(INVALID_VALUE)?;
+    let (ordinal, rdma) = shared::parse_name(&link).ok_or(INVALID_VALUE)?;
     // Another set of visible devices: the driver says so with this code.
     check(ordinal).map_err(|_| INVALID_DEVICE)?;
-    Ok((ordinal as usize, facts.next() == Some("1")))
+    Ok((ordinal as usize, rdma))
 }
 
 #[unsafe(no_mangle)]
