@@ -25,7 +25,8 @@ fn nothing_works_before_init_or_without_a_context() {
     assert_eq!(cuDeviceGetCount(Some(&mut count)), 0);
     assert_eq!(count, 1);
 
-    let mut uses: Vec<(&str, Box<dyn FnMut() -> i32>)> = vec![
+    type Use = Box<dyn FnMut() -> i32>;
+    let mut uses: Vec<(&str, Use)> = vec![
         ("alloc", Box::new(|| cuMemAlloc_v2(Some(&mut 0), 16))),
         ("free", Box::new(|| cuMemFree_v2(16))),
         ("copy", Box::new(|| cuMemcpyHtoD_v2(16, 16, 16))),
@@ -253,10 +254,8 @@ fn known_codes_have_names_and_unknown_ones_do_not() {
     let mut name: *const c_char = ptr::null();
     assert_eq!(cuGetErrorName(700, Some(&mut name)), 0);
     // SAFETY: the call just succeeded: a C string that lives for ever.
-    assert_eq!(
-        unsafe { CStr::from_ptr(name) },
-        c"CUDA_ERROR_ILLEGAL_ADDRESS"
-    );
+    let name_700 = unsafe { CStr::from_ptr(name) };
+    assert_eq!(name_700, c"CUDA_ERROR_ILLEGAL_ADDRESS");
     assert_eq!(cuGetErrorString(4711, Some(&mut name)), 1);
     assert!(name.is_null());
 }
