@@ -293,13 +293,18 @@ pub(crate) fn in_context(name: &'static str, run: impl FnOnce(Here) -> Answer) -
     initialised(name, || run(here()?))
 }
 
-/// A call that gives something back: done even when a rule makes it fail.
+/// A call in a context that gives something back: done even when a rule makes it fail.
 pub(crate) fn giving_back(name: &'static str, run: impl FnOnce(Here) -> Answer) -> i32 {
+    giving_back_any_time(name, || run(here()?))
+}
+
+/// The same for what is given back without a current context.
+pub(crate) fn giving_back_any_time(name: &'static str, run: impl FnOnce() -> Answer) -> i32 {
     if is_forked() {
         return NOT_INITIALIZED;
     }
     let demanded = demanded(name);
-    code(ready(name).and_then(|()| run(here()?)).and(demanded))
+    code(ready(name).and_then(|()| run()).and(demanded))
 }
 
 #[cfg(test)]

@@ -156,11 +156,19 @@ fn at<T>(map: &BTreeMap<u64, T>, address: u64, bytes: impl Fn(&T) -> u64) -> Opt
     (address - start < bytes(found)).then_some((*start, found))
 }
 
+/// The process's one arena: a space that starts anew uses it again, since a process has room for
+/// a few only.
+fn reserved_arena() -> Result<u64, i32> {
+    static ARENA: std::sync::OnceLock<Option<u64>> = std::sync::OnceLock::new();
+    ARENA
+        .get_or_init(|| sys::untouchable(ARENA_BYTES as usize).ok())
+        .ok_or(OUT_OF_MEMORY)
+}
+
 impl Space {
-    /// With nothing in it, in the same arena, and going on behind the addresses given out so far.
+    /// With nothing in it, going on behind the addresses given out so far.
     pub(crate) fn emptied(&self) -> Space {
         Space {
-            arena: self.arena,
             next: self.next,
             ..Space::default()
         }
@@ -174,7 +182,7 @@ impl Space {
         }
         let arena = match self.arena {
             Some(arena) => arena,
-            None => sys::untouchable(ARENA_BYTES as usize).map_err(|_| OUT_OF_MEMORY)?,
+            None => reserved_arena()?,
         };
         self.arena = Some(arena);
         let mut came_round = false;

@@ -106,7 +106,13 @@ pub(crate) fn create(
     };
     state.streams.insert(id, stream);
     let named = std::thread::Builder::new().name(format!("fake-stream-{:x}", id & 0xFFFF));
-    if let Err(error) = named.spawn(move || execute(id)) {
+    let run = move || {
+        // A stream that stops would hang whoever waits for it; the message was printed already.
+        if std::panic::catch_unwind(|| execute(id)).is_err() {
+            std::process::abort();
+        }
+    };
+    if let Err(error) = named.spawn(run) {
         eprintln!("fake driver: no thread for a stream: {error}");
         std::process::abort();
     }

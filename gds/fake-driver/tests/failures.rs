@@ -5,7 +5,9 @@ mod common;
 
 use common::*;
 use pinion_gds_fake_driver::control::*;
-use pinion_gds_fake_driver::driver::{context::*, copy::*, memory::*, stream::*, vmm::*};
+use pinion_gds_fake_driver::driver::{
+    context::*, copy::*, event::*, host::*, memory::*, stream::*, vmm::*,
+};
 
 /// What a careful program does: everything it made it gives back, whatever failed.
 fn scenario() -> Result<(), i32> {
@@ -59,6 +61,28 @@ fn every_single_call_can_fail_without_a_leak_and_the_failure_is_the_one_asked_fo
     }
     println!("{calls} calls, each failed once");
     fake.finish();
+}
+
+#[test]
+fn what_is_given_back_is_given_back_although_the_call_fails() {
+    let fake = Fake::new();
+    let (device, stream, event) = (alloc(16), stream(), event());
+    let block = Pinned::new(16);
+    let (handle, address) = mapped(GRANULE);
+    let rules = c"cuMemFree@1=719,cuStreamDestroy@1=719,cuEventDestroy@1=719,cuMemFreeHost@1=719,\
+                  cuMemUnmap@1=719,cuMemAddressFree@1=719,cuMemRelease@1=719,cuDevicePrimaryCtxRelease@1=719";
+    assert_eq!(fake_rules(rules.as_ptr()), 0);
+    assert_eq!(cuMemFree_v2(device), 719);
+    assert_eq!(cuStreamDestroy_v2(stream), 719);
+    assert_eq!(cuEventDestroy_v2(event), 719);
+    assert_eq!(cuMemFreeHost(block.address), 719);
+    assert_eq!(cuMemUnmap(address, GRANULE), 719);
+    assert_eq!(cuMemAddressFree(address, GRANULE), 719);
+    assert_eq!(cuMemRelease(handle), 719);
+    assert_eq!(cuDevicePrimaryCtxRelease_v2(0), 719);
+    assert_eq!(live(), "");
+    assert_eq!(violations(), Vec::<String>::new());
+    drop(fake);
 }
 
 /// A wait that fails has not waited: freeing after it is what the check is for.

@@ -2,8 +2,8 @@
 //!
 //! - `library`: opening, closing, parameters; `register`: files and buffers; `transfer`: reads
 //!
-//! Elsewhere: what a violation is ([`crate::violations`]); the memory it reads into
-//! ([`crate::space`]). The errors and traps modelled here are those seen with libcufile 1.15 and
+//! Elsewhere: what a violation is (`violations`); the memory it reads into
+//! (`space`). The errors and traps modelled here are those seen with libcufile 1.15 and
 //! 1.20; see `CLAIMS.md`.
 #![allow(missing_docs, non_snake_case)]
 

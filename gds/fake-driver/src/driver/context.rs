@@ -6,7 +6,9 @@
 use crate::abi::put;
 use crate::codes::{Answer, INVALID_CONTEXT, INVALID_VALUE, NOT_SUPPORTED};
 use crate::driver::device::device;
-use crate::gate::{giving_back, here, in_context, initialised, with_contexts};
+use crate::gate::{
+    giving_back, giving_back_any_time, here, in_context, initialised, with_contexts,
+};
 use crate::state::{self, Context, State};
 use crate::streams;
 use crate::violations::violation;
@@ -34,7 +36,7 @@ pub extern "C" fn cuDevicePrimaryCtxRetain(out: Option<&mut u64>, ordinal: i32) 
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuDevicePrimaryCtxRelease_v2(ordinal: i32) -> i32 {
-    initialised("cuDevicePrimaryCtxRelease", || release(device(ordinal)?))
+    giving_back_any_time("cuDevicePrimaryCtxRelease", || release(device(ordinal)?))
 }
 
 fn release(device: usize) -> Answer {

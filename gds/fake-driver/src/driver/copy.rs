@@ -31,6 +31,18 @@ struct Place {
     pageable: bool,
 }
 
+impl Place {
+    /// Takes a copy of the program's bytes, and goes on with that.
+    fn stage(&mut self) -> Answer {
+        for segment in &mut self.segments {
+            let staged = Memory::staged(segment.address, segment.bytes);
+            segment.memory = Arc::new(staged.map_err(|_| OUT_OF_MEMORY)?);
+            segment.address = segment.memory.address();
+        }
+        Ok(())
+    }
+}
+
 /// A copy of rows; one row for a plain copy.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
@@ -214,7 +226,7 @@ fn copy(
     let mut state = state::lock();
     let stream = streams::find(&mut state, call, mine, stream)?;
     let mut source = place(&state, call, mine, from, from_span, Access::Read)?;
-    let target = place(&state, call, mine, to, to_span, Access::ReadWrite)?;
+    let mut target = place(&state, call, mine, to, to_span, Access::ReadWrite)?;
     if source.pageable && !target.pageable {
         if returns == Return::Done {
             // "A stream sync is performed before the copy is initiated."
@@ -223,10 +235,10 @@ fn copy(
         } else {
             drop(state);
         }
-        let address = source.segments[0].address;
-        source.segments[0].memory =
-            Arc::new(Memory::staged(address, from_span).map_err(|_| OUT_OF_MEMORY)?);
+        source.stage()?;
         state = state::lock();
+        // What was there before the lock was given up may be gone.
+        target = place(&state, call, mine, to, to_span, Access::ReadWrite)?;
     }
     let mut touched = touches(&source, shape, shape.from_pitch, false);
     touched.extend(touches(&target, shape, shape.to_pitch, true));

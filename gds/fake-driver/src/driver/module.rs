@@ -1,5 +1,5 @@
 //! Modules and kernels. An image is PTX text; of it only the version, the target and the names of
-//! the entries are read. What a kernel of that name does stands in [`crate::kernels`].
+//! the entries are read. What a kernel of that name does stands in `kernels`.
 
 use std::ffi::{c_char, c_void};
 use std::sync::Arc;
