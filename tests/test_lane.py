@@ -548,13 +548,14 @@ def test_another_user_is_refused_by_name_unless_in_the_socket_s_group(server):
 
 
 def nice_values(process):
-    """The nice values of a process's threads, those of the lane and the others."""
-    lane, others = set(), set()
+    """The nice values of a process's threads: of the lane, for streams in bulk, and the others."""
+    lane, bulk, others = set(), set(), set()
     for thread in os.listdir(f"/proc/{process}/task"):
         with open(f"/proc/{process}/task/{thread}/stat") as stat:
             name, _, rest = stat.read().partition("(")[2].rpartition(")")
-        (lane if name.startswith("pinion-lane") else others).add(int(rest.split()[16]))
-    return lane, others
+        kind = lane if name.startswith("pinion-lane") else bulk if name == "pinion-bulk" else others
+        kind.add(int(rest.split()[16]))
+    return lane, bulk, others
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise a priority")
@@ -575,7 +576,7 @@ def test_threads_of_the_lane_stand_above_the_rest_of_the_server(store, serve):
     with ThreadPoolExecutor(8) as pool:
         assert len(list(pool.map(waits, range(8)))) == 8
     with pinion.connect(f"lane://{server.lane}"):
-        assert nice_values(server.process.pid) == ({here - 5}, {here})
+        assert nice_values(server.process.pid) == ({here - 5}, {here + 5}, {here})
 
 
 def test_a_priority_that_may_not_be_had_is_refused_with_what_would_allow_it(store):
