@@ -16,6 +16,7 @@ from pinion.barrier import Wait
 from pinion.flight import Exchange, Flight
 from pinion.lane import Lane, Prepared, padded_json
 from pinion.mapped import MappedTable, map_table
+from pinion.pin import Pin, PinLane
 
 Keys = pa.RecordBatch | pa.Table | Mapping[str, Any]
 """Key columns by name: a batch, a table, or `{"origin": ["EWR", "JFK"]}` (lists or Arrow arrays)."""
@@ -90,6 +91,8 @@ class Client:
         self._lane = None if lane is None else Lane(_lane_path(lane), timeout, spin_micros)
         self._flight = None if flight is None else Flight(_flight_url(flight), timeout)
         self._lookups: dict[bytes, Lookup] = {}
+        self._pin_lane: PinLane | None = None
+        self._pins: weakref.WeakSet[Pin] = weakref.WeakSet()
         self._lock = threading.Lock()
         _locked.add(self)
 
@@ -100,10 +103,17 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Hangs up. Mapped tables stay readable; their leases end."""
+        """Hangs up. Mapped tables stay readable; their leases end.
+
+        Pins lease nothing more. What their views gave out keeps its lease, and the connection for it, to its end.
+        """
         for lookup in self._lookups.values():
             lookup.close()
         self._lookups.clear()
+        for pin in list(self._pins):
+            pin.close()
+        if self._pin_lane is not None:
+            self._pin_lane.releaser.close()
         if self._lane is not None:
             self._lane.close()
         if self._flight is not None:
@@ -276,6 +286,69 @@ class Client:
         """
         command = _scan_command(table, features, None, None, None, snapshot, wait, wait_timeout)
         return map_table(self._over_lane(), command)
+
+    # -- pins
+
+    def pin(
+        self,
+        table: str,
+        features: Iterable[str] | None = None,
+        *,
+        device: int | str | None = None,
+        mode: Literal["fresh", "frozen"] = "fresh",
+        slots: int | None = None,
+        max_slots: int | None = None,
+        name: str | None = None,
+    ) -> Pin:
+        """Pins a table, or `features` of it, in the memory of a device, and imports it here: over the local lane.
+
+        `device` is the server's number of a GPU, a UUID (`"GPU-…"`), or `"host"`: shared memory, which needs no GPU;
+        None is the server's choice. A `fresh` pin follows the table, in `slots` copies (2) that the server may let grow to
+        `max_slots`; a `frozen` one stays as it is. A pin of this `name` (the table's) that is there
+        already and is the same is used; one that differs is `FailedPrecondition`.
+
+        Returns when the pin is loaded. It stays until `unpin`, also when this client ends. Raises
+        `ResourceExhausted` when the device's budget is spent, `DeviceUnavailable` when this process cannot use
+        the device.
+        """
+        body = _named(
+            table=table,
+            features=[features] if isinstance(features, str) else None if features is None else list(features),
+            device=device,
+            mode=mode,
+            slots=slots,
+            max_slots=max_slots,
+            name=name,
+        )
+        self._over_lane()
+
+        def again() -> str:
+            return self.action("pin", body)["pin"]
+
+        room = self._pin_room()
+        pin = Pin(room, again(), again)
+        self._pins.add(pin)
+        return pin
+
+    def unpin(self, pin: Pin | str) -> None:
+        """Ends a pin (by object, id or name) for everybody. Views that are leased stay good until they end."""
+        named = pin
+        if isinstance(pin, Pin):
+            named = pin.id
+            pin.close()
+        self.action("unpin", {"pin": named})
+
+    def pins(self) -> list[dict[str, Any]]:
+        """Every pin of the server: where it lies, its generation, its bytes, and who holds leases."""
+        return self.action("pins")["pins"]
+
+    def _pin_room(self) -> PinLane:
+        """The connection that holds this process's pins."""
+        with self._lock:
+            if self._pin_lane is None or self._pin_lane.pid != os.getpid():
+                lane = self._over_lane()
+                self._pin_lane = PinLane(lane.path, lane.timeout)
+            return self._pin_lane
 
     # -- writing
 

@@ -59,6 +59,10 @@ class UnknownTable(NotFound):
     """No such table. `details["hint"]` is the nearest name."""
 
 
+class UnknownPin(NotFound):
+    """No such pin: it was unpinned, or the server was started anew."""
+
+
 class PermissionDenied(PinionError):
     """Not allowed."""
 
@@ -99,6 +103,34 @@ class DefinitionChanged(FailedPrecondition):
 
 class LeaseOverdue(FailedPrecondition):
     """A lease of this connection is past its term: release or renew it."""
+
+
+class LayoutChanged(FailedPrecondition):
+    """A pin was laid out anew: its slots are imported again."""
+
+
+class LeaseGone(FailedPrecondition):
+    """The connection that held a lease is gone: what was leased may have changed since it broke."""
+
+
+class Forked(FailedPrecondition):
+    """Made in another process than this one, which was forked from it: make it anew here."""
+
+
+class HasNulls(FailedPrecondition):
+    """A column without a value that could mean null holds nulls: ask for `mask=True`. `details["column"]`."""
+
+
+class NoTensor(InvalidArgument, TypeError):
+    """A column whose type no tensor has, or columns that are no matrix: `details["column"]`."""
+
+
+class DeviceUnavailable(FailedPrecondition):
+    """This process cannot use the device: no driver, no such GPU, or a fork of a process that uses CUDA."""
+
+
+class DeviceError(PinionError):
+    """The CUDA driver refused a call: `details` has `call`, `code` and `name`, the driver's name of the code."""
 
 
 class Aborted(PinionError):
@@ -162,6 +194,8 @@ _BY_NAME: dict[str, type[PinionError]] = {
     "DEFINITION_CHANGED": DefinitionChanged,
     "LEASED_MAX_BYTES": LeasedMaxBytes,
     "LEASE_OVERDUE": LeaseOverdue,
+    "LAYOUT_CHANGED": LayoutChanged,
+    "UNKNOWN_PIN": UnknownPin,
     "PEER_REFUSED": PeerRefused,
 }
 

@@ -27,12 +27,13 @@ from pinion.errors import ConnectionLost, ProtocolError
 VERSION = 1
 MAGIC = b"PINLANE\0"
 
-HELLO, PREPARE, LOOKUP, RELEASE, MAP, RENEW, ACTION, PING = range(1, 9)
+HELLO, PREPARE, LOOKUP, RELEASE, MAP, RENEW, ACTION, PING, PIN, LATEST, ROW_IDS, CHECKSUM = range(1, 13)
 WELCOME, PREPARED, ROWS, RELEASED, MAPPED, RENEWED, RESULT, PONG = range(129, 137)
+PINNED, GENERATION, ROWS_FOUND, CHECKSUM_IS = range(137, 141)
 BATCH, END, ERROR = 144, 145, 255
 
 WANT_JSON = 1
-RELEASE_LEASE = 1
+RELEASE_LEASE, RELEASE_PIN_LEASE, RELEASE_MAPPING = 1, 2, 3
 MAX_DESCRIPTORS = 253
 
 # payload_bytes, kind, flags, reserved, request_id, detail
@@ -226,7 +227,13 @@ class Lane:
         return got
 
     def _ask(
-        self, kind: int, payload: Any = b"", detail: int = 0, flags: int = 0, expected: int = 4096
+        self,
+        kind: int,
+        payload: Any = b"",
+        detail: int = 0,
+        flags: int = 0,
+        expected: int = 4096,
+        descriptors: list[int] | None = None,
     ) -> tuple[int, int, int, pa.Buffer]:
         """One request and its reply, on the connection as it is. Breaks it when it fails."""
         try:
@@ -235,7 +242,7 @@ class Lane:
             except (BrokenPipeError, ConnectionResetError):
                 # The server closed it, and may have said why before.
                 return self._receive(expected)
-            return self._receive(expected)
+            return self._receive(expected, descriptors)
         except errors.PinionError as error:
             if isinstance(error, ProtocolError):
                 self._hang_up()
@@ -413,6 +420,50 @@ class Lane:
                 raise errors.FailedPrecondition("the connection that held this lease is gone", "LEASE_GONE")
             _, _, size, buffer = self._ask(RENEW, b"", lease)
             return json.loads(buffer.slice(HEADER_BYTES, size).to_pybytes())["lease"]
+
+    # -- pins
+
+    def pin(self, pin: str) -> tuple[dict[str, Any], pa.Schema, pa.Schema, list[int], int]:
+        """A pin's slots, lent by descriptor: PIN.
+
+        Returns PINNED's JSON, the stored and the result schema, the descriptors (the caller closes them), and
+        the generation of the connection, which holds the mapping.
+        """
+        payload = padded_json({"pin": {"pin": pin}})
+        with self._lock:
+            if self._socket is None:
+                self._connect()
+            try:
+                return self._pin(payload)
+            except ConnectionLost:
+                self._connect()
+                return self._pin(payload)
+
+    def _pin(self, payload: bytes) -> tuple[dict[str, Any], pa.Schema, pa.Schema, list[int], int]:
+        descriptors: list[int] = []
+        try:
+            kind, detail, size, frame = self._ask(PIN, payload, descriptors=descriptors)
+            if kind != PINNED:
+                raise ProtocolError(f"PIN was answered by a frame of kind {kind}")
+            info = json.loads(frame.slice(HEADER_BYTES, detail).to_pybytes())
+            stored, result = read_schemas(frame, HEADER_BYTES + detail, size - detail)
+            return info, stored, result, descriptors, self.generation
+        except BaseException:
+            for number in descriptors:
+                os.close(number)
+            raise
+
+    def ask_on(
+        self, generation: int, kind: int, payload: Any = b"", detail: int = 0, flags: int = 0
+    ) -> tuple[int, int, int, pa.Buffer]:
+        """One request on the very connection that holds what it names; raises `LeaseGone` if that is gone."""
+        with self._lock:
+            if generation != self.generation or self._socket is None:
+                raise errors.LeaseGone("the connection that held this pin is gone", "LEASE_GONE")
+            try:
+                return self._ask(kind, payload, detail, flags)
+            except ConnectionLost as error:
+                raise errors.LeaseGone(error.message, "LEASE_GONE") from error
 
     def action(self, name: str, body: dict[str, Any]) -> Any:
         """Flight's DoAction."""
