@@ -50,7 +50,7 @@ class Lease:
         self.named: set[int] = set()
         # Stream -> the event recorded last on it.
         self.events: dict[int, int] = {}
-        # Something was exported: until then nothing but this client has read.
+        # Something was exported, or a stream named: until then nothing but this client has read.
         self.exported = False
         # Work may be on streams that nobody named.
         self.unknown = False
@@ -63,7 +63,7 @@ class Lease:
 
     def note(self) -> None:
         """Records that torch's current stream may have read until now."""
-        if self.device is None or os.getpid() != self.pid:
+        if self.device is None or not self.exported or os.getpid() != self.pid:
             return
         try:
             stream = torch_stream(self.device.ordinal)

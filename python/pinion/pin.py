@@ -401,6 +401,7 @@ class View:
     def reads_on(self, stream: int | None) -> None:
         """Notes a stream that reads; None is any."""
         lease = self.hold().lease
+        lease.exported = True
         if stream is None:
             lease.unknown = True
         else:
