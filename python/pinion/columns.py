@@ -82,10 +82,10 @@ class Array:
         device = self.__dlpack_device__()
         if copy or (dl_device is not None and tuple(dl_device) != device):
             raise BufferError("a pin is exported where it lies, and without a copy")
-        options = {} if max_version is None else {"max_version": max_version}
+        options = {} if max_version is None or not _knows_versions() else {"max_version": max_version}
         if device[0] != DLPACK_CUDA:
             # Consumers of the older form know no read-only memory.
-            return self._ndarray(read_only=max_version is not None and max_version >= (1, 0)).__dlpack__(**options)
+            return self._ndarray(read_only=bool(options) and max_version >= (1, 0)).__dlpack__(**options)
         if stream == 0:
             raise BufferError("stream 0 is ambiguous: 1 is the legacy default stream, 2 that of the thread")
         self._view.reads_on(None if stream in (None, -1) else stream)
@@ -152,6 +152,13 @@ class _Exported:
     def __init__(self, export: Export, interface: dict[str, Any]):
         self.export = export
         self.__array_interface__ = interface
+
+
+def _knows_versions() -> bool:
+    """NumPy before 2.1 makes capsules of the older form only, which consumers of the newer one take too."""
+    import numpy as np
+
+    return tuple(int(part) for part in np.__version__.split(".")[:2]) >= (2, 1)
 
 
 def _set_device(capsule: Any, device: tuple[int, int]) -> None:

@@ -201,6 +201,8 @@ class View:
         self.address: int = mapping.slots[self.slot].address
         self.generation: int = info["number"]
         self.rows: int = info["rows"]
+        if not 0 <= self.rows <= mapping.layout["capacity_rows"]:
+            raise errors.ProtocolError(f"{self.rows} rows in a layout of {mapping.layout['capacity_rows']}")
         self.snapshot: str = info["snapshot"]
         self.positions: dict[str, Any] = info["positions"]
         # As the server said it: `age_ms`, `stalled_by_lease`, `bytes_written`, …

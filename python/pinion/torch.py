@@ -72,6 +72,8 @@ def take(
     """See `View.take`."""
     if stream is not None:
         view.use(stream)
+        # The row numbers may still be on their way.
+        stream.wait_stream(torch.cuda.current_stream(_device(view.mapping.dlpack_device)))
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         values = tensors(view, features, matrix=matrix, mask=mask)
         gather = _Gather(torch.as_tensor(rows, dtype=torch.int64, device=_device(view.mapping.dlpack_device)), view.rows)

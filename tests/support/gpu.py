@@ -7,6 +7,7 @@ answered with it. Programs of their own find it through LD_LIBRARY_PATH (`enviro
 import ctypes
 import os
 import tempfile
+import time
 from ctypes import byref, c_char, c_char_p, c_int, c_size_t, c_ulonglong, c_void_p
 from pathlib import Path
 
@@ -75,9 +76,10 @@ class Gpu:
     def fail(self, rules):
         assert self.driver.fake_rules(c_char_p(rules.encode())) == 0
 
-    def hold(self, hold):
-        """While True, nothing that was queued on a stream starts."""
-        self.driver.fake_hold(int(hold))
+    def late(self, seconds):
+        """What is queued from now on starts so much later."""
+        micros = c_ulonglong(int(seconds * 1e6))
+        self.driver.fake_delay(micros, micros, c_ulonglong(1))
 
     def stream(self):
         made = c_ulonglong()
@@ -122,18 +124,26 @@ class GpuMemory:
 
 
 class QueuedRead:
-    """A copy of device memory to the host that was queued on a stream, into page-locked memory."""
+    """A copy of device memory to page-locked host memory, queued on a stream and begun only after `seconds`."""
 
-    def __init__(self, gpu, stream, address, size):
+    def __init__(self, gpu, stream, address, size, seconds=0.4):
         self.gpu = gpu
         self.size = size
+        self.stream = c_ulonglong(stream)
         self.out = c_void_p()
         gpu.call("cuMemHostAlloc", byref(self.out), c_size_t(size), 0)
-        gpu.call("cuMemcpyDtoHAsync_v2", self.out, c_ulonglong(address), c_size_t(size), c_ulonglong(stream))
+        # The delay is drawn when the stream comes to the copy; what others do meanwhile is not delayed.
+        gpu.late(seconds)
+        gpu.call("cuMemcpyDtoHAsync_v2", self.out, c_ulonglong(address), c_size_t(size), self.stream)
+        time.sleep(0.05)
+        gpu.late(0)
+
+    def is_done(self):
+        return self.gpu.driver.cuStreamQuery(self.stream) == 0
 
     def bytes(self):
-        """What it read; waits for everything."""
-        self.gpu.call("cuCtxSynchronize")
+        """What it read, once it has."""
+        self.gpu.call("cuStreamSynchronize", self.stream)
         data = ctypes.string_at(self.out, self.size)
         self.gpu.call("cuMemFreeHost", self.out)
         return data
