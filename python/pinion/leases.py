@@ -165,6 +165,8 @@ class Releaser:
         self._pid = os.getpid()
         # Leases and mappings that this process holds on the connection.
         self._held = 0
+        # Leases that cannot be released, and so their slots.
+        self._kept: list[Lease] = []
         self.closing = False
 
     def took(self) -> None:
@@ -221,6 +223,7 @@ class Releaser:
         except Exception as error:
             # Its memory is kept: a slot that is written under a reader is worse than one that is not.
             log.warning("a lease of pin %s is kept until this process ends: %s", lease.mapping.pin, error)
+            self._kept.append(lease)
             return True
         self._release(lease.mapping.generation, lease.id, wire.RELEASE_PIN_LEASE)
         return True

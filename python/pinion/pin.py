@@ -15,6 +15,7 @@ Elsewhere: the promises (docs/local-lane.md, "Pins"), arrays (`columns`), Arrow 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
@@ -324,20 +325,22 @@ class View:
         """The rows of keys in this generation: int64 on the pin's device, in the order of the keys, -1 for none.
 
         `keys` as for `Client.lookup`; a table with one key column also takes a tensor, an array or a list of
-        it (one on a device is brought to the host, where the index is). A torch tensor if torch is installed,
-        else NumPy.
+        it (one on a device is brought to the host, where the index is). A torch tensor if torch is installed and
+        can use the device, else NumPy's on the host.
         """
-        self.hold()
         batch = _keys(keys, self.mapping.info["key"])
         lease = self.hold().lease
         ids = self.mapping.row_ids(lease.id, batch)
-        try:
+        found = None
+        with contextlib.suppress(ImportError):
             from pinion import torch
-        except ImportError:
+
+            found = torch.row_ids(ids, self.mapping.dlpack_device)
+        if found is None:
             import numpy as np
 
-            return np.frombuffer(ids, np.int64)
-        return torch.row_ids(ids, self.mapping.dlpack_device)
+            found = np.frombuffer(ids, np.int64)
+        return found
 
     def take(
         self,

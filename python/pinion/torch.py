@@ -60,8 +60,10 @@ def _device(dlpack_device: tuple[int, int]) -> torch.device:
     return torch.device("cpu") if dlpack_device[0] == 1 else torch.device("cuda", dlpack_device[1])
 
 
-def row_ids(ids: pa.Buffer, dlpack_device: tuple[int, int]) -> torch.Tensor:
-    """Row numbers off the lane, on a device."""
+def row_ids(ids: pa.Buffer, dlpack_device: tuple[int, int]) -> torch.Tensor | None:
+    """Row numbers off the lane, on a device. None if this torch cannot use that device."""
+    if dlpack_device[0] != 1 and not torch.cuda.is_available():
+        return None
     host = torch.frombuffer(bytearray(ids), dtype=torch.int64) if ids.size else torch.empty(0, dtype=torch.int64)
     return host.to(_device(dlpack_device))
 
