@@ -530,7 +530,8 @@ def test_a_killed_client_leaves_nothing(stub):
         [
             sys.executable,
             "-c",
-            "import sys, time, pinion; v = pinion.connect(sys.argv[1]).pin('users').latest(); print(1, flush=True); time.sleep(60)",
+            "import sys, time, pinion; v = pinion.connect(sys.argv[1]).pin('users').latest();"
+            " print(1, flush=True); time.sleep(60)",
             stub.url,
         ],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY / "python")},

@@ -243,7 +243,7 @@ def test_a_capsule_names_the_gpu_and_carries_a_deleter_that_is_not_ours(pin, stu
 @pytest.mark.parametrize(
     ("call", "nth"),
     [("cuDeviceGetCount", 1)]
-    + [(call, nth) for call in ("cuMemImportFromShareableHandle", "cuMemAddressReserve", "cuMemMap") for nth in (1, 2, 3)],
+    + [(f"cuMem{call}", nth) for call in ("ImportFromShareableHandle", "AddressReserve", "Map") for nth in (1, 2, 3)],
 )
 def test_an_import_that_fails_says_what_the_driver_said_and_leaves_nothing(client, gpu, stub, call, nth):
     gpu.fail(f"{call}@{nth}=2")

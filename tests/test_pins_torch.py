@@ -220,7 +220,8 @@ def test_a_dataloader_without_workers_passes_batches_through(pin):
 
 
 def test_a_dataloader_with_workers_is_told_where_batches_are_read(pin):
-    loader = torch.utils.data.DataLoader(pinion.torch.batches(pin, 5, features=["count"]), batch_size=None, num_workers=2)
+    batches = pinion.torch.batches(pin, 5, features=["count"])
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=2)
     with pytest.raises(Exception, match="num_workers=0"):
         list(loader)
     # The workers, forked here, took nothing from the parent.

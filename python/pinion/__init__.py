@@ -49,7 +49,8 @@ from pinion.errors import (
     UnknownTable,
 )
 from pinion.mapped import MappedTable
-from pinion.pin import Pin, View
+from pinion.pin import Pin
+from pinion.view import View
 
 __version__ = "0.1.0"
 

@@ -303,9 +303,9 @@ class Client:
         """Pins a table, or `features` of it, in the memory of a device, and imports it here: over the local lane.
 
         `device` is the server's number of a GPU, a UUID (`"GPU-…"`), or `"host"`: shared memory, which needs no GPU;
-        None is the server's choice. A `fresh` pin follows the table, in `slots` copies (2) that the server may let grow to
-        `max_slots`; a `frozen` one stays as it is. A pin of this `name` (the table's) that is there
-        already and is the same is used; one that differs is `FailedPrecondition`.
+        None is the server's choice. A `fresh` pin follows the table, in `slots` copies (2) that the server may let
+        grow to `max_slots`; a `frozen` one stays as it is. A pin of this `name` (the table's) that is there already
+        and is the same is used; one that differs is `FailedPrecondition`.
 
         Returns when the pin is loaded. It stays until `unpin`, also when this client ends. Raises
         `ResourceExhausted` when the device's budget is spent, `DeviceUnavailable` when this process cannot use

@@ -4,7 +4,7 @@ What lies where in a slot is said in docs/local-lane.md ("What lies in a slot").
 type at a constant distance; it speaks DLPack, `__cuda_array_interface__` and `__array__`, so that torch, CuPy and
 NumPy take it as it lies there.
 
-Elsewhere: views that hand these out (`pin`), when what was exported lets the lease go (`leases`).
+Elsewhere: views that hand these out (`view`), when what was exported lets the lease go (`leases`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pinion.leases import Export
 from pinion.mapping import DLPACK_CUDA
 
 if TYPE_CHECKING:
-    from pinion.pin import View
+    from pinion.view import View
 
 # Where the device stands in a DLManagedTensor and in a DLManagedTensorVersioned.
 _DEVICE_AT = {b"dltensor": 8, b"dltensor_versioned": 40}

@@ -6,7 +6,7 @@
 
 No byte of a row crosses the bus for a batch: the order is made on the device, and rows are gathered there.
 
-Elsewhere: what a view is, and how nulls are read (`pin`).
+Elsewhere: what a view is, and how nulls are read (`view`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pinion.columns import Array
-    from pinion.pin import Pin, View
+    from pinion.pin import Pin
+    from pinion.view import View
 
 # torch gathers no unsigned integers wider than a byte: their bits are gathered instead.
 _SAME_BITS = {
@@ -78,8 +79,8 @@ def take(
         stream.wait_stream(torch.cuda.current_stream(_device(view.mapping.dlpack_device)))
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         values = tensors(view, features, matrix=matrix, mask=mask)
-        gather = _Gather(torch.as_tensor(rows, dtype=torch.int64, device=_device(view.mapping.dlpack_device)), view.rows)
-        return gather.all(values, out)
+        places = torch.as_tensor(rows, dtype=torch.int64, device=_device(view.mapping.dlpack_device))
+        return _Gather(places, view.rows).all(values, out)
 
 
 class _Gather:
@@ -196,9 +197,9 @@ def batches(
     """An iterable dataset of batches, gathered on the pin's device: what `View.to_torch` gives, `batch_size` rows each.
 
     Every iteration is an epoch over the generation that is newest when it starts, leased until it ends: each row
-    once, in an order that `seed` and the number of the epoch (`.epoch`, settable) settle. Batches own their memory. The last
-    one may be smaller, unless `drop_last`. A fresh pin needs two slots to go on meanwhile, and is refreshed by the
-    next epoch.
+    once, in an order that `seed` and the number of the epoch (`.epoch`, settable) settle. Batches own their memory.
+    The last one may be smaller, unless `drop_last`. A fresh pin needs two slots to go on meanwhile; the next epoch
+    reads what is newest then.
 
     With `global_size` processes each takes its share of the rows by `global_rank`, all equally many (the rest is left
     out); pin frozen, or they may read different generations.

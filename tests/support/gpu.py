@@ -98,7 +98,8 @@ class GpuMemory:
         self.size = size
         self.handle, self.address = c_ulonglong(), c_ulonglong()
         gpu.call("cuMemCreate", byref(self.handle), c_size_t(size), byref(_Prop(1, 1, 1, 0, None, b"")), c_ulonglong(0))
-        gpu.call("cuMemAddressReserve", byref(self.address), c_size_t(size), c_size_t(0), c_ulonglong(0), c_ulonglong(0))
+        none = c_ulonglong(0)
+        gpu.call("cuMemAddressReserve", byref(self.address), c_size_t(size), c_size_t(0), none, none)
         gpu.call("cuMemMap", self.address, c_size_t(size), c_size_t(0), self.handle, c_ulonglong(0))
         gpu.call("cuMemSetAccess", self.address, c_size_t(size), byref(_Access(1, 0, 3)), c_size_t(1))
 
