@@ -155,6 +155,9 @@ class View:
 
         `stream` is torch's or CuPy's, anything with `__cuda_stream__`, or a handle. It must live as long as
         what was exported. torch's current stream is known without being said.
+
+        Work that is captured into a CUDA graph reads whenever the graph runs: a lease that ends on a stream
+        under capture is kept until the process ends. Gather what a graph needs (`take`) before.
         """
         self.reads_on(_stream_handle(stream))
 
