@@ -10,10 +10,29 @@
 #![warn(missing_docs)]
 
 mod backend;
+mod bounce;
+mod cuda_region;
+mod device;
+mod direct;
 mod error;
+mod host;
+mod host_memory;
+mod lane;
+mod pool;
+mod reads;
+mod scratch;
+#[allow(unsafe_code)]
+mod sys;
 
 pub use backend::{
     Backend, CopyPiece, DeviceInfo, DeviceKind, DeviceMemory, DmaFile, Edits, LoadPath, LoadReport,
     Piece, Region, RegionMemory,
 };
+pub use bounce::BounceBackend;
+pub use device::{Cuda, Device, DeviceRange, WorkStream};
+pub use direct::DirectBackend;
 pub use error::GdsError;
+pub use host::HostBackend;
+pub use pool::{PinnedBlock, PinnedPool, PoolLimits, PoolStats, Stretch, Transfer};
+pub use scratch::{ScratchPool, ScratchStats};
+pub use sys::cufile::{CuFile, RegisteredRange};

@@ -1,0 +1,445 @@
+//! Shared host memory: sealed memfds, mapped once by their owner, and reads of files into them.
+//!
+//! A [`SharedMemory`] can neither shrink nor grow, and after it is made nobody can map or write
+//! it for writing again, not even the same user through `/proc`: the owner's one mapping is the
+//! only writer. A lock of its own keeps this process's readers and writers apart.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+/// The unit in which the kernel maps and caches.
+pub(crate) const PAGE_BYTES: u64 = 4096;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct SharedMemory {
+    file: OwnedFd,
+    start: NonNull<u8>,
+    bytes: usize,
+    access: RwLock<()>,
+}
+
+// SAFETY: the mapping belongs to this value alone, is not bound to a thread, and every access
+// to its bytes goes through `access`.
+unsafe impl Send for SharedMemory {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMemory {}
+
+impl SharedMemory {
+    /// New zeroed memory of `bytes` bytes, at least one. Pages come with their first use, or
+    /// with [`populate`](SharedMemory::populate). `name` is what `/proc` shows.
+    pub(crate) fn new(name: &CStr, bytes: usize) -> io::Result<SharedMemory> {
+        let file = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        rustix::fs::ftruncate(&file, bytes as u64)?;
+        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+        // The file cannot shrink under it: it was sealed above.
+        let start = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                &file,
+                0,
+            )
+        }?;
+        let Some(start) = NonNull::new(start.cast::<u8>()) else {
+            return Err(io::Error::other("the kernel mapped memory at address 0"));
+        };
+        let memory = SharedMemory {
+            file,
+            start,
+            bytes,
+            access: RwLock::new(()),
+        };
+        memory.close_to_writers()?;
+        memory.advise(0..bytes, Advice::LinuxHugepage).ok(); // only faster where it is allowed
+        Ok(memory)
+    }
+
+    /// From here on only the mapping that exists can write.
+    fn close_to_writers(&self) -> io::Result<()> {
+        rustix::fs::fcntl_add_seals(&self.file, SealFlags::FUTURE_WRITE)?;
+        Ok(rustix::fs::fcntl_add_seals(&self.file, SealFlags::SEAL)?)
+    }
+
+    /// Its length.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Gives a range its pages now. Where the kernel cannot (before 5.14), they come with their
+    /// first use.
+    ///
+    /// # Errors
+    ///
+    /// Out of memory, where the kernel says so instead of ending a process.
+    pub(crate) fn populate(&self, range: Range<usize>) -> io::Result<()> {
+        match self.advise(range, Advice::LinuxPopulateWrite) {
+            Err(rustix::io::Errno::INVAL) => Ok(()),
+            done => Ok(done?),
+        }
+    }
+
+    fn advise(&self, range: Range<usize>, advice: Advice) -> rustix::io::Result<()> {
+        let range = self.checked(range);
+        // SAFETY: the range lies in our own mapping, and neither advice that is given changes
+        // what its bytes hold.
+        unsafe {
+            let start = self.start.as_ptr().add(range.start);
+            rustix::mm::madvise(start.cast(), range.len(), advice)
+        }
+    }
+
+    /// A new descriptor of the same memory that cannot write.
+    pub(crate) fn reopen_read_only(&self) -> io::Result<OwnedFd> {
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        Ok(rustix::fs::open(path, flags, Mode::empty())?)
+    }
+
+    /// Waits for readers and the writer of this process, then lets nobody else in.
+    pub(crate) fn writer(&self) -> Writer<'_> {
+        Writer {
+            memory: self,
+            _held: self.access.write(),
+        }
+    }
+
+    /// Waits for the writer of this process, then keeps writers out.
+    pub(crate) fn reader(&self) -> Reader<'_> {
+        Reader {
+            memory: self,
+            _held: self.access.read(),
+        }
+    }
+
+    /// Both at once, for a copy out of another memory. Two copies that meet never wait for each
+    /// other: whichever memory lies lower is locked first.
+    pub(crate) fn writer_beside<'a>(&'a self, from: &'a SharedMemory) -> (Writer<'a>, Reader<'a>) {
+        if self.start < from.start {
+            let writer = self.writer();
+            (writer, from.reader())
+        } else {
+            let reader = from.reader();
+            (self.writer(), reader)
+        }
+    }
+
+    /// A range that lies inside.
+    ///
+    /// # Panics
+    ///
+    /// When it does not: callers check theirs and say so with an error of their own.
+    fn checked(&self, range: Range<usize>) -> Range<usize> {
+        assert!(
+            range.start <= range.end && range.end <= self.bytes,
+            "bytes {range:?} of a mapping of {}",
+            self.bytes
+        );
+        range
+    }
+
+    fn at(&self, range: Range<usize>) -> *mut u8 {
+        let range = self.checked(range);
+        // SAFETY: the start of a checked range is inside the mapping or one past its end.
+        unsafe { self.start.as_ptr().add(range.start) }
+    }
+}
+
+impl Drop for SharedMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and no guard outlives `self`. Other processes' mappings
+        // of the same file are theirs and stay.
+        let unmapped = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.bytes) };
+        debug_assert!(unmapped.is_ok(), "{unmapped:?}");
+    }
+}
+
+/// The only one at a memory's bytes.
+pub(crate) struct Writer<'a> {
+    memory: &'a SharedMemory,
+    _held: RwLockWriteGuard<'a, ()>,
+}
+
+impl Writer<'_> {
+    /// Copies bytes in.
+    pub(crate) fn put(&mut self, at: usize, bytes: &[u8]) {
+        let to = self.memory.at(at..at + bytes.len());
+        // SAFETY: `to` has room for them (checked), only this guard reaches it, and a slice of
+        // the caller's cannot lie in it: no reference to these bytes is ever made.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
+    }
+
+    /// Copies bytes of another memory in.
+    pub(crate) fn put_from(&mut self, at: usize, from: &Reader<'_>, range: Range<usize>) {
+        let to = self.memory.at(at..at + range.len());
+        let bytes = range.len();
+        let from = from.memory.at(range);
+        // SAFETY: both ranges are checked; the two guards are of two memories, since one memory
+        // gives no reader beside a writer.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) }
+    }
+
+    /// Moves bytes inside the memory; the ranges may overlap.
+    pub(crate) fn move_within(&mut self, at: usize, range: Range<usize>) {
+        let to = self.memory.at(at..at + range.len());
+        let bytes = range.len();
+        let from = self.memory.at(range);
+        // SAFETY: both ranges are checked, and only this guard reaches them.
+        unsafe { std::ptr::copy(from, to, bytes) }
+    }
+
+    /// Copies pages of a file that the page cache holds: faster than reading them, since the
+    /// copy goes round the processor's caches, and needs no second one. Offset and range lie on
+    /// pages.
+    ///
+    /// # Errors
+    ///
+    /// `UnexpectedEof` when the file is shorter; of the system. Nothing is known of the range then.
+    pub(crate) fn copy_cached(&self, file: &File, offset: u64, to: Range<usize>) -> io::Result<()> {
+        let bytes = to.len();
+        let to = self.memory.at(to);
+        if file.metadata()?.len() < offset.saturating_add(bytes as u64) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let flags = MapFlags::SHARED | MapFlags::POPULATE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+        let pages = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::READ,
+                flags,
+                file,
+                offset,
+            )
+        }?;
+        // SAFETY: both ranges have `bytes` bytes, one checked, one mapped above, and this guard
+        // keeps the target to itself. A file that is loaded is never written: should somebody
+        // do it, the copy takes either's bytes. Left over: a file truncated between the check and
+        // here raises SIGBUS, as it would under every map of the engine's.
+        unsafe { copy_past_caches(pages.cast(), to, bytes) };
+        // SAFETY: mapped above, and used by nobody else.
+        unsafe { rustix::mm::munmap(pages, bytes) }?;
+        Ok(())
+    }
+
+    /// One read of a file straight into the memory: how many bytes came, 0 at the file's end.
+    ///
+    /// Several threads may read into one writer, each into a range of its own.
+    pub(crate) fn read_file(
+        &self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        to: Range<usize>,
+    ) -> io::Result<usize> {
+        let bytes = to.len();
+        let to = self.memory.at(to);
+        let Ok(offset) = libc::off_t::try_from(offset) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        // SAFETY: the kernel writes at most `bytes` bytes to a checked range that this guard
+        // keeps to itself. Should two threads read into one range, the kernel's writes race, not
+        // Rust's: what is left is one's bytes or the other's.
+        let came = unsafe { libc::pread(file.as_raw_fd(), to.cast(), bytes, offset) };
+        usize::try_from(came).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+/// One of those who read a memory's bytes.
+pub(crate) struct Reader<'a> {
+    memory: &'a SharedMemory,
+    _held: RwLockReadGuard<'a, ()>,
+}
+
+impl Reader<'_> {
+    /// Copies bytes out.
+    pub(crate) fn get(&self, at: usize, out: &mut [u8]) {
+        let from = self.memory.at(at..at + out.len());
+        // SAFETY: the range is checked, this guard keeps writers out, and `out` lies elsewhere.
+        unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) }
+    }
+}
+
+/// Copies pages that nobody will read soon, without bringing them into the processor's caches:
+/// four pages in step, as large copies of the C library go, at any length.
+///
+/// # Safety
+///
+/// As for `copy_nonoverlapping`; both pointers lie on pages.
+#[cfg(target_arch = "x86_64")]
+unsafe fn copy_past_caches(from: *const u8, to: *mut u8, bytes: usize) {
+    use std::arch::x86_64::{
+        __m128i, _MM_HINT_T0, _mm_load_si128, _mm_prefetch, _mm_sfence, _mm_stream_si128,
+    };
+    const PAGE: usize = PAGE_BYTES as usize;
+    const LINE: usize = 64;
+    const PAGES_IN_STEP: usize = 4;
+    let in_step = bytes - bytes % (PAGE * PAGES_IN_STEP);
+    for block in (0..in_step).step_by(PAGE * PAGES_IN_STEP) {
+        for line in (0..PAGE).step_by(LINE) {
+            for page in 0..PAGES_IN_STEP {
+                let at = block + page * PAGE + line;
+                // SAFETY: `at` and the 63 bytes after it are inside both ranges, on a multiple of
+                // 64 from pages; a prefetch may name any address.
+                unsafe {
+                    let from = from.add(at).cast::<__m128i>();
+                    let to = to.add(at).cast::<__m128i>();
+                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(8).cast());
+                    for part in 0..LINE / 16 {
+                        _mm_stream_si128(to.add(part), _mm_load_si128(from.add(part)));
+                    }
+                }
+            }
+        }
+    }
+    // SAFETY: the rest, inside both ranges. Streamed stores become visible to other threads in no
+    // order without the fence, which every processor of this architecture has.
+    unsafe {
+        _mm_sfence();
+        std::ptr::copy_nonoverlapping(from.add(in_step), to.add(in_step), bytes - in_step);
+    }
+}
+
+/// See the other one.
+///
+/// # Safety
+///
+/// As for `copy_nonoverlapping`.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn copy_past_caches(from: *const u8, to: *mut u8, bytes: usize) {
+    // SAFETY: the caller's.
+    unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) }
+}
+
+/// How much of a stretch of a file the page cache holds, in bytes; `None` where the kernel does
+/// not say (before 6.5, or a file system that does not).
+pub(crate) fn cached_bytes(file: &File, offset: u64, bytes: u64) -> Option<u64> {
+    #[repr(C)]
+    struct Stretch {
+        offset: u64,
+        bytes: u64,
+    }
+    /// `struct cachestat`: all in pages.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Counts {
+        cached: u64,
+        dirty: u64,
+        writeback: u64,
+        evicted: u64,
+        recently_evicted: u64,
+    }
+    /// `__NR_cachestat`, the same on every architecture.
+    const CACHESTAT: libc::c_long = 451;
+    let stretch = Stretch { offset, bytes };
+    let mut counts = Counts::default();
+    // SAFETY: both structs are laid out as the kernel's, live across the call, and nothing of
+    // them is kept.
+    let code = unsafe {
+        libc::syscall(
+            CACHESTAT,
+            file.as_fd().as_raw_fd(),
+            &raw const stretch,
+            &raw mut counts,
+            0u32,
+        )
+    };
+    (code == 0).then(|| counts.cached * PAGE_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory(bytes: usize) -> SharedMemory {
+        SharedMemory::new(c"test", bytes).unwrap()
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_and_new_memory_is_zero() {
+        let memory = memory(10_000);
+        memory.populate(0..10_000).unwrap();
+        memory.writer().put(4_000, b"column");
+        let mut out = [1; 8];
+        memory.reader().get(3_999, &mut out);
+        assert_eq!(&out, b"\0column\0");
+    }
+
+    #[test]
+    fn an_exported_descriptor_can_be_neither_written_nor_resized_nor_mapped_for_writing() {
+        let memory = memory(8192);
+        let exported = memory.reopen_read_only().unwrap();
+        assert!(rustix::io::write(&exported, b"x").is_err());
+        assert!(rustix::fs::ftruncate(&exported, 1).is_err());
+        let exported = File::from(exported);
+        // SAFETY: sealed memory that nobody writes meanwhile.
+        let mapped = unsafe { memmap2::Mmap::map(&exported) }.unwrap();
+        assert_eq!(mapped[..], [0; 8192]);
+        // The way round that every process of the same user has.
+        let path = format!("/proc/self/fd/{}", exported.as_raw_fd());
+        let writable = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path);
+        if let Ok(writable) = writable {
+            assert!(rustix::io::write(&writable, b"x").is_err());
+            assert!(writable.set_len(1).is_err());
+            assert!(writable.set_len(1 << 20).is_err());
+            // SAFETY: a mapping that is never used.
+            let mapped = unsafe { memmap2::MmapMut::map_mut(&writable) };
+            assert!(mapped.is_err());
+        }
+    }
+
+    #[test]
+    fn the_memory_outlives_its_owner_in_a_descriptor() {
+        let memory = memory(4096);
+        memory.writer().put(0, b"kept");
+        let exported = memory.reopen_read_only().unwrap();
+        drop(memory);
+        let mut out = [0; 4];
+        rustix::io::pread(&exported, &mut out, 0).unwrap();
+        assert_eq!(&out, b"kept");
+    }
+
+    #[test]
+    fn pages_copied_from_the_page_cache_are_those_of_the_file() {
+        use std::io::Write;
+        let bytes: Vec<u8> = (0..11 * 4096_u32).map(|n| (n * 7 / 3) as u8).collect();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        let memory = memory(16 * 4096);
+        memory
+            .writer()
+            .copy_cached(&file, 4096, 8192..8192 + 10 * 4096)
+            .unwrap();
+        let mut out = vec![1; 16 * 4096];
+        memory.reader().get(0, &mut out);
+        assert!(
+            out[..8192]
+                .iter()
+                .chain(&out[12 * 4096..])
+                .all(|byte| *byte == 0)
+        );
+        assert_eq!(out[8192..12 * 4096], bytes[4096..]);
+        let beyond = memory.writer().copy_cached(&file, 4096, 0..11 * 4096);
+        assert_eq!(beyond.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    #[should_panic(expected = "of a mapping of 4096")]
+    fn a_range_outside_is_refused() {
+        memory(4096).reader().get(4095, &mut [0; 2]);
+    }
+}
