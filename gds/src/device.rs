@@ -259,7 +259,7 @@ impl DeviceRange {
 }
 
 /// As NVIDIA's tools print it.
-fn uuid_text(bytes: [u8; 16]) -> String {
+pub(crate) fn uuid_text(bytes: [u8; 16]) -> String {
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let groups = [
         &hex[..8],

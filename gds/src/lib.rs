@@ -19,6 +19,7 @@ mod host;
 mod host_memory;
 mod lane;
 mod pool;
+pub mod probe;
 mod reads;
 mod scratch;
 #[allow(unsafe_code)]

@@ -6,6 +6,7 @@
 mod abi;
 pub(crate) mod context;
 pub(crate) mod cufile;
+pub(crate) mod cufile_trial;
 pub(crate) mod driver;
 pub(crate) mod map;
 pub(crate) mod pinned;
