@@ -8,11 +8,12 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
-    apply, check, completions, config, dead_letters, delete, demo, describe, flush, get, init,
-    leases, load, ls, merge, plan, put, scan, serve, source, top, version,
+    apply, check, completions, config, dead_letters, delete, demo, describe, doctor, flush, get,
+    init, leases, load, ls, merge, plan, put, scan, serve, source, top, version,
 };
 use crate::config::{Config, FlagValue};
 use crate::error::CliResult;
+use crate::gpu;
 
 /// An Arrow-native feature store server.
 #[derive(Debug, Parser)]
@@ -192,10 +193,15 @@ pub enum Command {
     Check(check::CheckArgs),
     /// Start a store with an in-process mock Kafka broker and show it at work
     Demo(demo::DemoArgs),
+    /// Look at this machine: what works, what does not, why, and what to change
+    Doctor(doctor::DoctorArgs),
     /// Print the merged settings and where each came from
     Config(config::ConfigArgs),
     /// Print the versions of this program and what it is built on
     Version(version::VersionArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
+    /// Ask the GPU's drivers, as the child of a probe
+    #[command(hide = true)]
+    GdsProbe(gpu::ProbeChildArgs),
 }

@@ -14,6 +14,7 @@ mod asks;
 mod commands;
 mod config;
 mod error;
+mod gpu;
 mod keys;
 mod log;
 mod output;
@@ -34,7 +35,11 @@ use crate::args::{Cli, Command};
 use crate::error::CliResult;
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    let cli = Cli::parse();
+    if let Command::GdsProbe(args) = cli.command {
+        return args.run();
+    }
+    match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => error.report(),
     }
@@ -65,8 +70,11 @@ fn run(cli: Cli) -> CliResult {
         Command::DeadLetters(args) => args.run(global),
         Command::Check(args) => args.run(global),
         Command::Demo(args) => args.run(global),
+        Command::Doctor(args) => args.run(global),
         Command::Config(args) => args.run(global),
         Command::Version(args) => args.run(global),
         Command::Completions(args) => args.run(global),
+        // The probe's child is no command: `main` has run it.
+        Command::GdsProbe(_) => Ok(()),
     }
 }

@@ -34,7 +34,7 @@ class CommandFailed(AssertionError):
     """A command that should have succeeded; the message holds all it said."""
 
 
-def pinion(*arguments, env=None, stdin=None, check=True, timeout=120):
+def pinion(*arguments, env=None, stdin=None, check=True, timeout=120, cwd=None):
     """Runs one command to its end. stdout and stderr are text."""
     done = subprocess.run(
         [str(binary()), *map(str, arguments)],
@@ -43,6 +43,7 @@ def pinion(*arguments, env=None, stdin=None, check=True, timeout=120):
         capture_output=True,
         text=True,
         timeout=timeout,
+        cwd=cwd,
     )
     if check and done.returncode != 0:
         raise CommandFailed(

@@ -8,6 +8,7 @@ pub mod dead_letters;
 pub mod delete;
 pub mod demo;
 pub mod describe;
+pub mod doctor;
 pub mod flush;
 pub mod get;
 pub mod init;

@@ -201,6 +201,42 @@ pub const SETTINGS: &[Setting] = &[
         "Memory a bulk load sorts in",
     ),
     setting(
+        "gds.load_path",
+        Kind::Word(&["auto", "direct", "bounce", "host"]),
+        Some("auto"),
+        "Fastest way to load device memory; slower ones are taken where it does not work",
+    ),
+    setting(
+        "gds.require",
+        Kind::Word(&["direct", "bounce", "host"]),
+        None,
+        "With a load path slower than this one the server does not start",
+    ),
+    setting(
+        "gds.cufile",
+        Kind::Path,
+        None,
+        "libcufile.so.0 to use; when unset it is looked for",
+    ),
+    setting(
+        "gds.budget_bytes",
+        Kind::Bytes,
+        None,
+        "Memory of each device that pins may hold",
+    ),
+    setting(
+        "gds.pinned_max_bytes",
+        Kind::Bytes,
+        None,
+        "Pinned host memory that loads may hold",
+    ),
+    setting(
+        "gds.probe_binary",
+        Kind::Path,
+        None,
+        "Program that asks the GPU's drivers in a process of its own; when unset this one",
+    ),
+    setting(
         "kafka.brokers",
         Kind::Text,
         None,
