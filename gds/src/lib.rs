@@ -12,12 +12,16 @@
 mod backend;
 mod bounce;
 mod cuda_region;
+mod decode;
 mod device;
 mod direct;
+mod encode;
 mod error;
 mod host;
 mod host_memory;
 mod lane;
+mod layout;
+mod pin;
 mod pool;
 pub mod probe;
 mod reads;
@@ -30,10 +34,21 @@ pub use backend::{
     Piece, Region, RegionMemory,
 };
 pub use bounce::BounceBackend;
+pub use decode::DecodeError;
 pub use device::{Cuda, Device, DeviceRange, WorkStream};
 pub use direct::DirectBackend;
+pub use encode::EncodeError;
 pub use error::GdsError;
 pub use host::HostBackend;
+pub use layout::{
+    ALIGNMENT, Column, HEAP_BUFFER_BYTES, Layout, LayoutError, Node, PinMode, Shape, Used,
+    UsedBuffer, VIEW_BYTES,
+};
+pub use pin::{
+    BufferChecksum, DeviceStatus, EncodedBytes, FillReport, Generation, Headroom, Holder, Lease,
+    LeaseNote, MAX_SLOTS, PinError, PinFigures, PinId, PinOptions, PinRequest, PinStatus, Pins,
+    Retired, Shared, Stall,
+};
 pub use pool::{PinnedBlock, PinnedPool, PoolLimits, PoolStats, Stretch, Transfer};
 pub use scratch::{ScratchPool, ScratchStats};
 pub use sys::cufile::{CuFile, RegisteredRange};

@@ -1,0 +1,182 @@
+//! One device's memory for pins: admission, and eviction of pins that nobody leases.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::budget::{Budget, Reservation};
+use super::error::PinError;
+use super::pin::{Pin, PinId};
+use super::ring::SlotMemory;
+use crate::backend::Backend;
+use crate::error::GdsError;
+
+/// How long admission waits for the memory of an evicted pin that is just being written.
+const EVICTION_WAIT: Duration = Duration::from_secs(10);
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Device {
+    pub backend: Arc<dyn Backend>,
+    pub budget: Arc<Budget>,
+    /// Pins that may be evicted; those that are gone are left out at the next look.
+    pins: Mutex<Vec<Arc<Pin>>>,
+    /// One admission at a time: two would evict twice as much as needed.
+    admission: Mutex<()>,
+    pub evictions: AtomicU64,
+    pub refusals: AtomicU64,
+}
+
+impl Device {
+    pub fn new(backend: Arc<dyn Backend>, budget_bytes: u64) -> Device {
+        Device {
+            backend,
+            budget: Budget::new(budget_bytes),
+            pins: Mutex::new(Vec::new()),
+            admission: Mutex::new(()),
+            evictions: AtomicU64::new(0),
+            refusals: AtomicU64::new(0),
+        }
+    }
+
+    pub fn ordinal(&self) -> u32 {
+        self.backend.device().ordinal
+    }
+
+    /// Makes a pin a candidate for eviction.
+    pub fn add(&self, pin: Arc<Pin>) {
+        self.pins.lock().push(pin);
+    }
+
+    /// Regions for `count` slots of `bytes` bytes. Pins other than `keep` that nobody leases are
+    /// evicted for it, the one longest out of use first.
+    ///
+    /// # Errors
+    ///
+    /// `Budget`, and nothing was evicted unless a pin was leased just then; `Device`, and nothing
+    /// stays allocated: also `OutOfMemory`, once there is nothing left to evict.
+    pub fn allocate(
+        &self,
+        count: u32,
+        bytes: u64,
+        keep: Option<PinId>,
+    ) -> Result<Vec<SlotMemory>, PinError> {
+        let _one = self.admission.lock();
+        loop {
+            let reservations = self.admit(count, bytes, keep)?;
+            match self.regions(reservations, bytes) {
+                // Others use the device too: the budget does not know of them.
+                Err(PinError::Device(GdsError::OutOfMemory { .. })) if self.evict_one(keep) => {}
+                other => return other,
+            }
+        }
+    }
+
+    fn evict_one(&self, keep: Option<PinId>) -> bool {
+        let mut candidates = self.candidates(keep).into_iter();
+        candidates.any(|pin| self.evict(&pin, "the device has no room"))
+    }
+
+    fn evict(&self, pin: &Pin, cause: &str) -> bool {
+        let evicted = pin.evict();
+        if evicted {
+            self.evictions.fetch_add(1, Ordering::Relaxed);
+            tracing::info!(pin = pin.name(), cause, "evicted a pin that nobody leases");
+        }
+        evicted
+    }
+
+    /// A region for one slot, without evicting anybody.
+    pub fn allocate_spare(&self, bytes: u64) -> Result<SlotMemory, PinError> {
+        let reservation = self
+            .budget
+            .reserve(bytes)
+            .map_err(|_| self.refusal(bytes, 0))?;
+        let mut regions = self.regions(vec![reservation], bytes)?;
+        regions.pop().ok_or_else(|| self.refusal(bytes, 0))
+    }
+
+    fn regions(
+        &self,
+        reservations: Vec<Reservation>,
+        bytes: u64,
+    ) -> Result<Vec<SlotMemory>, PinError> {
+        let region = |mut reservation: Reservation| -> Result<SlotMemory, PinError> {
+            // An empty table has a region too: something must be exported.
+            let region = self.backend.allocate(bytes.max(1))?;
+            reservation.set(region.bytes());
+            Ok(SlotMemory {
+                region,
+                _reservation: reservation,
+            })
+        };
+        reservations.into_iter().map(region).collect()
+    }
+
+    fn admit(
+        &self,
+        count: u32,
+        bytes: u64,
+        keep: Option<PinId>,
+    ) -> Result<Vec<Reservation>, PinError> {
+        let needed = bytes.saturating_mul(u64::from(count));
+        let missing = match self.reserve(count, bytes) {
+            Ok(reservations) => return Ok(reservations),
+            Err(missing) => missing,
+        };
+        let candidates = self.candidates(keep);
+        let evictable: u64 = candidates.iter().map(|pin| pin.bytes()).sum();
+        if evictable < missing {
+            return Err(self.refusal(needed, evictable));
+        }
+        for pin in candidates {
+            if self.evict(&pin, "the budget has no room")
+                && let Ok(reservations) = self.reserve(count, bytes)
+            {
+                return Ok(reservations);
+            }
+        }
+        // Some of it is being written and comes back in a moment.
+        if self.budget.wait_for(needed, EVICTION_WAIT)
+            && let Ok(reservations) = self.reserve(count, bytes)
+        {
+            return Ok(reservations);
+        }
+        Err(self.refusal(needed, 0))
+    }
+
+    fn reserve(&self, count: u32, bytes: u64) -> Result<Vec<Reservation>, u64> {
+        // All at first, so that what is missing is known; then each its own.
+        drop(
+            self.budget
+                .reserve(bytes.saturating_mul(u64::from(count)))?,
+        );
+        (0..count).map(|_| self.budget.reserve(bytes)).collect()
+    }
+
+    /// Pins without a lease, the one longest out of use first.
+    fn candidates(&self, keep: Option<PinId>) -> Vec<Arc<Pin>> {
+        let mut pins = self.pins.lock();
+        pins.retain(|pin| !pin.is_retired());
+        let mut found: Vec<_> = pins
+            .iter()
+            .filter(|pin| Some(pin.id()) != keep && !pin.is_leased())
+            .cloned()
+            .collect();
+        found.sort_by_key(|pin| pin.last_used());
+        found
+    }
+
+    fn refusal(&self, needed_bytes: u64, evictable_bytes: u64) -> PinError {
+        self.refusals.fetch_add(1, Ordering::Relaxed);
+        PinError::Budget {
+            device: self.backend.device().name.clone(),
+            needed_bytes,
+            budget_bytes: self.budget.total_bytes(),
+            used_bytes: self.budget.used_bytes(),
+            evictable_bytes,
+        }
+    }
+}

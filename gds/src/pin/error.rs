@@ -1,0 +1,174 @@
+//! What can go wrong with pins.
+
+use std::io;
+
+use arrow_schema::ArrowError;
+use pinion_feature_store::{ReadError, UnknownTable};
+use pinion_schemas::KeyError;
+
+use crate::decode::DecodeError;
+use crate::encode::EncodeError;
+use crate::error::GdsError;
+use crate::layout::LayoutError;
+
+/// Why a pin could not be made, read, leased or refreshed.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// No such table.
+    #[error(transparent)]
+    UnknownTable(#[from] UnknownTable),
+    /// No pin has this name or id: it was never made, unpinned, or evicted.
+    #[error("no pin {pin:?}{}", hint.as_ref().map_or(String::new(), |known| format!("; did you mean {known:?}?")))]
+    UnknownPin {
+        /// What was asked for.
+        pin: String,
+        /// A name that would have been understood.
+        hint: Option<String>,
+    },
+    /// The pin went while it was asked: unpinned or evicted.
+    #[error("pin {pin:?} is gone; pin the table again")]
+    Gone {
+        /// Its name.
+        pin: String,
+    },
+    /// Another pin has the name.
+    #[error("there is a pin {name:?} already; unpin it, or give another name")]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+    /// A name that cannot be one.
+    #[error("{name:?} is no name for a pin: {problem}")]
+    BadName {
+        /// The name.
+        name: String,
+        /// Why not.
+        problem: &'static str,
+    },
+    /// No such device.
+    #[error("there is no device {device}; known: {}", list(known))]
+    UnknownDevice {
+        /// The ordinal asked for.
+        device: u32,
+        /// Those there are.
+        known: Vec<u32>,
+    },
+    /// A number of slots that cannot be.
+    #[error("{slots} slots, at most {max_slots}: {problem}")]
+    Slots {
+        /// Asked for.
+        slots: u32,
+        /// Asked for.
+        max_slots: u32,
+        /// Why not.
+        problem: &'static str,
+    },
+    /// A list of features that cannot be pinned.
+    #[error("features of a pin: {problem}")]
+    Features {
+        /// What is wrong.
+        problem: String,
+    },
+    /// The device's budget for pins has no room, also after every pin without a lease is evicted.
+    /// Nothing was evicted.
+    #[error(
+        "device {device}: {needed_bytes} bytes are needed; of the budget of {budget_bytes} bytes for pins {used_bytes} are in use, of which evicting would free {evictable_bytes}"
+    )]
+    Budget {
+        /// The device's name.
+        device: String,
+        /// Bytes asked for.
+        needed_bytes: u64,
+        /// The budget.
+        budget_bytes: u64,
+        /// Bytes of all slots, leased ones of former pins included.
+        used_bytes: u64,
+        /// Bytes of pins without a lease.
+        evictable_bytes: u64,
+    },
+    /// More rows than a pin can number.
+    #[error("table {table:?} has {rows} rows; a pin holds at most {limit_rows}")]
+    TooManyRows {
+        /// The table.
+        table: String,
+        /// Its rows.
+        rows: u64,
+        /// The most.
+        limit_rows: u64,
+    },
+    /// The layout is not the pin's present one: get the descriptors anew.
+    #[error(
+        "pin {pin:?} has layout {current}, not {asked} any more; ask for its descriptors again"
+    )]
+    LayoutChanged {
+        /// The pin's name.
+        pin: String,
+        /// The layout asked for.
+        asked: u64,
+        /// The layout now.
+        current: u64,
+    },
+    /// No such lease, or another's.
+    #[error("no lease {lease}")]
+    UnknownLease {
+        /// The lease.
+        lease: u64,
+    },
+    /// The lease is so old that the rows of its keys are no longer known.
+    #[error(
+        "the keys of generation {generation} are forgotten: more changed since than is kept ({kept_bytes} bytes); take a newer generation"
+    )]
+    RowsForgotten {
+        /// The leased generation.
+        generation: u64,
+        /// Bytes of changes that are kept.
+        kept_bytes: u64,
+    },
+    /// A key column is missing in a batch of keys.
+    #[error("the keys lack the column {column:?}")]
+    KeyColumn {
+        /// The column.
+        column: String,
+    },
+    /// Keys that do not fit the table's.
+    #[error(transparent)]
+    Keys(#[from] KeyError),
+    /// Columns that cannot be laid out.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Rows that cannot be encoded.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// A slot that cannot be read back.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// Stored rows that cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// Stored rows of an unexpected form.
+    #[error("cannot select rows")]
+    Select(#[source] ArrowError),
+    /// The device refused.
+    #[error(transparent)]
+    Device(#[from] GdsError),
+    /// The system refused something.
+    #[error("cannot {action}")]
+    Io {
+        /// What was being done.
+        action: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A bug: figures of the pin contradict each other. The pin is filled anew.
+    #[error("{problem}")]
+    Inconsistent {
+        /// What contradicts what.
+        problem: String,
+    },
+}
+
+fn list(known: &[u32]) -> String {
+    let known: Vec<String> = known.iter().map(u32::to_string).collect();
+    known.join(", ")
+}

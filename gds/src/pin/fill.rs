@@ -1,0 +1,330 @@
+//! Filling a slot with all latest rows of a snapshot.
+//!
+//! What lies on disk as a slot has it (the values of a fixed-width column without nulls, in a
+//! run of rows that a segment holds side by side) is loaded from the segment's file by the
+//! backend, without a stop on the host. Everything else is encoded here and written: rows that
+//! are compacted before the copy, rows of logs, nulls, texts, lists, booleans, and validity,
+//! which files hold as bits.
+
+use std::time::{Duration, Instant};
+
+use arrow_array::cast::AsArray;
+use arrow_array::{Array, ArrayRef};
+use pinion_feature_store::{FileRange, KeyedRows, MappedRows, Snapshot};
+use serde_json::{Value, json};
+
+use super::columns::Columns;
+use super::error::PinError;
+use super::index::KeyIndex;
+use crate::backend::{Backend, DmaFile, Edits, LoadPath, Piece, Region};
+use crate::encode::{Encoder, Rows};
+use crate::layout::{Node, Shape, Used};
+
+/// Bytes encoded before they are written, and pieces named before they are loaded.
+const WRITE_AT_BYTES: u64 = 32 << 20;
+const LOAD_AT_PIECES: usize = 4096;
+
+/// How the bytes of a fill reached the slot, and why not all were loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FillReport {
+    /// How loaded bytes went.
+    pub path: LoadPath,
+    /// Why by this path and not a faster one, in the backend's words.
+    pub reason: Option<String>,
+    /// Bytes loaded from files.
+    pub loaded_bytes: u64,
+    /// Bytes encoded on the host, by cause.
+    pub encoded: EncodedBytes,
+    /// Rows.
+    pub rows: u64,
+    /// From the first row to the last byte.
+    pub elapsed: Duration,
+}
+
+/// Bytes that were encoded on the host and written, by what kept them from being loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct EncodedBytes {
+    /// Rows in a log, or apart from each other in a segment: compacted before the copy.
+    pub scattered_bytes: u64,
+    /// Texts, binary, lists, structs, booleans, and columns whose type changed since.
+    pub form_bytes: u64,
+    /// Columns with nulls, which get NaN or 0.
+    pub nulls_bytes: u64,
+    /// Validity of columns that were loaded.
+    pub validity_bytes: u64,
+}
+
+impl FillReport {
+    /// Bytes of both ways.
+    pub fn bytes(&self) -> u64 {
+        self.loaded_bytes + self.encoded.total()
+    }
+
+    /// What other processes are told.
+    pub fn to_json(&self) -> Value {
+        let seconds = self.elapsed.as_secs_f64();
+        let rate = self.bytes() as f64 / 1e9 / seconds.max(1e-9);
+        json!({
+            "path": self.path.to_string(),
+            "reason": self.reason,
+            "bytes": self.bytes(),
+            "loaded_bytes": self.loaded_bytes,
+            "encoded_bytes": {
+                "scattered_rows": self.encoded.scattered_bytes,
+                "form": self.encoded.form_bytes,
+                "nulls": self.encoded.nulls_bytes,
+                "validity": self.encoded.validity_bytes,
+            },
+            "rows": self.rows,
+            "seconds": seconds,
+            "gb_per_second": rate,
+        })
+    }
+}
+
+impl EncodedBytes {
+    fn total(&self) -> u64 {
+        self.scattered_bytes + self.form_bytes + self.nulls_bytes + self.validity_bytes
+    }
+}
+
+/// A slot that was filled.
+pub(crate) struct Filled {
+    pub used: Used,
+    /// If it was asked for.
+    pub index: Option<KeyIndex>,
+    pub report: FillReport,
+}
+
+/// Fills a region with all latest rows of a snapshot, in the order of
+/// [`Snapshot::latest_rows`], from row 0 on.
+///
+/// # Errors
+///
+/// After any the region holds anything.
+pub(crate) fn fill(
+    backend: &dyn Backend,
+    region: &Region,
+    shape: &Shape,
+    snapshot: &Snapshot,
+    columns: &Columns,
+    with_index: bool,
+) -> Result<Filled, PinError> {
+    let started = Instant::now();
+    let none = Used {
+        rows: 0,
+        parts: vec![0; shape.parts().len()],
+    };
+    let mut filling = Filling {
+        backend,
+        region,
+        shape,
+        encoder: Encoder::new(shape, &none, Edits::default()),
+        index: with_index.then(|| KeyIndex::with_capacity(snapshot.rows() as usize)),
+        file: None,
+        pieces: Vec::new(),
+        rows: 0,
+        written_bytes: 0,
+        report: FillReport {
+            path: backend.path(),
+            reason: None,
+            loaded_bytes: 0,
+            encoded: EncodedBytes::default(),
+            rows: 0,
+            elapsed: Duration::ZERO,
+        },
+    };
+    for rows in snapshot.latest_rows(Some(&columns.names))? {
+        filling.add(&rows?)?;
+    }
+    filling.flush()?;
+    let used = Used {
+        rows: filling.rows,
+        parts: filling.encoder.parts,
+    };
+    Ok(Filled {
+        used,
+        index: filling.index,
+        report: FillReport {
+            rows: filling.rows,
+            elapsed: started.elapsed(),
+            ..filling.report
+        },
+    })
+}
+
+struct Filling<'a> {
+    backend: &'a dyn Backend,
+    region: &'a Region,
+    shape: &'a Shape,
+    encoder: Encoder<'a, Edits>,
+    index: Option<KeyIndex>,
+    /// The file that `pieces` are of.
+    file: Option<(u64, DmaFile)>,
+    pieces: Vec<Piece>,
+    rows: u64,
+    /// Bytes encoded and written; the encoder has more.
+    written_bytes: u64,
+    report: FillReport,
+}
+
+impl Filling<'_> {
+    fn add(&mut self, rows: &KeyedRows) -> Result<(), PinError> {
+        let count = rows.batch.num_rows();
+        let first = self.rows;
+        self.rows += count as u64;
+        if let Some(index) = &mut self.index {
+            for (key, hash) in rows.keys.iter().zip(&rows.hashes) {
+                index.push(key, *hash);
+            }
+        }
+        let run = Rows::Run { first, count };
+        for (at, array) in rows.batch.columns().iter().enumerate() {
+            let before = self.encoded_bytes();
+            let way = way_of(
+                &self.shape.columns[at].node,
+                array,
+                rows.mapped.as_ref(),
+                at,
+            );
+            if let Way::Load(range, base, width) = way {
+                self.load(rows.mapped.as_ref(), range, base + first * width)?;
+                self.all_valid(at, &run);
+            } else {
+                self.encoder.column(at, array, &run)?;
+            }
+            let bytes = self.encoded_bytes() - before;
+            let encoded = &mut self.report.encoded;
+            match way {
+                Way::Load(..) => encoded.validity_bytes += bytes,
+                Way::Scattered => encoded.scattered_bytes += bytes,
+                Way::Nulls => encoded.nulls_bytes += bytes,
+                Way::Form => encoded.form_bytes += bytes,
+            }
+            self.flush_if_full()?;
+        }
+        Ok(())
+    }
+
+    fn encoded_bytes(&self) -> u64 {
+        self.written_bytes + self.encoder.sink.bytes()
+    }
+
+    fn load(
+        &mut self,
+        mapped: Option<&MappedRows>,
+        range: FileRange,
+        region_offset: u64,
+    ) -> Result<(), PinError> {
+        let Some(mapped) = mapped else {
+            return Ok(());
+        };
+        let segment = mapped.file.segment().0;
+        if self.file.as_ref().is_none_or(|(open, _)| *open != segment) {
+            self.flush()?;
+            let name = format!("segment {}", mapped.file.segment());
+            let file = mapped.file.open().map_err(|source| PinError::Io {
+                action: format!("open {name}"),
+                source,
+            })?;
+            self.file = Some((segment, DmaFile::reopen(&file, &name)?));
+        }
+        self.pieces.push(Piece {
+            file_offset: range.offset,
+            region_offset,
+            bytes: range.bytes,
+        });
+        self.report.loaded_bytes += range.bytes;
+        Ok(())
+    }
+
+    /// Says that rows of a loaded column, and its elements, are not null.
+    fn all_valid(&mut self, column: usize, rows: &Rows<'_>) {
+        let node = &self.shape.columns[column].node;
+        if let Some(validity) = node.validity() {
+            rows.put_same(&mut self.encoder.sink, validity, &[1]);
+        }
+        if let Node::FixedSizeList { size, child, .. } = node
+            && let Some(validity) = child.validity()
+        {
+            rows.times(*size)
+                .put_same(&mut self.encoder.sink, validity, &[1]);
+        }
+    }
+
+    fn flush_if_full(&mut self) -> Result<(), PinError> {
+        if self.encoder.sink.bytes() >= WRITE_AT_BYTES || self.pieces.len() >= LOAD_AT_PIECES {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), PinError> {
+        // What was measured is what comes; else nothing is written past a buffer's end.
+        let used = Used {
+            rows: self.rows,
+            parts: self.encoder.parts.clone(),
+        };
+        if !self.shape.fits(&used) {
+            return Err(PinError::Inconsistent {
+                problem: format!("more came than was measured: {used:?}"),
+            });
+        }
+        if let Some((_, file)) = &self.file
+            && !self.pieces.is_empty()
+        {
+            let loaded = self.backend.load(file, &self.pieces, self.region)?;
+            self.report.path = loaded.path;
+            self.report.reason = loaded.reason;
+            self.pieces.clear();
+        }
+        if !self.encoder.sink.is_empty() {
+            let edits = std::mem::take(&mut self.encoder.sink);
+            self.backend.write(self.region, &edits)?;
+            self.written_bytes += edits.bytes();
+        }
+        Ok(())
+    }
+}
+
+/// How a column of some rows gets into the slot.
+#[derive(Clone, Copy)]
+enum Way {
+    /// From a stretch of the file to a buffer, with so many bytes a row.
+    Load(FileRange, u64, u64),
+    Scattered,
+    Nulls,
+    Form,
+}
+
+fn way_of(node: &Node, array: &ArrayRef, mapped: Option<&MappedRows>, column: usize) -> Way {
+    let Some(mapped) = mapped else {
+        return Way::Scattered;
+    };
+    let (base, width) = match node {
+        Node::Fixed { width, values, .. } => (*values, u64::from(*width)),
+        Node::FixedSizeList { size, child, .. } => match **child {
+            Node::Fixed { width, values, .. } => (values, u64::from(width) * u64::from(*size)),
+            _ => return Way::Form,
+        },
+        _ => return Way::Form,
+    };
+    if has_nulls(array) {
+        return Way::Nulls;
+    }
+    match mapped.columns.get(column).copied().flatten() {
+        Some(range) if range.bytes == array.len() as u64 * width => Way::Load(range, base, width),
+        _ => Way::Form,
+    }
+}
+
+fn has_nulls(array: &ArrayRef) -> bool {
+    if array.null_count() > 0 {
+        return true;
+    }
+    array.as_fixed_size_list_opt().is_some_and(|list| {
+        let size = list.value_length() as usize;
+        let first = list.value_offset(0) as usize;
+        list.values().slice(first, list.len() * size).null_count() > 0
+    })
+}

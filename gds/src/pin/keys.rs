@@ -1,0 +1,208 @@
+//! Epochs: a stretch of generations of one key index.
+//!
+//! A pin that is filled anew numbers its rows anew: a new epoch begins, and leases on older
+//! generations keep theirs. A fresh pin has its index from the start; a frozen one makes it when
+//! it is first asked, from the snapshot it was filled from.
+
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+use arrow_array::{ArrayRef, RecordBatch};
+use parking_lot::{Mutex, RwLock};
+use pinion_feature_store::Snapshot;
+use pinion_schemas::{KeyEncoder, TableDefinition, key_hash};
+
+use super::error::PinError;
+use super::index::{KeyIndex, Keys, Plan};
+use super::journal::{Before, Forgotten, Journal};
+
+/// Keys looked up before a refresh may go between.
+const KEYS_A_LOCK: usize = 4096;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Epoch {
+    columns: Vec<String>,
+    encoder: KeyEncoder,
+    /// Where a frozen pin's index comes from, until it is made.
+    source: Mutex<Option<Snapshot>>,
+    indexed: OnceLock<RwLock<Indexed>>,
+    /// How many leases there are on each generation.
+    held: Mutex<BTreeMap<u64, u32>>,
+    journal_max_bytes: usize,
+}
+
+#[derive(Debug)]
+struct Indexed {
+    index: KeyIndex,
+    journal: Journal,
+}
+
+impl Epoch {
+    /// With an index, for a pin that will change.
+    pub fn with_index(
+        definition: &TableDefinition,
+        index: KeyIndex,
+        journal_max_bytes: usize,
+    ) -> Result<Epoch, PinError> {
+        let epoch = Epoch::new(definition, journal_max_bytes)?;
+        epoch.set(index);
+        Ok(epoch)
+    }
+
+    /// Without an index yet, for a pin that never changes. Keeps the snapshot's files until the
+    /// index is made.
+    pub fn of_snapshot(snapshot: &Snapshot) -> Result<Epoch, PinError> {
+        Ok(Epoch {
+            source: Mutex::new(Some(snapshot.clone())),
+            ..Epoch::new(snapshot.definition(), 0)?
+        })
+    }
+
+    fn new(definition: &TableDefinition, journal_max_bytes: usize) -> Result<Epoch, PinError> {
+        let schema = definition.schema();
+        let fields = schema.fields().iter().take(definition.entity.len());
+        let fields: Vec<_> = fields.map(|field| field.as_ref().clone()).collect();
+        let encoder = KeyEncoder::new(&fields).map_err(|e| PinError::Features {
+            problem: e.to_string(),
+        })?;
+        Ok(Epoch {
+            columns: fields.iter().map(|field| field.name().clone()).collect(),
+            encoder,
+            source: Mutex::new(None),
+            indexed: OnceLock::new(),
+            held: Mutex::new(BTreeMap::new()),
+            journal_max_bytes,
+        })
+    }
+
+    fn set(&self, index: KeyIndex) {
+        self.indexed.get_or_init(|| {
+            RwLock::new(Indexed {
+                index,
+                journal: Journal::default(),
+            })
+        });
+    }
+
+    /// The index; made here if it is a frozen pin's first use of it.
+    fn indexed(&self) -> Result<&RwLock<Indexed>, PinError> {
+        if let Some(indexed) = self.indexed.get() {
+            return Ok(indexed);
+        }
+        let mut source = self.source.lock();
+        if self.indexed.get().is_none() {
+            let mut index = KeyIndex::default();
+            if let Some(snapshot) = &*source {
+                // In the order of the fill, which is that of the snapshot.
+                for rows in snapshot.latest_rows(Some(&[]))? {
+                    let rows = rows?;
+                    for (key, hash) in rows.keys.iter().zip(&rows.hashes) {
+                        index.push(key, *hash);
+                    }
+                }
+            }
+            self.set(index);
+            *source = None;
+        }
+        self.indexed.get().ok_or_else(|| PinError::Inconsistent {
+            problem: "no key index".to_owned(),
+        })
+    }
+
+    /// What a change would do to the rows.
+    pub fn plan(&self, present: &Keys, gone: &Keys) -> Result<Plan, PinError> {
+        Ok(self.indexed()?.read().index.plan(present, gone))
+    }
+
+    /// Does what was planned with the same `present`, as generation `number`.
+    pub fn apply(&self, number: u64, plan: &Plan, present: &Keys) -> Result<(), PinError> {
+        let mut indexed = self.indexed()?.write();
+        let Indexed { index, journal } = &mut *indexed;
+        journal.note(number, index, plan, present);
+        index.apply(plan, present);
+        Ok(())
+    }
+
+    /// Notes a lease on a generation.
+    pub fn hold(&self, number: u64) {
+        *self.held.lock().entry(number).or_default() += 1;
+    }
+
+    /// Notes the end of one.
+    pub fn let_go(&self, number: u64) {
+        let mut held = self.held.lock();
+        if let Some(count) = held.get_mut(&number) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&number);
+            }
+        }
+    }
+
+    /// Drops what no lease needs, now that `newest` is the one that new leases get.
+    pub fn trim(&self, newest: u64) {
+        let oldest = self.held.lock().keys().next().copied();
+        if let Some(indexed) = self.indexed.get() {
+            let oldest = oldest.unwrap_or(newest).min(newest);
+            indexed.write().journal.trim(oldest, self.journal_max_bytes);
+        }
+    }
+
+    /// The rows that keys have in a generation, -1 for none.
+    ///
+    /// Columns are found by name; others are left alone.
+    pub fn rows(&self, generation: u64, keys: &RecordBatch) -> Result<Vec<i64>, PinError> {
+        let columns: Vec<ArrayRef> = self
+            .columns
+            .iter()
+            .map(|name| {
+                keys.column_by_name(name)
+                    .cloned()
+                    .ok_or_else(|| PinError::KeyColumn {
+                        column: name.clone(),
+                    })
+            })
+            .collect::<Result<_, _>>()?;
+        let encoded = self.encoder.encode(&columns)?;
+        let indexed = self.indexed()?;
+        let mut rows = Vec::with_capacity(encoded.len());
+        for first in (0..encoded.len()).step_by(KEYS_A_LOCK) {
+            let some = first..encoded.len().min(first + KEYS_A_LOCK);
+            // The answer for one generation is the same whatever the index does between.
+            let indexed = indexed.read();
+            for key in some.map(|at| encoded.get(at)) {
+                let row = match indexed.journal.at(generation, key) {
+                    Ok(Before::Row(row)) => row,
+                    Ok(Before::Unchanged) => indexed.index.find(key, key_hash(key)),
+                    Err(Forgotten) => return Err(self.forgotten(generation)),
+                };
+                rows.push(row.map_or(-1, i64::from));
+            }
+        }
+        Ok(rows)
+    }
+
+    fn forgotten(&self, generation: u64) -> PinError {
+        PinError::RowsForgotten {
+            generation,
+            kept_bytes: self.journal_max_bytes as u64,
+        }
+    }
+
+    /// Bytes of host memory for the index and the notes, about.
+    pub fn host_bytes(&self) -> u64 {
+        self.indexed.get().map_or(0, |indexed| {
+            let indexed = indexed.read();
+            indexed.index.bytes() + indexed.journal.bytes() as u64
+        })
+    }
+
+    /// Panics where the index contradicts itself.
+    #[cfg(test)]
+    pub fn check(&self) {
+        if let Some(indexed) = self.indexed.get() {
+            indexed.read().index.check();
+        }
+    }
+}

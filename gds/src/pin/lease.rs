@@ -1,0 +1,206 @@
+//! Leases: a generation that stays as it is while somebody reads it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use arrow_array::RecordBatch;
+use serde_json::{Value, json};
+use xxhash_rust::xxh3::Xxh3Default;
+
+use super::error::PinError;
+use super::generation::{Generation, millis};
+use super::keys::Epoch;
+use super::pin::Pin;
+use super::ring::SlotMemory;
+use crate::decode::decode;
+use crate::layout::Layout;
+
+/// Who holds leases: a connection, and the process at its other end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Holder {
+    /// The connection's.
+    pub id: u64,
+    /// The process.
+    pub pid: u32,
+}
+
+/// A leased generation. While it lives its slot is not written, and its memory is not given
+/// back, whatever becomes of the pin. Dropping it never waits for a device.
+#[derive(Debug)]
+#[must_use = "without the lease, the slot may be written"]
+pub struct Lease {
+    pub(super) id: u64,
+    pub(super) holder: Holder,
+    pub(super) pin: Arc<Pin>,
+    pub(super) epoch: Arc<Epoch>,
+    pub(super) memory: Arc<SlotMemory>,
+    pub(super) layout: Arc<Layout>,
+    pub(super) generation: Generation,
+}
+
+/// A lease, as `pins` lists it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeaseNote {
+    /// Its id.
+    pub lease: u64,
+    /// Who holds it.
+    pub holder: Holder,
+    /// The generation.
+    pub number: u64,
+    /// The slot, within the ring it was taken of.
+    pub slot: u32,
+    /// Since when.
+    pub since: Instant,
+    pub(super) ring: u64,
+}
+
+/// The checksum of one buffer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BufferChecksum {
+    /// `column.values`, `column.heap` and the like.
+    pub path: String,
+    /// Where in the slot.
+    pub offset: u64,
+    /// Bytes in use, of which it is the checksum.
+    pub bytes: u64,
+    /// xxh3, 64 bits, seed 0.
+    pub xxh3: u64,
+}
+
+/// Bytes read back from a device at a time.
+const READ_BYTES: u64 = 8 << 20;
+
+impl Lease {
+    /// Its id: unique for the life of the server.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Who holds it.
+    pub fn holder(&self) -> Holder {
+        self.holder
+    }
+
+    /// What is leased.
+    pub fn generation(&self) -> &Generation {
+        &self.generation
+    }
+
+    /// How it lies.
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    /// The pin's name.
+    pub fn pin(&self) -> &str {
+        self.pin.name()
+    }
+
+    /// What the holder is told: the generation, and the lease.
+    pub fn to_json(&self) -> Value {
+        let stall = self.pin.stall();
+        let mut told = self.generation.to_json(stall.as_ref());
+        told["lease"] = json!({"id": self.id});
+        told
+    }
+
+    /// The rows that keys have in the leased generation, -1 where there is none. `keys` has
+    /// the table's key columns, found by name.
+    ///
+    /// Costs a probe of a hash table for each key; the first call on a frozen pin reads the keys
+    /// of the whole table.
+    ///
+    /// # Errors
+    ///
+    /// `KeyColumn` and `Keys` for keys that are not the table's; `RowsForgotten` for a
+    /// generation so old that too much changed since.
+    pub fn row_ids(&self, keys: &RecordBatch) -> Result<Vec<i64>, PinError> {
+        self.epoch.rows(self.generation.number, keys)
+    }
+
+    /// The checksum of each buffer's used bytes, read back from the device.
+    ///
+    /// # Errors
+    ///
+    /// The device's.
+    pub fn checksums(&self) -> Result<Vec<BufferChecksum>, PinError> {
+        let buffers = self.layout.shape.used_buffers(&self.generation.used);
+        let mut found = Vec::with_capacity(buffers.len());
+        let mut room = Vec::new();
+        for buffer in buffers {
+            let mut hash = Xxh3Default::new();
+            let mut done = 0;
+            while done < buffer.bytes {
+                let bytes = READ_BYTES.min(buffer.bytes - done);
+                room.resize(bytes as usize, 0);
+                self.read_bytes(buffer.offset + done, &mut room)?;
+                hash.update(&room);
+                done += bytes;
+            }
+            found.push(BufferChecksum {
+                path: buffer.path,
+                offset: buffer.offset,
+                bytes: buffer.bytes,
+                xxh3: hash.digest(),
+            });
+        }
+        Ok(found)
+    }
+
+    /// The leased rows as Arrow, read back from the device; dictionaries as their plain values.
+    /// For checks and tests.
+    ///
+    /// # Errors
+    ///
+    /// The device's, or `Decode` where somebody wrote into the memory.
+    pub fn read_generation(&self) -> Result<RecordBatch, PinError> {
+        let read = |offset: u64, bytes: u64| {
+            let mut room = vec![0; bytes as usize];
+            let backend = self.pin.backend();
+            if !room.is_empty() {
+                backend.read(&self.memory.region, offset, &mut room)?;
+            }
+            Ok(room)
+        };
+        let batch = decode(&self.layout.shape, &self.generation.used, &read)?;
+        Ok(batch)
+    }
+
+    fn read_bytes(&self, offset: u64, out: &mut [u8]) -> Result<(), PinError> {
+        let backend = self.pin.backend();
+        Ok(backend.read(&self.memory.region, offset, out)?)
+    }
+}
+
+impl BufferChecksum {
+    /// What the holder is told; the checksum as 16 hexadecimal digits, since JSON numbers are
+    /// not exact.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "path": self.path,
+            "offset": self.offset,
+            "bytes": self.bytes,
+            "xxh3": format!("{:016x}", self.xxh3),
+        })
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.epoch.let_go(self.generation.number);
+        self.pin.give_back(self.id);
+    }
+}
+
+impl LeaseNote {
+    /// As `pins` lists it.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "lease": self.lease,
+            "pid": self.holder.pid,
+            "generation": self.number,
+            "slot": self.slot,
+            "age_ms": millis(self.since),
+        })
+    }
+}

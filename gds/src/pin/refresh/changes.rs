@@ -1,0 +1,154 @@
+//! Changes of a table to edits of a slot.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use pinion_feature_store::{Changed, ChangesSince, KeyedRows, Snapshot};
+
+use super::{Refill, Refresher};
+use crate::backend::Edits;
+use crate::encode::{Encoder, Measure, Rows, Sink};
+use crate::layout::{Shape, Used};
+use crate::pin::error::PinError;
+use crate::pin::index::{Keys, Plan};
+
+/// The changes between two snapshots.
+#[derive(Default)]
+struct Batch {
+    rows: Vec<KeyedRows>,
+    present: Keys,
+    gone: Keys,
+}
+
+impl Refresher {
+    /// Encodes the changes up to a snapshot and moves the head there, or says in `refill` why
+    /// that cannot be.
+    pub(super) fn prepare(&mut self, snapshot: &Snapshot) -> Result<(), PinError> {
+        if self.refill.is_some() {
+            return Ok(());
+        }
+        if snapshot.definition_version() != self.head.snapshot.definition_version()
+            && self.columns_of(snapshot)? != self.head.columns
+        {
+            self.refill = Some(Refill::Definition);
+            return Ok(());
+        }
+        let Some(batch) = self.changes(snapshot)? else {
+            self.refill = Some(Refill::Reload);
+            return Ok(());
+        };
+        let (layout, _) = self.pin.ring().ok_or_else(|| self.pin.gone())?;
+        let shape = &layout.shape;
+        let plan = self.head.epoch.plan(&batch.present, &batch.gone)?;
+        if plan.rows > shape.capacity_rows {
+            // Rows alone are made room for by a copy; but not first one and then the other.
+            let parts = self.encoded(shape, &batch, &plan, Measure)?.parts;
+            let rows = shape.capacity_rows;
+            self.refill = Some(if shape.fits(&Used { rows, parts }) {
+                Refill::Rows(plan.rows)
+            } else {
+                Refill::Parts
+            });
+            return Ok(());
+        }
+        let mut edits = Edits::default();
+        self.moves(shape, &plan, &mut edits)?;
+        let encoder = self.encoded(shape, &batch, &plan, edits)?;
+        let used = Used {
+            rows: plan.rows,
+            parts: encoder.parts,
+        };
+        if !shape.fits(&used) {
+            self.refill = Some(Refill::Parts);
+            return Ok(());
+        }
+        let edits = encoder.sink;
+        let number = self.head.number + 1;
+        self.head.epoch.apply(number, &plan, &batch.present)?;
+        self.head.number = number;
+        self.head.snapshot = snapshot.clone();
+        self.head.used = Arc::new(used);
+        let counters = &self.pin.counters;
+        let changed = (batch.present.len() + plan.removed.len()) as u64;
+        counters.changed_rows.fetch_add(changed, Ordering::Relaxed);
+        counters
+            .edit_bytes
+            .fetch_add(edits.bytes(), Ordering::Relaxed);
+        self.edits.push_back((number, Arc::new(edits)));
+        Ok(())
+    }
+
+    /// The rows of a batch, encoded for where the plan has them.
+    fn encoded<'a, S: Sink>(
+        &self,
+        shape: &'a Shape,
+        batch: &Batch,
+        plan: &Plan,
+        sink: S,
+    ) -> Result<Encoder<'a, S>, PinError> {
+        let mut encoder = Encoder::new(shape, &self.head.used, sink);
+        let mut targets = plan.targets.iter();
+        for rows in &batch.rows {
+            let targets = targets.by_ref().take(rows.batch.num_rows());
+            let mut pairs: Vec<(u32, u64)> = (0..)
+                .zip(targets)
+                .map(|(element, row)| (element, u64::from(*row)))
+                .collect();
+            pairs.sort_unstable_by_key(|(_, row)| *row);
+            let pairs = Rows::Scattered(pairs.into());
+            for (at, array) in rows.batch.columns().iter().enumerate() {
+                encoder.column(at, array, &pairs)?;
+            }
+        }
+        Ok(encoder)
+    }
+
+    /// What changed since the head; `None` where a refill costs less, or is the only way.
+    fn changes(&self, snapshot: &Snapshot) -> Result<Option<Batch>, PinError> {
+        let names = &self.head.columns.names;
+        let since = snapshot.changes_since(&self.head.snapshot, Some(names))?;
+        let ChangesSince::Changes(changes) = since else {
+            return Ok(None);
+        };
+        let most = (self.head.used.rows / 2).max(self.options.refill_over_rows);
+        let mut batch = Batch::default();
+        for changed in changes {
+            match changed? {
+                Changed::Rows(rows) => {
+                    batch.present.append(&rows.keys, &rows.hashes);
+                    batch.rows.push(rows);
+                }
+                Changed::Gone(gone) => batch.gone.append(&gone.keys, &gone.hashes),
+            }
+            if batch.present.len() as u64 > most {
+                return Ok(None);
+            }
+        }
+        Ok(Some(batch))
+    }
+
+    /// Edits that move rows: their bytes are read from the newest slot, where they are the last.
+    fn moves(&self, shape: &Shape, plan: &Plan, edits: &mut Edits) -> Result<(), PinError> {
+        let (Some((first, _)), Some((last, _))) = (plan.moves.first(), plan.moves.last()) else {
+            return Ok(());
+        };
+        let (first, rows) = (u64::from(*first), u64::from(last - first + 1));
+        let (_, memory) = self.pin.newest()?;
+        let mut buffers = Vec::new();
+        for column in &shape.columns {
+            column.node.row_buffers(1, &mut buffers);
+        }
+        let mut lasts = Vec::new();
+        for (base, width) in buffers {
+            lasts.resize((rows * width) as usize, 0);
+            let backend = self.pin.backend();
+            backend.read(&memory.region, base + first * width, &mut lasts)?;
+            for (from, to) in &plan.moves {
+                let start = ((u64::from(*from) - first) * width) as usize;
+                let row = &lasts[start..start + width as usize];
+                edits.push(base + u64::from(*to) * width, row);
+            }
+        }
+        Ok(())
+    }
+}

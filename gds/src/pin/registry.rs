@@ -1,0 +1,416 @@
+//! All pins of a server: made, listed, leased, unpinned.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use pinion_feature_store::Store;
+
+use super::columns::Columns;
+use super::device::Device;
+use super::error::PinError;
+use super::fill::fill;
+use super::generation::Generation;
+use super::keys::Epoch;
+use super::lease::{Holder, Lease};
+use super::options::{Headroom, PinOptions};
+use super::pin::{Pin, PinId, Spec};
+use super::refresh::{Head, Refresher, Step, first, next_ring};
+use super::request::{PinRequest, Shared, check_name};
+use super::ring::Ring;
+use super::status::{DeviceStatus, PinStatus};
+use super::worker;
+use crate::backend::Backend;
+use crate::error::GdsError;
+use crate::layout::{Layout, PinMode, Used};
+
+/// See the module. Dropping it unpins everything; leased memory lives on until its leases end.
+pub struct Pins {
+    store: Store,
+    options: Arc<PinOptions>,
+    devices: Vec<Arc<Device>>,
+    pins: Mutex<BTreeMap<PinId, Entry>>,
+    leases: Mutex<HashMap<u64, Arc<Lease>>>,
+    next_pin: AtomicU64,
+    next_lease: AtomicU64,
+}
+
+struct Entry {
+    pin: Arc<Pin>,
+    /// Of a fresh pin without a thread.
+    refresher: Option<Arc<Mutex<Refresher>>>,
+}
+
+impl Pins {
+    /// Pins of a store's tables, in the memory of these devices.
+    ///
+    /// # Errors
+    ///
+    /// The device's, where its free memory cannot be told.
+    pub fn new(
+        store: Store,
+        backends: Vec<Arc<dyn Backend>>,
+        options: PinOptions,
+    ) -> Result<Pins, GdsError> {
+        let devices = backends
+            .into_iter()
+            .map(|backend| {
+                let free = backend.memory()?.free_bytes;
+                let budget = options.budget_bytes.unwrap_or(free / 10 * 9).min(free);
+                Ok(Arc::new(Device::new(backend, budget)))
+            })
+            .collect::<Result<_, GdsError>>()?;
+        Ok(Pins {
+            store,
+            options: Arc::new(options),
+            devices,
+            pins: Mutex::default(),
+            leases: Mutex::default(),
+            next_pin: AtomicU64::new(1),
+            next_lease: AtomicU64::new(1),
+        })
+    }
+
+    /// Pins a table: returns when the first generation can be leased.
+    ///
+    /// # Errors
+    ///
+    /// See [`PinError`]; nothing is pinned then. `Budget` names the figures.
+    pub fn pin(&self, request: &PinRequest) -> Result<PinStatus, PinError> {
+        let spec = self.spec(request)?;
+        let device = self.device(request.device)?;
+        let snapshot = spec.table.snapshot();
+        let columns = Columns::of(snapshot.definition(), spec.features.as_deref())?;
+        let fresh = spec.mode == PinMode::Fresh;
+        let headroom = if fresh {
+            self.options.headroom
+        } else {
+            Headroom::NONE
+        };
+        let capacity: Used = headroom.over(&columns.measure(&snapshot)?);
+        let shape = columns.shape(&capacity)?;
+        let memory = device.allocate(spec.slots, shape.slot_bytes, None)?;
+        let region = &first(&memory)?.region;
+        let backend = device.backend.as_ref();
+        let filled = fill(backend, region, &shape, &snapshot, &columns, fresh)?;
+        let epoch = match filled.index {
+            Some(index) => {
+                let journal_max_bytes = self.options.journal_max_bytes;
+                Epoch::with_index(snapshot.definition(), index, journal_max_bytes)?
+            }
+            None => Epoch::of_snapshot(&snapshot)?,
+        };
+        let layout = Layout {
+            number: 1,
+            kind: spec.mode,
+            device: backend.device().clone(),
+            slots: spec.slots,
+            shape,
+        };
+        let mut ring = Ring::new(next_ring(), layout, memory);
+        ring.slots[0].holds = Some(1);
+        let head = Head {
+            number: 1,
+            snapshot,
+            columns,
+            used: Arc::new(filled.used),
+            epoch: Arc::new(epoch),
+        };
+        let newest = Generation {
+            layout: 1,
+            slot: 0,
+            number: 1,
+            snapshot: head.snapshot.id(),
+            positions: Arc::clone(head.snapshot.positions()),
+            published: Instant::now(),
+            bytes_written: filled.report.bytes(),
+            used: Arc::clone(&head.used),
+        };
+        let epoch = Arc::clone(&head.epoch);
+        let report = filled.report;
+        tracing::info!(pin = %spec.name, report = %report.to_json(), "pinned a table");
+        let pin = Pin::new(spec, Arc::clone(&device), ring, newest, epoch, report);
+        self.enter(pin, head)
+    }
+
+    fn spec(&self, request: &PinRequest) -> Result<Spec, PinError> {
+        let table = self.store.table(&request.table)?;
+        let name = request.name.clone().unwrap_or_else(|| table.name());
+        check_name(&name)?;
+        if self.named(&name).is_some() {
+            return Err(PinError::NameTaken { name });
+        }
+        let (slots, max_slots) = request.slots()?;
+        Ok(Spec {
+            id: PinId(self.next_pin.fetch_add(1, Ordering::Relaxed)),
+            name,
+            table,
+            features: request.features.clone(),
+            mode: request.mode,
+            slots,
+            max_slots,
+        })
+    }
+
+    /// Lists a pin that is in place, and starts what keeps it fresh.
+    fn enter(&self, pin: Arc<Pin>, head: Head) -> Result<PinStatus, PinError> {
+        let mut pins = self.pins.lock();
+        // Two may have been made under one name meanwhile.
+        let name = pin.name();
+        let taken = |entry: &Entry| entry.pin.name() == name && !entry.pin.is_retired();
+        if pins.values().any(taken) {
+            return Err(PinError::NameTaken {
+                name: name.to_owned(),
+            });
+        }
+        let mut refresher = None;
+        if pin.spec.mode == PinMode::Fresh {
+            let made = Refresher::new(Arc::clone(&pin), Arc::clone(&self.options), head);
+            if self.options.background {
+                let options = Arc::clone(&self.options);
+                worker::start(made, options).map_err(|source| PinError::Io {
+                    action: "start the thread of a pin".to_owned(),
+                    source,
+                })?;
+            } else {
+                refresher = Some(Arc::new(Mutex::new(made)));
+            }
+        }
+        let entry = Entry {
+            pin: Arc::clone(&pin),
+            refresher,
+        };
+        pins.insert(pin.id(), entry);
+        drop(pins);
+        pin.device.add(Arc::clone(&pin));
+        Ok(PinStatus::of(&pin))
+    }
+
+    fn device(&self, ordinal: Option<u32>) -> Result<Arc<Device>, PinError> {
+        let mut devices = self.devices.iter();
+        let found = match ordinal {
+            None => devices.next(),
+            Some(ordinal) => devices.find(|device| device.ordinal() == ordinal),
+        };
+        found.cloned().ok_or_else(|| PinError::UnknownDevice {
+            device: ordinal.unwrap_or(0),
+            known: self.devices.iter().map(|d| d.ordinal()).collect(),
+        })
+    }
+
+    /// Takes a pin out of use, by name or id. Its memory goes when its last lease ends.
+    ///
+    /// # Errors
+    ///
+    /// `UnknownPin`.
+    pub fn unpin(&self, pin: &str) -> Result<PinStatus, PinError> {
+        let found = self.find(pin)?;
+        if !found.unpin() {
+            return Err(self.unknown(pin));
+        }
+        self.sweep();
+        Ok(PinStatus::of(&found))
+    }
+
+    /// Every pin, and former ones that are leased still; by id.
+    pub fn list(&self) -> Vec<PinStatus> {
+        self.sweep();
+        let pins = self.pins.lock();
+        let pins: Vec<Arc<Pin>> = pins.values().map(|entry| Arc::clone(&entry.pin)).collect();
+        pins.iter().map(|pin| PinStatus::of(pin)).collect()
+    }
+
+    /// Figures of each device.
+    pub fn devices(&self) -> Vec<DeviceStatus> {
+        let status = |device: &Arc<Device>| DeviceStatus::of(device);
+        self.devices.iter().map(status).collect()
+    }
+
+    /// One pin.
+    ///
+    /// # Errors
+    ///
+    /// `UnknownPin`.
+    pub fn status(&self, pin: &str) -> Result<PinStatus, PinError> {
+        let found = self.find(pin)?;
+        Ok(PinStatus::of(&found))
+    }
+
+    /// What a consumer needs to map a pin. Each call exports each slot anew.
+    ///
+    /// # Errors
+    ///
+    /// `UnknownPin`, `Gone`, or the device's.
+    pub fn share(&self, pin: &str) -> Result<Shared, PinError> {
+        let found = self.find(pin)?;
+        let slots = found.share()?;
+        let exported = slots.memory.iter();
+        let descriptors = exported
+            .map(|slot| slot.region.export())
+            .collect::<Result<_, GdsError>>()?;
+        Ok(Shared {
+            pin: found.id(),
+            layout: slots.layout,
+            newest: slots.newest,
+            descriptors,
+        })
+    }
+
+    /// Leases the newest generation of a pin, if its layout is still the one that the holder has
+    /// mapped.
+    ///
+    /// # Errors
+    ///
+    /// `UnknownPin`, `Gone`, or `LayoutChanged`: then [`Pins::share`] again.
+    pub fn lease(&self, pin: &str, layout: u64, holder: Holder) -> Result<Arc<Lease>, PinError> {
+        let found = self.find(pin)?;
+        let id = self.next_lease.fetch_add(1, Ordering::Relaxed);
+        let lease = Arc::new(found.lease(id, layout, holder)?);
+        self.leases.lock().insert(id, Arc::clone(&lease));
+        Ok(lease)
+    }
+
+    /// A lease of this holder.
+    ///
+    /// # Errors
+    ///
+    /// `UnknownLease`, also for another holder's.
+    pub fn find_lease(&self, lease: u64, holder: u64) -> Result<Arc<Lease>, PinError> {
+        let leases = self.leases.lock();
+        let found = leases.get(&lease).filter(|l| l.holder().id == holder);
+        found.cloned().ok_or(PinError::UnknownLease { lease })
+    }
+
+    /// Ends a lease. What runs on it (a checksum, say) ends first.
+    ///
+    /// # Errors
+    ///
+    /// `UnknownLease`, also for another holder's.
+    pub fn release(&self, lease: u64, holder: u64) -> Result<(), PinError> {
+        let found = {
+            let mut leases = self.leases.lock();
+            match leases.get(&lease) {
+                Some(found) if found.holder().id == holder => leases.remove(&lease),
+                _ => None,
+            }
+        };
+        // Dropped without the lock: it may be the end of a pin's memory.
+        found.map(drop).ok_or(PinError::UnknownLease { lease })
+    }
+
+    /// Ends all leases of a holder that hung up. Says how many there were.
+    pub fn release_all(&self, holder: u64) -> usize {
+        let ended: Vec<Arc<Lease>> = {
+            let mut leases = self.leases.lock();
+            let of_holder = leases.extract_if(|_, lease| lease.holder().id == holder);
+            of_holder.map(|(_, lease)| lease).collect()
+        };
+        ended.len()
+    }
+
+    /// Brings a fresh pin to its table's snapshot, where no thread does. Says whether the newest
+    /// generation is another one now.
+    ///
+    /// # Errors
+    ///
+    /// See [`PinError`]; the pin is at its generation.
+    pub fn refresh(&self, pin: &str) -> Result<bool, PinError> {
+        let found = self.find(pin)?;
+        let refresher = {
+            let pins = self.pins.lock();
+            let entry = pins.get(&found.id());
+            entry.and_then(|entry| entry.refresher.clone())
+        };
+        let Some(refresher) = refresher else {
+            return Ok(false);
+        };
+        let mut refresher = refresher.lock();
+        let before = found.newest()?.0.number;
+        loop {
+            match refresher.step() {
+                Step::Published => {}
+                Step::Idle | Step::Stalled => break,
+                Step::Over => return Err(found.gone()),
+                Step::Failed(error) => {
+                    found.failed(error.to_string());
+                    return Err(error);
+                }
+            }
+        }
+        Ok(found.newest()?.0.number != before)
+    }
+
+    fn named(&self, name: &str) -> Option<Arc<Pin>> {
+        let pins = self.pins.lock();
+        let mut live = pins.values().filter(|entry| !entry.pin.is_retired());
+        live.find(|entry| entry.pin.name() == name)
+            .map(|entry| Arc::clone(&entry.pin))
+    }
+
+    /// A live pin, by name or by id.
+    fn find(&self, pin: &str) -> Result<Arc<Pin>, PinError> {
+        if let Some(found) = self.named(pin) {
+            return Ok(found);
+        }
+        let by_id = pin.parse().ok().and_then(|id| {
+            let pins = self.pins.lock();
+            pins.get(&PinId(id)).map(|entry| Arc::clone(&entry.pin))
+        });
+        by_id
+            .filter(|pin| !pin.is_retired())
+            .ok_or_else(|| self.unknown(pin))
+    }
+
+    fn unknown(&self, pin: &str) -> PinError {
+        let pins = self.pins.lock();
+        let live = pins.values().filter(|entry| !entry.pin.is_retired());
+        let names: Vec<&str> = live.map(|entry| entry.pin.name()).collect();
+        PinError::UnknownPin {
+            pin: pin.to_owned(),
+            hint: pinion_schemas::nearest(pin, names.into_iter()).map(str::to_owned),
+        }
+    }
+
+    /// Forgets pins that are neither in use nor leased.
+    fn sweep(&self) {
+        let over = |entry: &Entry| entry.pin.is_retired() && !entry.pin.is_leased();
+        let mut pins = self.pins.lock();
+        let ids: Vec<PinId> = pins
+            .iter()
+            .filter(|(_, entry)| over(entry))
+            .map(|(id, _)| *id)
+            .collect();
+        let gone: Vec<Entry> = ids.iter().filter_map(|id| pins.remove(id)).collect();
+        drop(pins);
+        drop(gone);
+    }
+
+    /// Panics where a rule does not hold.
+    #[cfg(test)]
+    pub(crate) fn check(&self) {
+        let pins = self.pins.lock();
+        pins.values().for_each(|entry| entry.pin.check());
+        let held: usize = pins.values().map(|e| e.pin.show().leases.len()).sum();
+        assert_eq!(held, self.leases.lock().len(), "leases of all pins");
+    }
+}
+
+impl fmt::Debug for Pins {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pins = self.pins.lock();
+        f.debug_list()
+            .entries(pins.values().map(|entry| &entry.pin))
+            .finish()
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        for entry in self.pins.lock().values() {
+            entry.pin.unpin();
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! What operators and metrics see of pins.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde_json::{Value, json};
+
+use super::device::Device;
+use super::fill::FillReport;
+use super::generation::{Generation, Stall};
+use super::lease::LeaseNote;
+use super::pin::{Pin, PinId, Retired};
+use crate::layout::PinMode;
+
+/// One pin at one moment.
+#[derive(Debug, Clone)]
+pub struct PinStatus {
+    /// Which.
+    pub id: PinId,
+    /// Its name.
+    pub name: String,
+    /// The table.
+    pub table: String,
+    /// Its columns; all when `None`.
+    pub features: Option<Vec<String>>,
+    /// Whether it follows the table.
+    pub mode: PinMode,
+    /// The device's ordinal.
+    pub device: u32,
+    /// How the device's backend loads.
+    pub path: String,
+    /// Number of its layout; `None` once it is retired.
+    pub layout: Option<u64>,
+    /// Slots now.
+    pub slots: u32,
+    /// Slots at most.
+    pub max_slots: u32,
+    /// The newest generation; `None` once it is retired.
+    pub newest: Option<Generation>,
+    /// Bytes of its slots on the device. Leased slots of former layouts count with the device.
+    pub device_bytes: u64,
+    /// Bytes of its key index on the host, about.
+    pub host_bytes: u64,
+    /// Leases, oldest first, also on former layouts.
+    pub leases: Vec<LeaseNote>,
+    /// Set while leases hold up a change.
+    pub stall: Option<Stall>,
+    /// Why it does not go on.
+    pub problem: Option<String>,
+    /// Set once nothing can be leased any more.
+    pub retired: Option<Retired>,
+    /// How it was last filled.
+    pub fill: FillReport,
+    /// Since it was made.
+    pub figures: PinFigures,
+}
+
+/// Figures of a pin since it was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PinFigures {
+    /// Generations published after the first.
+    pub generations: u64,
+    /// New layouts for want of room, or for another definition.
+    pub rebuilds: u64,
+    /// Refills within the layout.
+    pub compactions: u64,
+    /// Slots that were copied whole because they had fallen behind.
+    pub whole_copies: u64,
+    /// Slots added because the others were leased.
+    pub grown_slots: u64,
+    /// Times that leases began to hold up a change.
+    pub stalls: u64,
+    /// Refreshes that failed.
+    pub failures: u64,
+    /// Rows changed or removed.
+    pub changed_rows: u64,
+    /// Bytes of their edits, each counted once.
+    pub edit_bytes: u64,
+    /// Bytes written or copied into slots, all slots together.
+    pub written_bytes: u64,
+    /// Bytes copied from slot to slot.
+    pub copied_bytes: u64,
+}
+
+/// One device at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceStatus {
+    /// Its ordinal.
+    pub device: u32,
+    /// For people.
+    pub name: String,
+    /// How its backend loads.
+    pub path: String,
+    /// Bytes that pins may take.
+    pub budget_bytes: u64,
+    /// Bytes that slots take, leased ones of former pins and layouts included.
+    pub used_bytes: u64,
+    /// Pins evicted.
+    pub evictions: u64,
+    /// Pins refused for want of memory.
+    pub refusals: u64,
+}
+
+impl PinStatus {
+    pub(crate) fn of(pin: &Pin) -> PinStatus {
+        let shown = pin.show();
+        let spec = &pin.spec;
+        let problem = match shown.problem {
+            None if spec.table.is_dropped() => Some("the table was dropped".to_owned()),
+            problem => problem,
+        };
+        PinStatus {
+            id: spec.id,
+            name: spec.name.clone(),
+            table: spec.table.name(),
+            features: spec.features.clone(),
+            mode: spec.mode,
+            device: pin.device.ordinal(),
+            path: pin.backend().path().to_string(),
+            layout: shown.layout.as_ref().map(|layout| layout.number),
+            slots: shown.layout.as_ref().map_or(0, |layout| layout.slots),
+            max_slots: spec.max_slots,
+            newest: shown.newest,
+            device_bytes: shown.device_bytes,
+            host_bytes: shown.host_bytes,
+            leases: shown.leases,
+            stall: shown.stall,
+            problem,
+            retired: shown.retired,
+            fill: shown.fill,
+            figures: PinFigures::of(pin),
+        }
+    }
+
+    /// What other processes are told.
+    pub fn to_json(&self) -> Value {
+        let stall = self.stall.as_ref();
+        let generation = self.newest.as_ref().map(|newest| newest.to_json(stall));
+        let leases: Vec<Value> = self.leases.iter().map(LeaseNote::to_json).collect();
+        json!({
+            "pin": self.id.0,
+            "name": self.name,
+            "table": self.table,
+            "features": self.features,
+            "mode": self.mode,
+            "device": self.device,
+            "path": self.path,
+            "layout": self.layout,
+            "slots": self.slots,
+            "max_slots": self.max_slots,
+            "generation": generation,
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+            "leases": leases,
+            "problem": self.problem,
+            "retired": self.retired.map(|why| match why {
+                Retired::Unpinned => "unpinned",
+                Retired::Evicted => "evicted",
+            }),
+            "load": self.fill.to_json(),
+            "figures": self.figures.to_json(),
+        })
+    }
+}
+
+impl PinFigures {
+    fn of(pin: &Pin) -> PinFigures {
+        let counters = &pin.counters;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        PinFigures {
+            generations: get(&counters.generations),
+            rebuilds: get(&counters.rebuilds),
+            compactions: get(&counters.compactions),
+            whole_copies: get(&counters.whole_copies),
+            grown_slots: get(&counters.grown_slots),
+            stalls: get(&counters.stalls),
+            failures: get(&counters.failures),
+            changed_rows: get(&counters.changed_rows),
+            edit_bytes: get(&counters.edit_bytes),
+            written_bytes: get(&counters.written_bytes),
+            copied_bytes: get(&counters.copied_bytes),
+        }
+    }
+
+    /// What other processes are told.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "generations": self.generations,
+            "rebuilds": self.rebuilds,
+            "compactions": self.compactions,
+            "whole_copies": self.whole_copies,
+            "grown_slots": self.grown_slots,
+            "stalls": self.stalls,
+            "failures": self.failures,
+            "changed_rows": self.changed_rows,
+            "edit_bytes": self.edit_bytes,
+            "written_bytes": self.written_bytes,
+            "copied_bytes": self.copied_bytes,
+        })
+    }
+}
+
+impl DeviceStatus {
+    pub(crate) fn of(device: &Device) -> DeviceStatus {
+        DeviceStatus {
+            device: device.ordinal(),
+            name: device.backend.device().name.clone(),
+            path: device.backend.path().to_string(),
+            budget_bytes: device.budget.total_bytes(),
+            used_bytes: device.budget.used_bytes(),
+            evictions: device.evictions.load(Ordering::Relaxed),
+            refusals: device.refusals.load(Ordering::Relaxed),
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! First fills, frozen pins, and what is refused.
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use super::super::*;
+use super::world::*;
+use crate::layout::PinMode;
+
+fn keys(range: std::ops::Range<i64>) -> Vec<Key> {
+    range.map(|i| (i, SHOPS[i as usize % 3])).collect()
+}
+
+const PLAIN: &str = r#"
+    [table]
+    name = "items"
+    entity = [{ name = "item", type = "int64" }, { name = "shop", type = "string" }]
+    history = "latest"
+    [[feature]]
+    name = "count"
+    type = "int32"
+    null = "refuse"
+    default = 0
+"#;
+
+#[test]
+fn a_frozen_pin_stays_and_finds_its_rows() {
+    let world = World::new(by_hand());
+    let mut rng = StdRng::seed_from_u64(2);
+    world.put(&mut rng, &keys(0..500));
+    world.table.flush().unwrap();
+    world.put(&mut rng, &keys(100..600));
+    let status = world.pins.pin(&request(PinMode::Frozen)).unwrap();
+    assert_eq!((status.slots, status.host_bytes), (1, 0));
+    world.compare();
+    let lease = world.lease(1);
+    let before = (rows_of(&lease), lease.checksums().unwrap());
+    world.put(&mut rng, &keys(0..700));
+    world.table.flush().unwrap();
+    world.table.merge().unwrap();
+    assert!(!world.pins.refresh("items").unwrap());
+    assert_eq!((rows_of(&lease), lease.checksums().unwrap()), before);
+    assert_rows_found(&lease, &keys(0..800));
+    // Exactly what is there, rounded to pages.
+    let shape = &lease.layout().shape;
+    assert_eq!(shape.capacity_rows, 600);
+    assert_eq!(shape.parts(), lease.generation().used.parts);
+}
+
+#[test]
+fn whole_columns_without_nulls_are_loaded_and_the_rest_is_encoded_with_the_cause() {
+    let world = World::with(PLAIN, by_hand(), Watched::new(1 << 40));
+    let mut rng = StdRng::seed_from_u64(3);
+    world.put(&mut rng, &keys(0..20_000));
+    world.table.flush().unwrap();
+    let fill = world.pins.pin(&request(PinMode::Frozen)).unwrap().fill;
+    world.compare();
+    assert_eq!(fill.loaded_bytes, 20_000 * (8 + 4));
+    assert_eq!(fill.encoded.scattered_bytes, 0);
+    assert_eq!(fill.encoded.nulls_bytes, 0);
+    assert!(fill.encoded.form_bytes >= 20_000 * 16, "the strings");
+    assert_eq!(fill.to_json()["path"], "host");
+    world.pins.unpin("items").unwrap();
+
+    // Rows of a log are not in a file; half of the rows were replaced.
+    world.put(&mut rng, &keys(0..10_000));
+    let fill = world.pins.pin(&request(PinMode::Fresh)).unwrap().fill;
+    world.compare();
+    assert_eq!(fill.rows, 20_000);
+    assert!(fill.encoded.scattered_bytes > 10_000 * 12);
+    assert!(fill.loaded_bytes > 9_000 * 12, "{fill:?}");
+}
+
+#[test]
+fn every_type_is_filled_and_features_come_in_the_order_asked() {
+    let world = World::new(by_hand());
+    let mut rng = StdRng::seed_from_u64(4);
+    world.put(&mut rng, &keys(0..3000));
+    world.table.flush().unwrap();
+    let names: Vec<String> = ["vector", "name", "item", "price"].map(String::from).into();
+    let request = PinRequest {
+        features: Some(names.clone()),
+        name: Some("few".to_owned()),
+        ..request(PinMode::Fresh)
+    };
+    world.pins.pin(&request).unwrap();
+    let lease = world.pins.lease("few", 1, holder(1)).unwrap();
+    assert_eq!(
+        rows_of(&lease),
+        scanned(&world.table.snapshot(), Some(names.clone()))
+    );
+    let columns = &lease.layout().shape.columns;
+    let found: Vec<&str> = columns.iter().map(|c| c.name.as_str()).collect();
+    assert_eq!(found, names);
+    let rows = lease.row_ids(&key_batch(&keys(0..3001))).unwrap();
+    assert_eq!(rows.iter().filter(|row| **row < 0).count(), 1);
+    world.put(&mut rng, &keys(10..40));
+    world.delete(&keys(0..5));
+    assert!(world.pins.refresh("few").unwrap());
+    let lease = world.pins.lease("few", 1, holder(1)).unwrap();
+    assert_eq!(
+        rows_of(&lease),
+        scanned(&world.table.snapshot(), Some(names))
+    );
+}
+
+#[test]
+fn an_empty_table_can_be_pinned_and_grows() {
+    let world = World::new(by_hand());
+    world.pins.pin(&request(PinMode::Fresh)).unwrap();
+    world.compare();
+    let mut rng = StdRng::seed_from_u64(4);
+    world.put(&mut rng, &keys(0..3000));
+    world.refresh_and_compare();
+    world.delete(&keys(0..3000));
+    world.refresh_and_compare();
+    assert_eq!(world.lease(1).generation().rows(), 0);
+    let frozen = PinRequest {
+        name: Some("none".to_owned()),
+        ..request(PinMode::Frozen)
+    };
+    world.pins.pin(&frozen).unwrap();
+    let lease = world.pins.lease("none", 1, holder(1)).unwrap();
+    assert_eq!(lease.row_ids(&key_batch(&keys(0..2))).unwrap(), [-1, -1]);
+    assert_eq!(world.pins.share("none").unwrap().descriptors.len(), 1);
+}
+
+#[test]
+fn requests_that_cannot_be_met_say_what_to_change() {
+    let world = World::new(by_hand());
+    let text = |request: PinRequest| world.pins.pin(&request).unwrap_err().to_string();
+    let fresh = || request(PinMode::Fresh);
+    let of = |features: &[&str]| PinRequest {
+        features: Some(features.iter().map(|f| (*f).to_owned()).collect()),
+        ..fresh()
+    };
+    let slots = |mode, slots, max_slots| PinRequest {
+        slots,
+        max_slots,
+        ..request(mode)
+    };
+    let named = |name: &str| PinRequest {
+        name: Some(name.to_owned()),
+        ..fresh()
+    };
+    let unknown = PinRequest {
+        table: "itens".to_owned(),
+        ..fresh()
+    };
+    assert!(text(unknown).contains("items"));
+    assert!(text(of(&["prise"])).contains("price"));
+    assert!(text(of(&["price", "price"])).contains("twice"));
+    assert!(text(of(&[])).contains("none"));
+    assert!(text(slots(PinMode::Fresh, Some(1), None)).contains("two"));
+    assert!(text(slots(PinMode::Fresh, Some(3), Some(2))).contains("less"));
+    assert!(text(slots(PinMode::Fresh, None, Some(17))).contains("16"));
+    assert!(text(slots(PinMode::Frozen, Some(2), None)).contains("one"));
+    assert!(text(named("")).contains("empty"));
+    assert!(text(named("7")).contains("number"));
+    assert!(text(named("a\nb")).contains("control"));
+    let elsewhere = PinRequest {
+        device: Some(5),
+        ..fresh()
+    };
+    assert!(text(elsewhere).contains("known: 0"));
+    assert!(world.pins.list().is_empty());
+
+    world.pins.pin(&fresh()).unwrap();
+    assert!(matches!(
+        world.pins.pin(&fresh()).unwrap_err(),
+        PinError::NameTaken { .. }
+    ));
+    let error = world.pins.lease("item", 1, holder(1)).unwrap_err();
+    assert!(error.to_string().contains("did you mean \"items\""));
+    let id = world.pins.list()[0].id.0.to_string();
+    assert_eq!(world.pins.status(&id).unwrap().name, "items");
+    let lease = world.lease(1);
+    let others = world.pins.release(lease.id(), 2).unwrap_err();
+    assert!(matches!(others, PinError::UnknownLease { .. }));
+}

@@ -1,0 +1,291 @@
+//! Budgets, evictions, failures, and the ends of pins.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::super::*;
+use super::world::*;
+use crate::error::GdsError;
+use crate::layout::PinMode;
+
+fn keys(range: std::ops::Range<i64>) -> Vec<Key> {
+    range.map(|i| (i, "north")).collect()
+}
+
+fn named(name: &str, mode: PinMode) -> PinRequest {
+    PinRequest {
+        name: Some(name.to_owned()),
+        ..request(mode)
+    }
+}
+
+/// A world whose budget holds so many frozen pins of its table.
+fn room_for(pins: u64) -> (World, StdRng, u64) {
+    let mut rng = StdRng::seed_from_u64(6);
+    let measured = World::new(by_hand());
+    measured.put(&mut rng, &keys(0..200));
+    let bytes = measured
+        .pins
+        .pin(&named("one", PinMode::Frozen))
+        .unwrap()
+        .device_bytes;
+    let options = PinOptions {
+        budget_bytes: Some(bytes * pins),
+        headroom: Headroom {
+            rows: 50,
+            parts: 1000,
+            ..Headroom::default()
+        },
+        ..by_hand()
+    };
+    let mut rng = StdRng::seed_from_u64(6);
+    let world = World::new(options);
+    world.put(&mut rng, &keys(0..200));
+    (world, rng, bytes)
+}
+
+#[test]
+fn the_pin_longest_out_of_use_goes_first_and_a_leased_one_never() {
+    let (world, _, bytes) = room_for(3);
+    for name in ["a", "b", "c"] {
+        world.pins.pin(&named(name, PinMode::Frozen)).unwrap();
+    }
+    let leased = world.pins.lease("a", 1, holder(1)).unwrap();
+    let rows = rows_of(&leased);
+    world.pins.share("b").unwrap();
+    world.pins.pin(&named("d", PinMode::Frozen)).unwrap();
+    let names = |world: &World| -> Vec<String> {
+        let pins = world.pins.list();
+        let live = pins.into_iter().filter(|pin| pin.retired.is_none());
+        live.map(|pin| pin.name).collect()
+    };
+    assert_eq!(names(&world), ["a", "b", "d"]);
+    let gone = world.pins.lease("c", 1, holder(1)).unwrap_err();
+    assert!(matches!(gone, PinError::UnknownPin { .. }), "{gone}");
+
+    // Two at once are more than may be evicted: nothing is.
+    let _d = world.pins.lease("d", 1, holder(1)).unwrap();
+    let refused = world.pins.pin(&named("e", PinMode::Fresh)).unwrap_err();
+    let PinError::Budget {
+        needed_bytes,
+        budget_bytes,
+        used_bytes,
+        evictable_bytes,
+        ..
+    } = refused
+    else {
+        panic!("{refused}");
+    };
+    assert!(needed_bytes > bytes);
+    assert_eq!((budget_bytes, used_bytes), (3 * bytes, 3 * bytes));
+    assert_eq!(evictable_bytes, bytes);
+    assert_eq!(names(&world), ["a", "b", "d"]);
+    assert_eq!(rows_of(&leased), rows);
+    let device = &world.pins.devices()[0];
+    assert_eq!((device.evictions, device.refusals), (1, 1));
+}
+
+#[test]
+fn a_device_that_is_full_of_other_things_evicts_too_and_then_refuses() {
+    let (world, _, _) = room_for(10);
+    for name in ["a", "b", "c"] {
+        world.pins.pin(&named(name, PinMode::Frozen)).unwrap();
+    }
+    let leased = world.pins.lease("a", 1, holder(1)).unwrap();
+    world.backend.full_for.store(1, Ordering::Relaxed);
+    world.pins.pin(&named("d", PinMode::Frozen)).unwrap();
+    assert!(world.pins.status("b").is_err());
+    world.backend.full_for.store(9, Ordering::Relaxed);
+    let refused = world.pins.pin(&named("e", PinMode::Frozen)).unwrap_err();
+    let full = matches!(refused, PinError::Device(GdsError::OutOfMemory { .. }));
+    assert!(full, "{refused}");
+    assert!(world.pins.status("a").is_ok(), "a leased pin stays");
+    assert!(leased.checksums().is_ok());
+    let status = world.pins.status("a").unwrap();
+    assert_eq!(world.pins.devices()[0].used_bytes, status.device_bytes);
+}
+
+#[test]
+fn an_unpinned_pins_memory_goes_with_its_last_lease() {
+    let (world, mut rng, _) = room_for(40);
+    world.pins.pin(&request(PinMode::Fresh)).unwrap();
+    let old = world.lease(1);
+    world.put(&mut rng, &keys(0..50));
+    world.pins.refresh("items").unwrap();
+    let new = world.lease(2);
+    let rows = (rows_of(&old), rows_of(&new));
+    world.pins.unpin("items").unwrap();
+    assert!(world.pins.unpin("items").is_err());
+    assert!(world.pins.share("items").is_err());
+    let listed = world.pins.list();
+    assert_eq!(listed[0].retired, Some(Retired::Unpinned));
+    assert_eq!(listed[0].leases.len(), 2);
+    assert_eq!((rows_of(&old), rows_of(&new)), rows);
+    assert_rows_found(&old, &keys(0..220));
+    let used = || world.pins.devices()[0].used_bytes;
+    let both = used();
+    drop(old);
+    assert_eq!(world.pins.release_all(1), 1);
+    assert!(used() < both);
+    drop(new);
+    assert_eq!(world.pins.release_all(2), 1);
+    assert_eq!(used(), 0);
+    assert!(world.pins.list().is_empty());
+    // The name is free again.
+    world.pins.pin(&request(PinMode::Fresh)).unwrap();
+    world.compare();
+}
+
+#[test]
+fn the_budget_is_never_more_than_what_was_free_at_the_start() {
+    let options = PinOptions {
+        budget_bytes: Some(1 << 40),
+        ..by_hand()
+    };
+    let world = World::with(DEFINITION, options, Watched::new(1 << 20));
+    assert_eq!(world.pins.devices()[0].budget_bytes, 1 << 20);
+    let world = World::with(DEFINITION, by_hand(), Watched::new(1000));
+    assert_eq!(world.pins.devices()[0].budget_bytes, 900);
+}
+
+#[test]
+fn a_pin_that_fails_at_any_call_of_its_making_leaves_nothing() {
+    let world = World::new(by_hand());
+    let mut rng = StdRng::seed_from_u64(7);
+    world.put(&mut rng, &keys(0..100));
+    world.table.flush().unwrap();
+    world.put(&mut rng, &keys(50..150));
+    for nth in 0.. {
+        assert!(nth < 100);
+        world.backend.fail_in.store(nth, Ordering::Relaxed);
+        let made = world.pins.pin(&request(PinMode::Fresh));
+        let failed = world.backend.fail_in.load(Ordering::Relaxed) < 0;
+        world.backend.fail_in.store(-1, Ordering::Relaxed);
+        if !failed {
+            made.unwrap();
+            break;
+        }
+        assert!(matches!(made, Err(PinError::Device(_))), "{made:?}");
+        assert_eq!(world.pins.devices()[0].used_bytes, 0);
+        assert!(world.pins.list().is_empty());
+    }
+    world.compare();
+}
+
+#[test]
+fn a_refresh_that_fails_at_any_call_leaves_the_generation_and_is_made_up_for() {
+    let mut failures = 0;
+    for nth in 0..40 {
+        let options = PinOptions {
+            headroom: Headroom {
+                rows: 10,
+                parts: 3000,
+                ..Headroom::NONE
+            },
+            ..by_hand()
+        };
+        let world = World::new(options);
+        let mut rng = StdRng::seed_from_u64(8);
+        world.put(&mut rng, &keys(0..60));
+        world.pins.pin(&request(PinMode::Fresh)).unwrap();
+        world.backend.fail_in.store(nth, Ordering::Relaxed);
+        for step in 0..8 {
+            let held = world.lease(1);
+            let before = (held.generation().number, held.checksums().unwrap());
+            world.put(&mut rng, &keys(step * 4..step * 4 + 9));
+            world.delete(&keys(step..step + 2));
+            if step == 5 {
+                world.put(&mut rng, &keys(100..200));
+            }
+            if let Err(error) = world.pins.refresh("items") {
+                failures += 1;
+                assert!(matches!(error, PinError::Device(_)), "{error}");
+                let status = world.pins.status("items").unwrap();
+                assert!(status.problem.unwrap().contains("719"));
+            }
+            world.pins.check();
+            assert_eq!(held.checksums().unwrap(), before.1);
+            assert_rows_found(&held, &keys(0..210));
+            drop(held);
+            world.pins.release_all(1);
+        }
+        world.backend.fail_in.store(-1, Ordering::Relaxed);
+        world.refresh_and_compare();
+        assert!(world.pins.status("items").unwrap().problem.is_none());
+    }
+    assert!(failures > 10, "{failures}");
+}
+
+/// One pin of the thousand steps, as the test sees it.
+struct Consumer {
+    lease: Arc<Lease>,
+    checksums: Vec<BufferChecksum>,
+}
+
+#[test]
+fn a_thousand_random_steps_of_leases_evictions_refreshes_and_hang_ups_keep_every_rule() {
+    let (world, mut rng, bytes) = room_for(9);
+    let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    let mut consumers: Vec<Vec<Consumer>> = (0..6).map(|_| Vec::new()).collect();
+    let mut evicted = 0;
+    for _ in 0..1000 {
+        let name = names[rng.random_range(0..names.len())];
+        let who = rng.random_range(0..consumers.len());
+        match rng.random_range(0..10) {
+            0..3 => {
+                let mode = [PinMode::Fresh, PinMode::Frozen][rng.random_range(0..2)];
+                match world.pins.pin(&named(name, mode)) {
+                    Ok(_) | Err(PinError::NameTaken { .. } | PinError::Budget { .. }) => {}
+                    Err(other) => panic!("{other}"),
+                }
+            }
+            3 if rng.random_bool(0.3) => drop(world.pins.unpin(name)),
+            3..5 => {
+                let from = rng.random_range(0..200);
+                world.put(&mut rng, &keys(from..from + 8));
+                if rng.random_bool(0.3) {
+                    world.delete(&keys(from..from + 3));
+                }
+            }
+            5 => match world.pins.refresh(name) {
+                Ok(_) | Err(PinError::UnknownPin { .. } | PinError::Budget { .. }) => {}
+                Err(other) => panic!("{other}"),
+            },
+            6 => {
+                let layout = world.pins.status(name).ok().and_then(|s| s.layout);
+                if let Some(layout) = layout {
+                    let lease = world.pins.lease(name, layout, holder(who as u64)).unwrap();
+                    let checksums = lease.checksums().unwrap();
+                    consumers[who].push(Consumer { lease, checksums });
+                }
+            }
+            // The process is killed.
+            _ => {
+                let held = consumers[who].split_off(0);
+                let count = held.len();
+                drop(held);
+                assert_eq!(world.pins.release_all(who as u64), count);
+            }
+        }
+        world.pins.check();
+        let device = &world.pins.devices()[0];
+        assert!(device.used_bytes <= device.budget_bytes + bytes);
+        evicted = device.evictions;
+        for held in consumers.iter().flatten() {
+            assert_eq!(held.lease.checksums().unwrap(), held.checksums);
+        }
+    }
+    assert!(evicted > 10, "{evicted}");
+    for (who, held) in consumers.into_iter().enumerate() {
+        drop(held);
+        world.pins.release_all(who as u64);
+    }
+    for name in names {
+        drop(world.pins.unpin(name));
+    }
+    assert_eq!(world.pins.devices()[0].used_bytes, 0);
+    assert!(world.pins.list().is_empty());
+}
