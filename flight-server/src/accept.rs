@@ -63,6 +63,8 @@ pub(crate) async fn accept<S>(
             builder
                 .timer(TokioTimer::new())
                 .max_concurrent_streams(max_concurrent_streams)
+                // A stream over the limit costs its client that stream, however often.
+                .max_local_error_reset_streams(None)
                 .initial_stream_window_size(STREAM_WINDOW_BYTES)
                 .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
                 .keep_alive_interval(KEEPALIVE)
@@ -72,18 +74,21 @@ pub(crate) async fn accept<S>(
                 .serve_connection(TokioIo::new(connection), TowerToHyperService::new(service));
             let mut stopping = stopping.clone();
             class.spawn(async move {
-                let mut served = pin!(served);
-                let ended = tokio::select! {
-                    ended = &mut served => ended,
-                    // An error means that the server is gone, which is a stop too.
-                    _ = stopping.changed() => {
-                        served.as_mut().graceful_shutdown();
-                        served.await
+                let ended = {
+                    let mut served = pin!(served);
+                    tokio::select! {
+                        ended = &mut served => ended,
+                        // An error means that the server is gone, which is a stop too.
+                        _ = stopping.changed() => {
+                            served.as_mut().graceful_shutdown();
+                            served.await
+                        }
                     }
                 };
                 if let Err(error) = ended {
                     tracing::debug!(%error, "a connection ended");
                 }
+                // The server waits for this: it goes after the socket.
                 drop(stopping);
             });
         }

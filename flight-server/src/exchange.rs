@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use tonic::Code;
 
 use crate::barrier::await_barrier;
+use crate::bulk::Class;
 use crate::command::{Barrier, Command, CommandError, LookupCommand, Target};
 use crate::error::Failure;
 use crate::info::no_asof;
@@ -40,6 +41,7 @@ type Messages = mpsc::Receiver<Result<Outgoing, Failure>>;
 pub(crate) async fn exchange(
     context: SharedContext,
     mut incoming: Intake,
+    class: &Class,
 ) -> Result<Messages, Failure> {
     let first = incoming
         .next()
@@ -51,7 +53,7 @@ pub(crate) async fn exchange(
     let max_message_bytes = context.message_limit(command.max_message_bytes)?;
     let plan = LookupPlan::new(&context, &command)?;
     let (sender, receiver) = mpsc::channel(WINDOW_MESSAGES);
-    tokio::spawn(async move {
+    class.spawn(async move {
         let barrier = command.barrier();
         let mut session = Session {
             context,

@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Status};
 
+use crate::bulk::Class;
 use crate::command::{
     Command, CommandError, PutCommand, PutMode, Target, Token, checked_table_name,
 };
@@ -37,7 +38,11 @@ const MAX_BATCHES: usize = 100_000;
 const MAX_ID_BYTES: usize = 256;
 
 /// Takes a put.
-pub(crate) async fn put(context: &Context, mut incoming: Intake) -> Result<PutResults, Failure> {
+pub(crate) async fn put(
+    context: &Context,
+    mut incoming: Intake,
+    class: &Class,
+) -> Result<PutResults, Failure> {
     let first = incoming
         .next()
         .await?
@@ -57,7 +62,7 @@ pub(crate) async fn put(context: &Context, mut incoming: Intake) -> Result<PutRe
     }
     let (sender, receiver) = mpsc::unbounded_channel();
     let max_bytes = context.config.put_max_bytes;
-    tokio::spawn(async move {
+    class.spawn(async move {
         // Dropping the receiver is how a cancelled call ends this task.
         let taken = tokio::select! {
             taken = take(&table, &command, incoming, first, max_bytes, &sender) => taken,

@@ -16,6 +16,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::command::CommandError;
 use crate::config::ServerConfig;
+use crate::connection::Peer;
 use crate::error::Failure;
 use crate::hooks::Hooks;
 use crate::intake::Received;
@@ -254,10 +255,13 @@ impl FlightService for Service {
         request: Request<Streaming<FlightData>>,
     ) -> Result<Response<Self::DoPutStream>, Status> {
         let incoming = request.extensions().get().and_then(Received::take);
+        let peer = request.extensions().get::<Peer>();
         answer_stream("DoPut", async {
-            match incoming {
-                Some(incoming) => put::put(&self.context, incoming).await,
-                None => Err(unlayered()),
+            match (incoming, peer) {
+                (Some(incoming), Some(peer)) => {
+                    put::put(&self.context, incoming, &peer.class).await
+                }
+                _ => Err(unlayered()),
             }
         })
         .await

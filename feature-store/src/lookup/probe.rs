@@ -208,6 +208,11 @@ impl SnapshotInner {
         encoded: &EncodedKeys,
         hashes: &[u64],
     ) -> Result<Vec<Option<Winner>>, ReadError> {
+        for level in levels {
+            if let Level::Log(log) = level {
+                log.prepare(hashes.len())?;
+            }
+        }
         if self.version.latest() {
             return self.latest_winners(levels, encoded, hashes);
         }

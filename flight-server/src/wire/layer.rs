@@ -15,6 +15,7 @@ use tonic::body::Body;
 use tonic::server::NamedService;
 use tonic::{Code, Status};
 
+use super::deadline;
 use super::messages::MessageStream;
 use super::stream::{Limits, WireStream};
 use crate::connection::Peer;
@@ -56,7 +57,8 @@ where
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let context = Arc::clone(&self.context);
-        match request.uri().path() {
+        let deadline = deadline::of(request.headers());
+        let answer: Self::Future = match request.uri().path() {
             DO_GET => Box::pin(async move { Ok(get(context, request).await) }),
             DO_EXCHANGE => Box::pin(async move { Ok(exchange(context, request).await) }),
             DO_PUT => {
@@ -67,15 +69,19 @@ where
                 Box::pin(self.inner.call(request))
             }
             _ => Box::pin(self.inner.call(request)),
+        };
+        match deadline {
+            None => answer,
+            Some(after) => Box::pin(deadline::within(after, answer)),
         }
     }
 }
 
 async fn get(context: SharedContext, request: Request<Body>) -> Response<Body> {
     let measured = measure::Request::start("DoGet");
-    let Some(peer) = request.extensions().get::<Peer>().cloned() else {
-        let failure = Failure::new(Code::Internal, "TASK", "a request without a connection");
-        return refuse(failure, measured);
+    let peer = match peer_of(&request) {
+        Ok(peer) => peer,
+        Err(failure) => return refuse(failure, measured),
     };
     match open(&context, request.into_body(), &peer).await {
         Ok((mut reply, limits)) => {
@@ -88,10 +94,19 @@ async fn get(context: SharedContext, request: Request<Body>) -> Response<Body> {
     }
 }
 
+fn peer_of(request: &Request<Body>) -> Result<Peer, Failure> {
+    let peer = request.extensions().get::<Peer>().cloned();
+    peer.ok_or_else(|| Failure::new(Code::Internal, "TASK", "a request without a connection"))
+}
+
 async fn exchange(context: SharedContext, request: Request<Body>) -> Response<Body> {
     let measured = measure::Request::start("DoExchange");
+    let peer = match peer_of(&request) {
+        Ok(peer) => peer,
+        Err(failure) => return refuse(failure, measured),
+    };
     let incoming = Intake::new(request.into_body(), context.config.max_request_bytes);
-    match exchange::exchange(context, incoming).await {
+    match exchange::exchange(context, incoming, &peer.class).await {
         Ok(messages) => response(Body::new(MessageStream::new(messages, measured))),
         Err(failure) => refuse(failure, measured),
     }
@@ -128,7 +143,7 @@ async fn open(
     let permit = context.scan_permit()?;
     let limits = Limits {
         permit,
-        open: peer.class.stream(),
+        open: Arc::new(peer.class.stream()),
         turns: Arc::clone(&context.turns),
         senders: Arc::clone(&context.senders),
         reader_idle: context.config.reader_idle,

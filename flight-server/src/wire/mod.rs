@@ -18,6 +18,7 @@
 //! What a batch's header says and where its buffers lie is the segments' own writer's:
 //! `pinion_feature_store::segment::ipc`.
 
+mod deadline;
 mod frame;
 mod layer;
 mod messages;

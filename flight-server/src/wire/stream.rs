@@ -34,6 +34,7 @@ const WINDOW_BYTES: usize = 2 << 20;
 /// The body of a DoGet response.
 pub(crate) struct WireStream {
     shared: Arc<Shared>,
+    open: Arc<OpenStream>,
     in_flight: Gauge,
     request: Option<measure::Request>,
     turns: TurnTaker,
@@ -69,7 +70,7 @@ pub(crate) struct Limits {
     /// Held until the client has taken everything.
     pub(crate) permit: OwnedSemaphorePermit,
     /// Counts the stream for its connection.
-    pub(crate) open: OpenStream,
+    pub(crate) open: Arc<OpenStream>,
     /// Turns in the pool of blocking threads, given in the order asked.
     pub(crate) turns: Arc<Semaphore>,
     /// Turns at the wire: see `turns`.
@@ -84,9 +85,11 @@ impl WireStream {
         let shared = Arc::new(Shared::default());
         let turns = TurnTaker::new(Arc::clone(&limits.senders));
         let handle = limits.open.handle().clone();
+        let open = Arc::clone(&limits.open);
         handle.spawn(drive(Arc::clone(&shared), reply, limits));
         WireStream {
             shared,
+            open,
             in_flight: measure::bytes_in_flight(),
             request: Some(request),
             turns,
@@ -123,7 +126,7 @@ impl http_body::Body for WireStream {
                 queue.last_taken = Some(Instant::now());
                 drop(queue);
                 this.shared.taken.notify_one();
-                let tracked = InFlight::new(chunk.bytes, &this.in_flight, turn);
+                let tracked = InFlight::new(chunk.bytes, this, turn);
                 return Poll::Ready(Some(Ok(Frame::data(Bytes::from_owner(tracked)))));
             }
         }
@@ -182,15 +185,18 @@ struct InFlight {
     bytes: Bytes,
     gauge: Gauge,
     _turn: Arc<Turn>,
+    /// Until these bytes are in the socket too.
+    _open: Arc<OpenStream>,
 }
 
 impl InFlight {
-    fn new(bytes: Bytes, gauge: &Gauge, turn: Arc<Turn>) -> InFlight {
-        gauge.increment(bytes.len() as f64);
+    fn new(bytes: Bytes, stream: &WireStream, turn: Arc<Turn>) -> InFlight {
+        stream.in_flight.increment(bytes.len() as f64);
         InFlight {
             bytes,
-            gauge: gauge.clone(),
+            gauge: stream.in_flight.clone(),
             _turn: turn,
+            _open: Arc::clone(&stream.open),
         }
     }
 }
