@@ -296,9 +296,12 @@ def test_actions_are_listed_and_answer_json(prices):
     assert flushed["stats"]["log_rows"] == 0 and len(flushed["stats"]["segments"]) == 1
     assert calls.action(client, "dead_letters", table="prices")[0]["dead_letters"] == []
     assert calls.action(client, "leases")[0]["leases"] == []
-    for name in ("pin", "unpin", "pins"):
-        with pytest.raises(NotImplementedError):
-            calls.action(client, name)
+    assert calls.action(client, "pins")[0]["pins"] == []
+    (pinned,) = calls.action(client, "pin", table="prices", mode="frozen", device="host")
+    assert pinned["generation"]["rows"] == len({(row["shop"], row["item"]) for row in price_rows()})
+    assert calls.action(client, "pin", table="prices", mode="frozen", device="host")[0]["pin"] == pinned["pin"]
+    calls.action(client, "unpin", pin=pinned["pin"])
+    assert calls.action(client, "pins")[0]["pins"] == []
 
 
 def test_evolution_adds_and_widens_without_rewriting_files(prices, store):

@@ -9,7 +9,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
     apply, check, completions, config, dead_letters, delete, demo, describe, doctor, flush, get,
-    init, leases, load, ls, merge, plan, put, scan, serve, source, top, version,
+    init, leases, load, ls, merge, pin, pins, plan, put, scan, serve, source, top, unpin, version,
 };
 use crate::config::{Config, FlagValue};
 use crate::error::CliResult;
@@ -185,6 +185,12 @@ pub enum Command {
     Top(top::TopArgs),
     /// List who holds mapped files over the local lane
     Leases(leases::LeasesArgs),
+    /// Pin a table in the memory of a GPU, or in shared host memory
+    Pin(pin::PinArgs),
+    /// End a pin
+    Unpin(unpin::UnpinArgs),
+    /// List the pins of a running server and who holds them
+    Pins(pins::PinsArgs),
     /// Show and steer the Kafka sources of a running server
     Source(source::SourceArgs),
     /// Show, replay or discard records that could not be applied

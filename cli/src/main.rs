@@ -13,11 +13,13 @@ mod args;
 mod asks;
 mod commands;
 mod config;
+mod devices;
 mod error;
 mod gpu;
 mod keys;
 mod log;
 mod output;
+mod pins;
 mod progress;
 mod remote;
 mod rows;
@@ -66,6 +68,9 @@ fn run(cli: Cli) -> CliResult {
         Command::Merge(args) => args.run(global),
         Command::Leases(args) => args.run(global),
         Command::Top(args) => args.run(global),
+        Command::Pin(args) => args.run(global),
+        Command::Unpin(args) => args.run(global),
+        Command::Pins(args) => args.run(global),
         Command::Source(args) => args.run(global),
         Command::DeadLetters(args) => args.run(global),
         Command::Check(args) => args.run(global),

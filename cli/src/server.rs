@@ -1,20 +1,23 @@
 //! A server in this process: the store, its Kafka sources, and Flight in front of it.
 //!
-//! Used by `pinion serve` and `pinion demo`. Start order: store, sources, sockets. Stop order:
-//! sockets (health says NOT_SERVING first, open streams drain), sources (what was read is
-//! committed), store (final sync).
+//! Used by `pinion serve` and `pinion demo`. Start order: store, sources, pins, sockets. Stop order:
+//! sockets (health says NOT_SERVING first, open streams drain; what was lent ends), pins, sources
+//! (what was read is committed), store (final sync).
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 
 use pinion_feature_store::Store;
 use pinion_flight_server::{
-    BoundAddresses, Hooks, LaneConfig, ServerConfig, install_metrics, serve,
+    BoundAddresses, Hooks, LaneConfig, PinControl, ServerConfig, install_metrics, serve,
 };
+use pinion_gds::Pins;
 use pinion_ingest::{Ingest, IngestConfig};
 
 use crate::config::Config;
+use crate::devices::Devices;
 use crate::error::{CliError, CliResult};
+use crate::pins::DevicePins;
 use crate::sources::KafkaSources;
 
 /// The server's settings.
@@ -124,11 +127,12 @@ pub fn ingest_config(config: &Config) -> IngestConfig {
 ///
 /// # Errors
 ///
-/// An address that cannot be had, a Kafka setting that is refused.
+/// An address that cannot be had, a Kafka setting that is refused, a device that cannot be used.
 pub fn run(
     store: &Store,
     server: ServerConfig,
     ingest: IngestConfig,
+    devices: Devices,
     ready: impl FnOnce(&BoundAddresses) + Send,
     shutdown: impl Future<Output = ()> + Send,
 ) -> CliResult {
@@ -144,14 +148,19 @@ pub fn run(
             let _ = rustix::process::setpriority_process(None, nice);
         })
         .build()?;
+    let pins = Pins::new(store.clone(), devices.backends, devices.options)
+        .map_err(|e| CliError::caused("cannot use the devices for pins", e))?;
+    let pins = Arc::new(DevicePins::new(pins));
     let sources = Arc::new(
         Ingest::start(store.clone(), ingest)
             .map_err(|e| CliError::caused("cannot start the Kafka sources", e))?,
     );
     let hooks = Hooks {
         sources: Some(Arc::new(KafkaSources(Arc::clone(&sources)))),
+        pins: Some(Arc::clone(&pins) as Arc<dyn PinControl>),
     };
     let served = runtime.block_on(serve(store.clone(), hooks, server, ready, shutdown));
+    pins.stop();
     sources.stop();
     served.map_err(CliError::from_error)
 }

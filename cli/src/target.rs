@@ -100,6 +100,22 @@ impl Place {
     }
 }
 
+/// Connects to the server that the settings name, for what only a server has.
+///
+/// # Errors
+///
+/// The settings name a directory, or nobody answers.
+pub fn remote_only(config: &Config, what: &str) -> CliResult<Remote> {
+    match Place::of(config)? {
+        Place::Server(url) => Remote::connect(&url),
+        Place::Directory(dir) => Err(CliError::usage(format!(
+            "a data directory that no server has open ({}) has no {what}",
+            dir.display()
+        ))
+        .hint("pass --server URL")),
+    }
+}
+
 impl Target {
     /// Opens what the settings point at.
     pub fn open(config: &Config, access: Access) -> CliResult<Target> {

@@ -61,7 +61,7 @@ pub use error::{
 pub use lend::{DirtyBatch, LendError, LentPart, LentRows, LentSegment, LentTable};
 pub use lookup::{
     LookupRequest, LookupResult, ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch,
-    ReplyShape, ValueStatus,
+    ReplyShape, ValueStatus, cast_key,
 };
 pub use positions::{Position, Positions};
 pub use scan::{

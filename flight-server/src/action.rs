@@ -1,5 +1,7 @@
 //! DoAction: administration by name, JSON in and JSON out.
 
+use std::sync::Arc;
+
 use arrow_flight::{Action, ActionType};
 use pinion_feature_store::{Service, ServicePlan, Table, TablePlan};
 use pinion_schemas::Definition;
@@ -11,6 +13,7 @@ use tonic::Code;
 use crate::command::{CommandError, checked_table_name};
 use crate::dead_letters;
 use crate::error::Failure;
+use crate::hooks::{PinCommand, PinControl};
 use crate::service::SharedContext;
 
 /// Name and description of every action, for ListActions.
@@ -40,14 +43,20 @@ const ACTIONS: &[(&str, &str)] = &[
         "merge",
         r#"{"table"}: merges everything into one segment and waits for it"#,
     ),
-    ("pin", "not served by this release"),
-    ("pins", "not served by this release"),
+    (
+        "pin",
+        r#"{"table", "features"?, "device"?, "mode"?: "fresh" | "frozen", "slots"?, "max_slots"?, "name"?}: lays a table out in device memory"#,
+    ),
+    (
+        "pins",
+        "{}: every pin: its generation, memory, and who holds it",
+    ),
     (
         "source",
         r#"{"action": "list" | "pause" | "resume" | "seek", …}: the sources that feed the tables"#,
     ),
     ("stats", r#"{"table"?}: figures of one table or all"#),
-    ("unpin", "not served by this release"),
+    ("unpin", r#"{"pin": ID or NAME}: ends a pin"#),
 ];
 
 /// Every action there is.
@@ -83,6 +92,12 @@ struct Drop {
 #[serde(deny_unknown_fields)]
 struct OneTable {
     table: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OnePin {
+    pin: String,
 }
 
 #[derive(Deserialize, Default)]
@@ -144,11 +159,19 @@ pub(crate) fn act_now(context: &SharedContext, action: &Action) -> Result<Value,
             let Nothing {} = parse_or_default("leases", body)?;
             Ok(context.leases.list())
         }
-        verb @ ("pin" | "unpin" | "pins") => Err(Failure::new(
-            Code::Unimplemented,
-            "UNIMPLEMENTED",
-            format!("action {verb:?} is not served by this release"),
-        )),
+        "pin" => {
+            let what: PinCommand = parse("pin", body)?;
+            checked_table_name(&what.table)?;
+            Ok(pins(context)?.pin(&what)?)
+        }
+        "unpin" => {
+            let OnePin { pin } = parse("unpin", body)?;
+            Ok(pins(context)?.unpin(&pin)?)
+        }
+        "pins" => {
+            let Nothing {} = parse_or_default("pins", body)?;
+            Ok(pins(context)?.list())
+        }
         other => {
             let known: Vec<&str> = ACTIONS.iter().map(|(name, _)| *name).collect();
             Err(Failure::invalid(
@@ -158,6 +181,21 @@ pub(crate) fn act_now(context: &SharedContext, action: &Action) -> Result<Value,
             .with("action", other))
         }
     }
+}
+
+/// The pins of this process.
+///
+/// # Errors
+///
+/// `UNIMPLEMENTED` where it makes none.
+pub(crate) fn pins(context: &SharedContext) -> Result<&Arc<dyn PinControl>, Failure> {
+    context.hooks.pins.as_ref().ok_or_else(|| {
+        Failure::new(
+            Code::Unimplemented,
+            "UNIMPLEMENTED",
+            "this server makes no pins",
+        )
+    })
 }
 
 fn parse<T: DeserializeOwned>(verb: &str, body: &[u8]) -> Result<T, Failure> {

@@ -125,6 +125,9 @@ async fn show_metrics(State(admin): State<Admin>) -> impl IntoResponse {
     if let Some(sources) = &admin.context.hooks.sources {
         sources.record_metrics();
     }
+    if let Some(pins) = &admin.context.hooks.pins {
+        pins.record_metrics();
+    }
     let open = admin.context.config.max_scans - admin.context.scans.available_permits();
     gauge!("pinion_scans_open").set(open as f64);
     let leases = admin.context.leases.totals();

@@ -19,6 +19,7 @@ use tonic::metadata::{MetadataMap, MetadataValue};
 use tonic::{Code, Status};
 
 use crate::command::CommandError;
+use crate::hooks::{PinRefusal, PinRefused};
 use crate::ticket::TicketError;
 
 /// Trailer that carries the details of an error as JSON: always a member `error` (an
@@ -245,6 +246,31 @@ impl From<ReadError> for Failure {
                 Failure::of(Code::Internal, "COMPUTE", &error).with("table", table.clone())
             }
         }
+    }
+}
+
+impl From<PinRefused> for Failure {
+    fn from(refused: PinRefused) -> Failure {
+        let (code, error) = match refused.why {
+            PinRefusal::UnknownTable => (Code::NotFound, "UNKNOWN_TABLE"),
+            PinRefusal::UnknownPin => (Code::NotFound, "UNKNOWN_PIN"),
+            PinRefusal::UnknownDevice => (Code::InvalidArgument, "UNKNOWN_DEVICE"),
+            PinRefusal::Request => (Code::InvalidArgument, "PIN_REQUEST"),
+            PinRefusal::Differs => (Code::FailedPrecondition, "PIN_DIFFERS"),
+            PinRefusal::LayoutChanged => (Code::FailedPrecondition, "LAYOUT_CHANGED"),
+            PinRefusal::Budget => (Code::ResourceExhausted, "PIN_BUDGET"),
+            PinRefusal::DeviceMemory => (Code::ResourceExhausted, "DEVICE_MEMORY"),
+            PinRefusal::TooLarge => (Code::FailedPrecondition, "PIN_TOO_LARGE"),
+            PinRefusal::Keys => (Code::InvalidArgument, "KEYS"),
+            PinRefusal::RowsForgotten => (Code::FailedPrecondition, "ROWS_FORGOTTEN"),
+            PinRefusal::Damaged => (Code::DataLoss, "SEGMENT_DAMAGED"),
+            PinRefusal::Lend => (Code::Unavailable, "LEND"),
+            PinRefusal::Device => (Code::Internal, "DEVICE"),
+            PinRefusal::Bug => (Code::Internal, "PIN"),
+        };
+        let mut failure = Failure::new(code, error, refused.message);
+        failure.details.extend(refused.details);
+        failure
     }
 }
 

@@ -53,5 +53,8 @@ pub use command::{
 };
 pub use config::{ConfigError, LaneConfig, Sendfile, ServerConfig};
 pub use error::ERROR_DETAILS_KEY;
-pub use hooks::{Hooks, SourceControl};
+pub use hooks::{
+    Hooks, LentPin, PinCommand, PinControl, PinDevice, PinHolder, PinLease, PinMapping, PinMode,
+    PinRefusal, PinRefused, SourceControl,
+};
 pub use serve::{BoundAddresses, ServeError, serve};

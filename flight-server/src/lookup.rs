@@ -93,6 +93,19 @@ impl Scratch {
     }
 }
 
+/// What a batch of more keys than `lookup_max_rows` is told.
+pub(crate) fn too_many_keys(rows: usize, limit: usize) -> Failure {
+    Failure::new(
+        Code::ResourceExhausted,
+        "LOOKUP_TOO_LARGE",
+        format!(
+            "{rows} keys in one batch, over the limit of {limit} (lookup_max_rows): send several batches"
+        ),
+    )
+    .with("rows", rows as u64)
+    .with("limit_rows", limit as u64)
+}
+
 /// One message of the Arrow IPC format: flatbuffer without framing, and body.
 pub(crate) struct IpcMessage {
     pub(crate) header: Bytes,
@@ -524,16 +537,7 @@ impl BoundLookup {
         if rows <= self.plan.max_rows {
             return Ok(());
         }
-        Err(Failure::new(
-            Code::ResourceExhausted,
-            "LOOKUP_TOO_LARGE",
-            format!(
-                "{rows} keys in one batch, over the limit of {} (lookup_max_rows): send several batches",
-                self.plan.max_rows
-            ),
-        )
-        .with("rows", rows as u64)
-        .with("limit_rows", self.plan.max_rows as u64))
+        Err(too_many_keys(rows, self.plan.max_rows))
     }
 
     fn deadline(&self, arrived: Instant) -> Option<Instant> {

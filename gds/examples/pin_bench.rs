@@ -164,7 +164,7 @@ fn lease(pins: &Pins, id: u64) -> Result<Arc<pinion_gds::Lease>, Failure> {
         pid: std::process::id(),
     };
     loop {
-        let layout = pins.share("bench")?.layout.number;
+        let layout = pins.share("bench", holder)?.mapping.layout().number;
         match pins.lease("bench", layout, holder) {
             Err(pinion_gds::PinError::LayoutChanged { .. }) => {}
             other => return Ok(other?),

@@ -7,8 +7,7 @@ use serde_json::json;
 use crate::args::{GlobalArgs, OutputForm};
 use crate::error::{CliError, CliResult};
 use crate::output::{bytes_text, print_json, print_text, write_table};
-use crate::remote::Remote;
-use crate::target::Place;
+use crate::target::remote_only;
 
 /// Lists the leases of a running server: which process has which table mapped over the local
 /// lane, and how much disk that may hold.
@@ -47,17 +46,7 @@ struct Lease {
 impl LeasesArgs {
     pub fn run(self, global: &GlobalArgs) -> CliResult {
         let config = global.settings(Vec::new())?;
-        let url = match Place::of(&config)? {
-            Place::Server(url) => url,
-            Place::Directory(dir) => {
-                return Err(CliError::usage(format!(
-                    "a data directory that no server has open ({}) has no leases",
-                    dir.display()
-                ))
-                .hint("pass --server URL"));
-            }
-        };
-        let reply = Remote::connect(&url)?.action("leases", &json!({}))?;
+        let reply = remote_only(&config, "leases")?.action("leases", &json!({}))?;
         let report: Report = serde_json::from_value(reply)
             .map_err(|e| CliError::caused("the server's reply to leases is not understood", e))?;
         if OutputForm::of(&config) == OutputForm::Json {

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::args::GlobalArgs;
 use crate::config::FlagValue;
+use crate::devices::Devices;
 use crate::error::{CliError, CliResult};
 use crate::log::{self, LogForm};
 use crate::server::{asked_to_end, ingest_config, run, server_config};
@@ -78,12 +79,14 @@ impl ServeArgs {
         let server = server_config(&config)?;
         let ingest = ingest_config(&config);
         let ready_file = config.path("serve.ready_file");
+        let devices = Devices::open(&config, &dir)?;
         let store = Store::open(&dir, config.store_options())?;
         let tables = store.tables().len();
         let served = run(
             &store,
             server,
             ingest,
+            devices,
             |bound| announce(bound, &dir, tables, ready_file.as_deref()),
             asked_to_end(),
         );

@@ -511,7 +511,11 @@ pub(crate) fn to_user_type(
 
 /// A key column as the table stores it. Values that do not fit are refused, never wrapped
 /// or rounded.
-fn cast_key(column: &ArrayRef, to: &DataType) -> Result<ArrayRef, ArrowError> {
+///
+/// # Errors
+///
+/// A type from which no cast is lossless, or a value that does not fit.
+pub fn cast_key(column: &ArrayRef, to: &DataType) -> Result<ArrayRef, ArrowError> {
     if column.data_type() == to {
         return Ok(Arc::clone(column));
     }

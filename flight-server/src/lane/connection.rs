@@ -1,6 +1,7 @@
 //! One peer: its frames in, the answers out, on one thread.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,13 +16,14 @@ use tokio::sync::watch;
 use tonic::Code;
 
 use super::frame::{
-    HEADER_BYTES, Header, RELEASE_LEASE, Reply, Request, WANT_JSON, hello, padded_json,
-    push_message_head, push_schema, split_json,
+    HEADER_BYTES, Header, RELEASE_HANDLE, RELEASE_LEASE, RELEASE_PIN_LEASE, Reply, Request,
+    WANT_JSON, hello, padded_json, push_message_head, push_schema, split_json,
 };
 use super::handles::{Handles, Prepared, encode, snapshot_members};
 use super::leases::Holder;
 use super::map::{MapCommand, write_mapped};
 use super::meter::Meter;
+use super::pins::Pins;
 use super::socket::{Incoming, Outgoing, SendError, Unread};
 use crate::barrier::{await_barrier, newest};
 use crate::command::Barrier;
@@ -71,10 +73,12 @@ pub(super) fn serve(connection: Connection) {
         stopped,
     } = connection;
     let peer = holder.peer;
+    let pins = Pins::new(&holder, Arc::clone(&socket), runtime.clone());
     let mut session = Session {
         incoming: Incoming::new(Arc::clone(&socket), context.config.lane.spin),
         outgoing: Outgoing::new(socket),
         handles: Handles::new(context.config.lane.max_handles),
+        pins,
         meter: Meter::new(),
         context,
         holder,
@@ -97,6 +101,7 @@ struct Session {
     incoming: Incoming,
     outgoing: Outgoing,
     handles: Handles,
+    pins: Pins,
     meter: Meter,
     holder: Holder,
     runtime: Runtime,
@@ -209,10 +214,12 @@ impl Session {
             Request::Prepare => self.prepare(header),
             Request::Map => self.map(header),
             Request::Release => {
-                if header.flags & RELEASE_LEASE == 0 {
-                    self.handles.release(header.detail)?;
-                } else {
-                    self.holder.release(header.detail)?;
+                match header.flags {
+                    RELEASE_HANDLE => self.handles.release(header.detail)?,
+                    RELEASE_LEASE => self.holder.release(header.detail)?,
+                    RELEASE_PIN_LEASE => self.pins.release_lease(header.detail)?,
+                    // The only other one that a header may have: both bits.
+                    _ => self.pins.release_mapping(header.detail)?,
                 }
                 self.outgoing.begin();
                 self.reply(Reply::Released, header, 0)
@@ -235,6 +242,20 @@ impl Session {
                 }
                 self.outgoing.begin().extend_from_slice(payload);
                 self.reply(Reply::Pong, header, 0)
+            }
+            Request::Pin => self.pin(header),
+            Request::Latest => {
+                let generation = self.pins.latest(self.incoming.payload(header))?;
+                let text = padded_json(&generation, 0);
+                self.outgoing.begin().extend_from_slice(&text);
+                self.reply(Reply::Generation, header, 0)
+            }
+            Request::RowIds => self.row_ids(header),
+            Request::Checksum => {
+                let checksums = self.pins.checksums(self.incoming.payload(header))?;
+                let text = padded_json(&checksums, 0);
+                self.outgoing.begin().extend_from_slice(&text);
+                self.reply(Reply::ChecksumIs, header, 0)
             }
             Request::Hello => {
                 Err(Failure::invalid("LANE_FRAME", "HELLO comes once, at the start").into())
@@ -344,6 +365,42 @@ impl Session {
         }
         self.outgoing.begin();
         Ok(self.outgoing.send(Reply::End, id, 0, &[], &[])?)
+    }
+
+    fn pin(&mut self, header: &Header) -> Result<(), Unanswered> {
+        let control = crate::action::pins(&self.context)?;
+        let pinned = self.pins.map(control, self.incoming.payload(header))?;
+        let text = padded_json(&pinned.json, 0);
+        let frame = self.outgoing.begin();
+        frame.extend_from_slice(&text);
+        push_schema(frame, &pinned.stored_schema);
+        push_schema(frame, &pinned.schema);
+        let descriptors: Vec<_> = pinned.descriptors.iter().map(AsFd::as_fd).collect();
+        let json_bytes = text.len() as u32;
+        let sent = self.outgoing.send(
+            Reply::Pinned,
+            header.request_id,
+            json_bytes,
+            &[],
+            &descriptors,
+        );
+        if let Err(SendError::TooLarge(_)) = &sent {
+            // After an ERROR there is no mapping.
+            self.pins.release_mapping(pinned.mapping)?;
+        }
+        Ok(sent?)
+    }
+
+    fn row_ids(&mut self, header: &Header) -> Result<(), Unanswered> {
+        let (command, keys) = split_json(self.incoming.payload(header), header.detail)?;
+        let max_rows = self.context.config.lookup_max_rows;
+        let rows = self.pins.row_ids(command, keys, max_rows)?;
+        let frame = self.outgoing.begin();
+        frame.reserve(rows.len() * 8);
+        for row in &rows {
+            frame.extend_from_slice(&row.to_le_bytes());
+        }
+        self.reply(Reply::RowsFound, header, rows.len() as u32)
     }
 
     fn act(&mut self, header: &Header) -> Result<(), Unanswered> {

@@ -22,8 +22,10 @@ const CONTINUATION: [u8; 4] = [0xFF; 4];
 pub(super) const ALIGNMENT_BYTES: usize = 64;
 /// LOOKUP: the reply is to name the snapshots read.
 pub(super) const WANT_JSON: u8 = 1;
-/// RELEASE: the detail is a lease, not a handle.
+/// RELEASE: what the detail is a number of, as its flags say.
+pub(super) const RELEASE_HANDLE: u8 = 0;
 pub(super) const RELEASE_LEASE: u8 = 1;
+pub(super) const RELEASE_PIN_LEASE: u8 = 2;
 
 /// What a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +38,10 @@ pub(super) enum Request {
     Renew,
     Action,
     Ping,
+    Pin,
+    Latest,
+    RowIds,
+    Checksum,
 }
 
 impl Request {
@@ -49,6 +55,10 @@ impl Request {
             6 => Request::Renew,
             7 => Request::Action,
             8 => Request::Ping,
+            9 => Request::Pin,
+            10 => Request::Latest,
+            11 => Request::RowIds,
+            12 => Request::Checksum,
             _ => return None,
         })
     }
@@ -57,7 +67,7 @@ impl Request {
     fn flags(self) -> u8 {
         match self {
             Request::Lookup => WANT_JSON,
-            Request::Release => RELEASE_LEASE,
+            Request::Release => RELEASE_LEASE | RELEASE_PIN_LEASE,
             _ => 0,
         }
     }
@@ -73,6 +83,10 @@ impl Request {
             Request::Renew => "LaneRenew",
             Request::Action => "LaneAction",
             Request::Ping => "LanePing",
+            Request::Pin => "LanePin",
+            Request::Latest => "LaneLatest",
+            Request::RowIds => "LaneRowIds",
+            Request::Checksum => "LaneChecksum",
         }
     }
 }
@@ -89,6 +103,10 @@ pub(super) enum Reply {
     Renewed = 134,
     Result = 135,
     Pong = 136,
+    Pinned = 137,
+    Generation = 138,
+    RowsFound = 139,
+    ChecksumIs = 140,
     Batch = 144,
     End = 145,
     Error = 255,
@@ -345,11 +363,13 @@ mod tests {
         reserved[6] = 1;
         for bad in [
             header(0, 0, 0),
-            header(0, 9, 0),
+            header(0, 13, 0),
             header(0, 131, 0),
             header(0, 255, 0),
             header(0, 3, 2),
             header(0, 1, 1),
+            header(0, 4, 4),
+            header(0, 10, 2),
             header(1025, 3, 0),
             header(u32::MAX, 3, 0),
             reserved,

@@ -117,20 +117,7 @@ impl Handles {
                 ));
             }
         };
-        if let Some(field) = request
-            .fields()
-            .iter()
-            .find(|field| storage_type(field.data_type()) != *field.data_type())
-        {
-            return Err(Failure::invalid(
-                "ARROW_UNSUPPORTED",
-                format!(
-                    "column {:?} is dictionary-encoded; the local lane takes plain values",
-                    field.name()
-                ),
-            )
-            .with("column", field.name().clone()));
-        }
+        refuse_dictionaries(&request)?;
         let max_reply_bytes = match command.max_message_bytes {
             None => context.config.max_message_cap_bytes,
             asked => context.message_limit(asked)?,
@@ -176,6 +163,22 @@ impl Handles {
             .remove(&handle)
             .map(drop)
             .ok_or_else(|| unknown(handle))
+    }
+}
+
+/// Keys come as plain values.
+pub(super) fn refuse_dictionaries(keys: &Schema) -> Result<(), Failure> {
+    let mut fields = keys.fields().iter();
+    match fields.find(|field| storage_type(field.data_type()) != *field.data_type()) {
+        None => Ok(()),
+        Some(field) => Err(Failure::invalid(
+            "ARROW_UNSUPPORTED",
+            format!(
+                "column {:?} is dictionary-encoded; the local lane takes plain values",
+                field.name()
+            ),
+        )
+        .with("column", field.name().clone())),
     }
 }
 

@@ -9,7 +9,8 @@
 //! Inside: `listener` (accepting, starting, stopping), `peer` (who may connect), `connection`
 //! (one peer's requests), `socket` (frames through a socket), `frame` (bytes to
 //! frames and back), `handles` (prepared lookups),
-//! `map` (lending snapshots), `leases` (who holds which files), `meter` (metrics).
+//! `map` (lending snapshots), `leases` (who holds which files), `pins` (lending pins: mappings and
+//! their leases), `watch` (the peer's process), `meter` (metrics).
 
 mod connection;
 mod frame;
@@ -19,7 +20,9 @@ mod listener;
 mod map;
 mod meter;
 mod peer;
+mod pins;
 mod socket;
+mod watch;
 
 pub(crate) use leases::Leases;
 pub(crate) use listener::Lane;

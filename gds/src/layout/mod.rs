@@ -184,8 +184,10 @@ pub struct Used {
 /// One buffer, and how much of it is in use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsedBuffer {
-    /// `column.values`, `column.child.heap` and the like.
-    pub path: String,
+    /// The column's name.
+    pub column: String,
+    /// Its place in the column's [`Node`]: `values`, `child.heap`, `children.0.views` and the like.
+    pub buffer: String,
     /// Where in the slot.
     pub offset: u64,
     /// Bytes in use.
@@ -212,15 +214,27 @@ impl Shape {
             && used.parts.iter().zip(&parts).all(|(used, all)| used <= all)
     }
 
-    /// Every buffer with what of it is in use, column by column. Unused ones are left out.
-    pub fn used_buffers(&self, used: &Used) -> Vec<UsedBuffer> {
+    /// Every buffer with what of it is in use, column by column.
+    pub fn buffers(&self, used: &Used) -> Vec<UsedBuffer> {
         let mut found = Vec::new();
         let mut parts = used.parts.iter().copied();
         for column in &self.columns {
-            column
-                .node
-                .used(&column.name, used.rows, &mut parts, &mut found);
+            let mut add = |buffer: String, offset, bytes| {
+                found.push(UsedBuffer {
+                    column: column.name.clone(),
+                    buffer,
+                    offset,
+                    bytes,
+                });
+            };
+            column.node.used("", used.rows, &mut parts, &mut add);
         }
+        found
+    }
+
+    /// As [`buffers`](Self::buffers), without those of which nothing is in use.
+    pub fn used_buffers(&self, used: &Used) -> Vec<UsedBuffer> {
+        let mut found = self.buffers(used);
         found.retain(|buffer| buffer.bytes > 0);
         found
     }
@@ -259,20 +273,16 @@ impl Node {
         }
     }
 
-    /// Appends its buffers of `rows` rows.
+    /// Calls `each` with its buffers of `rows` rows: name, offset, bytes.
     fn used(
         &self,
         path: &str,
         rows: u64,
-        parts: &mut impl Iterator<Item = u64>,
-        found: &mut Vec<UsedBuffer>,
+        parts: &mut dyn Iterator<Item = u64>,
+        each: &mut dyn FnMut(String, u64, u64),
     ) {
         let mut add = |what: &str, offset: u64, bytes: u64| {
-            found.push(UsedBuffer {
-                path: format!("{path}.{what}"),
-                offset,
-                bytes,
-            });
+            each(format!("{path}{what}"), offset, bytes);
         };
         if let Some(validity) = self.validity() {
             add("validity", validity, rows);
@@ -293,16 +303,16 @@ impl Node {
                 add("offsets", *offsets, rows * 8);
                 add("sizes", *sizes, rows * 8);
                 let elements = parts.next().unwrap_or(0);
-                child.used(&format!("{path}.child"), elements, parts, found);
+                child.used(&format!("{path}child."), elements, parts, each);
             }
             Node::FixedSizeList { size, child, .. } => {
                 let elements = rows * u64::from(*size);
-                child.used(&format!("{path}.child"), elements, parts, found);
+                child.used(&format!("{path}child."), elements, parts, each);
             }
             Node::Struct { children, .. } => {
-                for member in children {
-                    let path = format!("{path}.{}", member.name);
-                    member.node.used(&path, rows, parts, found);
+                for (at, member) in children.iter().enumerate() {
+                    let path = format!("{path}children.{at}.");
+                    member.node.used(&path, rows, parts, each);
                 }
             }
         }

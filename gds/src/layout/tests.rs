@@ -238,7 +238,7 @@ fn only_what_is_in_use_counts_as_a_buffer() {
     let found: Vec<(String, u64)> = shape
         .used_buffers(&used)
         .into_iter()
-        .map(|b| (b.path, b.bytes))
+        .map(|b| (format!("{}.{}", b.column, b.buffer), b.bytes))
         .collect();
     let expected = [
         ("k.values", 80),
@@ -250,6 +250,11 @@ fn only_what_is_in_use_counts_as_a_buffer() {
         ("t.child.heap", 90),
     ];
     assert_eq!(found, expected.map(|(p, n)| (p.to_owned(), n)));
+    let empty = Used {
+        rows: 0,
+        parts: vec![0, 0],
+    };
+    assert_eq!(shape.buffers(&empty).len(), expected.len());
     for full in [
         Used {
             rows: 101,

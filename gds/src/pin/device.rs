@@ -8,7 +8,8 @@ use parking_lot::Mutex;
 
 use super::budget::{Budget, Reservation};
 use super::error::PinError;
-use super::pin::{Pin, PinId};
+use super::names::PinId;
+use super::pin::Pin;
 use super::ring::SlotMemory;
 use crate::backend::Backend;
 use crate::error::GdsError;
@@ -39,10 +40,6 @@ impl Device {
             evictions: AtomicU64::new(0),
             refusals: AtomicU64::new(0),
         }
-    }
-
-    pub fn ordinal(&self) -> u32 {
-        self.backend.device().ordinal
     }
 
     /// Makes a pin a candidate for eviction.
@@ -156,13 +153,13 @@ impl Device {
         (0..count).map(|_| self.budget.reserve(bytes)).collect()
     }
 
-    /// Pins without a lease, the one longest out of use first.
+    /// Pins that nobody leases or maps, the one longest out of use first.
     fn candidates(&self, keep: Option<PinId>) -> Vec<Arc<Pin>> {
         let mut pins = self.pins.lock();
         pins.retain(|pin| !pin.is_retired());
         let mut found: Vec<_> = pins
             .iter()
-            .filter(|pin| Some(pin.id()) != keep && !pin.is_leased())
+            .filter(|pin| Some(pin.id()) != keep && !pin.is_held())
             .cloned()
             .collect();
         found.sort_by_key(|pin| pin.last_used());

@@ -6,6 +6,7 @@ use arrow_schema::ArrowError;
 use pinion_feature_store::{ReadError, UnknownTable};
 use pinion_schemas::KeyError;
 
+use super::names::DeviceName;
 use crate::decode::DecodeError;
 use crate::encode::EncodeError;
 use crate::error::GdsError;
@@ -32,10 +33,12 @@ pub enum PinError {
         pin: String,
     },
     /// Another pin has the name.
-    #[error("there is a pin {name:?} already; unpin it, or give another name")]
+    #[error("there is a pin {name:?} already, with other {}; unpin it, or give another name", differs.join(", "))]
     NameTaken {
         /// The name.
         name: String,
+        /// Which members of the request differ: `mode`, `slots`, …
+        differs: Vec<&'static str>,
     },
     /// A name that cannot be one.
     #[error("{name:?} is no name for a pin: {problem}")]
@@ -48,10 +51,10 @@ pub enum PinError {
     /// No such device.
     #[error("there is no device {device}; known: {}", list(known))]
     UnknownDevice {
-        /// The ordinal asked for.
-        device: u32,
+        /// The one asked for.
+        device: DeviceName,
         /// Those there are.
-        known: Vec<u32>,
+        known: Vec<DeviceName>,
     },
     /// A number of slots that cannot be.
     #[error("{slots} slots, at most {max_slots}: {problem}")]
@@ -130,6 +133,19 @@ pub enum PinError {
         /// The column.
         column: String,
     },
+    /// A key column that cannot be cast without loss.
+    #[error("key column {column:?} is {given}, the table's is {declared}")]
+    KeyType {
+        /// The column.
+        column: String,
+        /// The type given.
+        given: String,
+        /// The type declared.
+        declared: String,
+        /// The first value that does not fit, or that none does.
+        #[source]
+        source: ArrowError,
+    },
     /// Keys that do not fit the table's.
     #[error(transparent)]
     Keys(#[from] KeyError),
@@ -168,7 +184,7 @@ pub enum PinError {
     },
 }
 
-fn list(known: &[u32]) -> String {
-    let known: Vec<String> = known.iter().map(u32::to_string).collect();
+fn list(known: &[DeviceName]) -> String {
+    let known: Vec<String> = known.iter().map(DeviceName::to_string).collect();
     known.join(", ")
 }

@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use arrow_array::{ArrayRef, RecordBatch};
+use arrow_schema::Field;
 use parking_lot::{Mutex, RwLock};
-use pinion_feature_store::Snapshot;
-use pinion_schemas::{KeyEncoder, TableDefinition, key_hash};
+use pinion_feature_store::{Snapshot, cast_key};
+use pinion_schemas::{KeyEncoder, TableDefinition, format_type, key_hash, storage_type};
 
 use super::error::PinError;
 use super::index::{KeyIndex, Keys, Plan};
@@ -22,7 +23,7 @@ const KEYS_A_LOCK: usize = 4096;
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Epoch {
-    columns: Vec<String>,
+    columns: Vec<Field>,
     encoder: KeyEncoder,
     /// Where a frozen pin's index comes from, until it is made.
     source: Mutex<Option<Snapshot>>,
@@ -67,8 +68,8 @@ impl Epoch {
             problem: e.to_string(),
         })?;
         Ok(Epoch {
-            columns: fields.iter().map(|field| field.name().clone()).collect(),
             encoder,
+            columns: fields,
             source: Mutex::new(None),
             indexed: OnceLock::new(),
             held: Mutex::new(BTreeMap::new()),
@@ -151,17 +152,23 @@ impl Epoch {
 
     /// The rows that keys have in a generation, -1 for none.
     ///
-    /// Columns are found by name; others are left alone.
+    /// Columns are found by name, others are left alone; types are those that a lookup takes.
     pub fn rows(&self, generation: u64, keys: &RecordBatch) -> Result<Vec<i64>, PinError> {
         let columns: Vec<ArrayRef> = self
             .columns
             .iter()
-            .map(|name| {
-                keys.column_by_name(name)
-                    .cloned()
-                    .ok_or_else(|| PinError::KeyColumn {
-                        column: name.clone(),
-                    })
+            .map(|field| {
+                let column = keys.column_by_name(field.name());
+                let column = column.ok_or_else(|| PinError::KeyColumn {
+                    column: field.name().clone(),
+                })?;
+                let stored = storage_type(field.data_type());
+                cast_key(column, &stored).map_err(|source| PinError::KeyType {
+                    column: field.name().clone(),
+                    given: format_type(column.data_type()),
+                    declared: format_type(field.data_type()),
+                    source,
+                })
             })
             .collect::<Result<_, _>>()?;
         let encoded = self.encoder.encode(&columns)?;

@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use arrow_array::RecordBatch;
 use serde_json::{Value, json};
-use xxhash_rust::xxh3::Xxh3Default;
 
 use super::error::PinError;
 use super::generation::{Generation, millis};
@@ -57,14 +56,16 @@ pub struct LeaseNote {
 /// The checksum of one buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BufferChecksum {
-    /// `column.values`, `column.heap` and the like.
-    pub path: String,
+    /// The column's name.
+    pub column: String,
+    /// Which of its buffers, as in [`crate::UsedBuffer::buffer`].
+    pub buffer: String,
     /// Where in the slot.
     pub offset: u64,
     /// Bytes in use, of which it is the checksum.
     pub bytes: u64,
-    /// xxh3, 64 bits, seed 0.
-    pub xxh3: u64,
+    /// CRC-32 as zlib has it, which every language's standard library can check.
+    pub crc32: u32,
 }
 
 /// Bytes read back from a device at a time.
@@ -118,17 +119,17 @@ impl Lease {
         self.epoch.rows(self.generation.number, keys)
     }
 
-    /// The checksum of each buffer's used bytes, read back from the device.
+    /// The checksum of each buffer's used bytes, of none too, read back from the device.
     ///
     /// # Errors
     ///
     /// The device's.
     pub fn checksums(&self) -> Result<Vec<BufferChecksum>, PinError> {
-        let buffers = self.layout.shape.used_buffers(&self.generation.used);
+        let buffers = self.layout.shape.buffers(&self.generation.used);
         let mut found = Vec::with_capacity(buffers.len());
         let mut room = Vec::new();
         for buffer in buffers {
-            let mut hash = Xxh3Default::new();
+            let mut hash = crc32fast::Hasher::new();
             let mut done = 0;
             while done < buffer.bytes {
                 let bytes = READ_BYTES.min(buffer.bytes - done);
@@ -138,10 +139,11 @@ impl Lease {
                 done += bytes;
             }
             found.push(BufferChecksum {
-                path: buffer.path,
+                column: buffer.column,
+                buffer: buffer.buffer,
                 offset: buffer.offset,
                 bytes: buffer.bytes,
-                xxh3: hash.digest(),
+                crc32: hash.finalize(),
             });
         }
         Ok(found)
@@ -173,14 +175,14 @@ impl Lease {
 }
 
 impl BufferChecksum {
-    /// What the holder is told; the checksum as 16 hexadecimal digits, since JSON numbers are
-    /// not exact.
+    /// What the holder is told.
     pub fn to_json(&self) -> Value {
         json!({
-            "path": self.path,
+            "column": self.column,
+            "buffer": self.buffer,
             "offset": self.offset,
             "bytes": self.bytes,
-            "xxh3": format!("{:016x}", self.xxh3),
+            "crc32": self.crc32,
         })
     }
 }

@@ -15,12 +15,15 @@
 //! - A leased slot is never written, and its memory is not given back, whatever happens to the
 //!   pin. If every slot but the newest is leased, the pin stays at its generation, says by whom it
 //!   is stalled, and grows by a slot if it may.
+//! - A consumer that has mapped the slots holds a [`Mapping`]: their memory counts as in use until
+//!   that is dropped.
 //! - Memory is counted against a budget per device from before it is allocated until it is given
 //!   back. Pins that nobody leases are evicted for new ones, the longest unused first.
 //!
-//! Inside: slots (`ring`), what is published under which lock (`pin`, `claim`), the key index
-//! (`index`, `journal`, `keys`), the first fill (`fill`), changes (`refresh`, on threads of
-//! `worker`), memory (`budget`, `device`), the whole (`registry`).
+//! Inside: ids and names (`names`), what is asked for (`request`), slots (`ring`), what is published
+//! under which lock (`pin`, `claim`), the key index (`index`, `journal`, `keys`), the first fill
+//! (`fill`), changes (`refresh`, on threads of `worker`), memory (`budget`, `device`, `mapping`), the
+//! whole (`registry`).
 //!
 //! Elsewhere: bytes and offsets (`layout`, `encode`), devices (`backend`), the protocol
 //! (`docs/local-lane.md`).
@@ -36,6 +39,8 @@ mod index;
 mod journal;
 mod keys;
 mod lease;
+mod mapping;
+mod names;
 mod options;
 // The module is named after its only type, as the noun is.
 #[allow(clippy::module_inception)]
@@ -53,8 +58,10 @@ pub use error::PinError;
 pub use fill::{EncodedBytes, FillReport};
 pub use generation::{Generation, Stall};
 pub use lease::{BufferChecksum, Holder, Lease, LeaseNote};
+pub use mapping::{Mapping, MappingNote};
+pub use names::{DeviceName, NotAPinId, PinId};
 pub use options::{Headroom, PinOptions};
-pub use pin::{PinId, Retired};
+pub use pin::Retired;
 pub use registry::Pins;
 pub use request::{MAX_SLOTS, PinRequest, Shared};
 pub use status::{DeviceStatus, PinFigures, PinStatus};

@@ -22,13 +22,11 @@ use super::fill::FillReport;
 use super::generation::{Generation, Stall};
 use super::keys::Epoch;
 use super::lease::{Holder, Lease, LeaseNote};
+use super::mapping::{Mapping, MappingNote};
+use super::names::PinId;
 use super::ring::{Ring, SlotMemory};
 use crate::backend::Backend;
 use crate::layout::{Layout, PinMode};
-
-/// Names a pin for the life of the server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PinId(pub u64);
 
 /// What a pin is of, and how it is kept.
 pub(crate) struct Spec {
@@ -83,6 +81,7 @@ pub(super) struct State {
     pub live: Option<Live>,
     retired: Option<Retired>,
     pub leases: BTreeMap<u64, LeaseNote>,
+    mappings: BTreeMap<u64, MappingNote>,
     pub stall: Option<Stall>,
     pub problem: Option<String>,
     last_used: Instant,
@@ -96,15 +95,6 @@ pub(super) struct Live {
     pub epoch: Arc<Epoch>,
 }
 
-/// What is exported of a pin.
-#[derive(Debug)]
-pub(crate) struct Slots {
-    pub layout: Arc<Layout>,
-    pub newest: Generation,
-    /// In order.
-    pub memory: Vec<Arc<SlotMemory>>,
-}
-
 /// What is shown of a pin at one moment.
 #[derive(Debug, Clone)]
 pub(crate) struct Shown {
@@ -112,6 +102,7 @@ pub(crate) struct Shown {
     pub newest: Option<Generation>,
     pub retired: Option<Retired>,
     pub leases: Vec<LeaseNote>,
+    pub mappings: Vec<MappingNote>,
     pub stall: Option<Stall>,
     pub problem: Option<String>,
     pub device_bytes: u64,
@@ -119,9 +110,15 @@ pub(crate) struct Shown {
     pub fill: FillReport,
 }
 
+impl State {
+    fn is_held(&self) -> bool {
+        !self.leases.is_empty() || !self.mappings.is_empty()
+    }
+}
+
 impl fmt::Debug for Pin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Pin({} {:?})", self.spec.id.0, self.spec.name)
+        write!(f, "Pin({} {:?})", self.spec.id, self.spec.name)
     }
 }
 
@@ -146,6 +143,7 @@ impl Pin {
                 }),
                 retired: None,
                 leases: BTreeMap::new(),
+                mappings: BTreeMap::new(),
                 stall: None,
                 problem: None,
                 last_used: Instant::now(),
@@ -166,6 +164,21 @@ impl Pin {
 
     pub fn backend(&self) -> &dyn Backend {
         self.device.backend.as_ref()
+    }
+
+    /// Which members of a request differ from this pin's.
+    pub fn differs(&self, spec: &Spec, device: &Arc<Device>) -> Vec<&'static str> {
+        let own = &self.spec;
+        let members = [
+            ("table", own.table.id() != spec.table.id()),
+            ("features", own.features != spec.features),
+            ("device", !Arc::ptr_eq(&self.device, device)),
+            ("mode", own.mode != spec.mode),
+            ("slots", own.slots != spec.slots),
+            ("max_slots", own.max_slots != spec.max_slots),
+        ];
+        let differ = members.into_iter().filter(|(_, differs)| *differs);
+        differ.map(|(member, _)| member).collect()
     }
 
     pub fn gone(&self) -> PinError {
@@ -230,7 +243,7 @@ impl Pin {
         self.freed.notify_all();
     }
 
-    /// Takes the pin out of use if nobody leases it. Its memory goes, at the latest when a
+    /// Takes the pin out of use if nobody leases or maps it. Its memory goes, at the latest when a
     /// running write ends.
     pub fn evict(&self) -> bool {
         self.retire(Retired::Evicted, true)
@@ -241,9 +254,9 @@ impl Pin {
         self.retire(Retired::Unpinned, false)
     }
 
-    fn retire(&self, why: Retired, only_unleased: bool) -> bool {
+    fn retire(&self, why: Retired, only_unheld: bool) -> bool {
         let mut state = self.state.lock();
-        if state.retired.is_some() || (only_unleased && !state.leases.is_empty()) {
+        if state.retired.is_some() || (only_unheld && state.is_held()) {
             return false;
         }
         state.retired = Some(why);
@@ -260,8 +273,9 @@ impl Pin {
         self.state.lock().retired.is_some()
     }
 
-    pub fn is_leased(&self) -> bool {
-        !self.state.lock().leases.is_empty()
+    /// True while somebody leases or maps it.
+    pub fn is_held(&self) -> bool {
+        self.state.lock().is_held()
     }
 
     pub fn last_used(&self) -> Instant {
@@ -278,18 +292,35 @@ impl Pin {
         self.state.lock().stall.clone()
     }
 
-    /// The layout, the newest generation, and the memory of each slot, for those who export it.
-    pub fn share(&self) -> Result<Slots, PinError> {
+    /// Holds the slots of the present layout for somebody who is about to map them.
+    pub fn map(self: &Arc<Pin>, id: u64, holder: Holder) -> Result<Mapping, PinError> {
         let mut state = self.state.lock();
-        state.last_used = Instant::now();
+        let now = Instant::now();
+        state.last_used = now;
         let live = state.live.as_ref().ok_or_else(|| self.gone())?;
         let slots = live.ring.slots.iter();
-        let memory = slots.map(|slot| Arc::clone(&slot.memory)).collect();
-        Ok(Slots {
+        let mapping = Mapping {
+            id,
+            pin: Arc::clone(self),
             layout: Arc::clone(&live.ring.layout),
             newest: live.newest.clone(),
-            memory,
-        })
+            memory: slots.map(|slot| Arc::clone(&slot.memory)).collect(),
+        };
+        let note = MappingNote {
+            holder,
+            layout: mapping.layout.number,
+            bytes: live.ring.bytes(),
+            since: now,
+        };
+        state.mappings.insert(id, note);
+        Ok(mapping)
+    }
+
+    /// Ends a mapping; called by its `Drop` only.
+    pub fn unmapped(&self, id: u64) {
+        let mut state = self.state.lock();
+        state.mappings.remove(&id);
+        state.last_used = Instant::now();
     }
 
     /// The newest generation and its slot's memory.
@@ -310,6 +341,7 @@ impl Pin {
             newest: live.map(|live| live.newest.clone()),
             retired: state.retired,
             leases: state.leases.values().copied().collect(),
+            mappings: state.mappings.values().copied().collect(),
             stall: state.stall.clone(),
             problem: state.problem.clone(),
             device_bytes: live.map_or(0, |live| live.ring.bytes()),

@@ -1,12 +1,12 @@
 //! All pins of a server: made, listed, leased, unpinned.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use pinion_feature_store::Store;
 
 use super::columns::Columns;
@@ -16,10 +16,11 @@ use super::fill::fill;
 use super::generation::Generation;
 use super::keys::Epoch;
 use super::lease::{Holder, Lease};
+use super::names::{DeviceName, PinId, check_name, random_run};
 use super::options::{Headroom, PinOptions};
-use super::pin::{Pin, PinId, Spec};
+use super::pin::{Pin, Spec};
 use super::refresh::{Head, Refresher, Step, first, next_ring};
-use super::request::{PinRequest, Shared, check_name};
+use super::request::{PinRequest, Shared};
 use super::ring::Ring;
 use super::status::{DeviceStatus, PinStatus};
 use super::worker;
@@ -34,8 +35,14 @@ pub struct Pins {
     devices: Vec<Arc<Device>>,
     pins: Mutex<BTreeMap<PinId, Entry>>,
     leases: Mutex<HashMap<u64, Arc<Lease>>>,
+    /// Names of pins that are being made.
+    making: Mutex<BTreeSet<String>>,
+    /// Signalled when one is made, or is not.
+    made: Condvar,
+    run: u32,
     next_pin: AtomicU64,
     next_lease: AtomicU64,
+    next_mapping: AtomicU64,
 }
 
 struct Entry {
@@ -69,19 +76,53 @@ impl Pins {
             devices,
             pins: Mutex::default(),
             leases: Mutex::default(),
+            making: Mutex::default(),
+            made: Condvar::new(),
+            run: random_run(),
             next_pin: AtomicU64::new(1),
             next_lease: AtomicU64::new(1),
+            next_mapping: AtomicU64::new(1),
         })
     }
 
-    /// Pins a table: returns when the first generation can be leased.
+    /// Pins a table: returns when the first generation can be leased. A pin of that name that is
+    /// the same is taken as it is, also one that somebody else is just making.
     ///
     /// # Errors
     ///
-    /// See [`PinError`]; nothing is pinned then. `Budget` names the figures.
+    /// See [`PinError`]; nothing is pinned then. `Budget` names the figures, `NameTaken` what
+    /// differs.
     pub fn pin(&self, request: &PinRequest) -> Result<PinStatus, PinError> {
         let spec = self.spec(request)?;
-        let device = self.device(request.device)?;
+        let device = self.device(request.device.as_ref())?;
+        let _making = self.make(&spec.name);
+        if let Some(found) = self.named(&spec.name) {
+            let differs = found.differs(&spec, &device);
+            return if differs.is_empty() {
+                Ok(PinStatus::of(&found))
+            } else {
+                Err(PinError::NameTaken {
+                    name: spec.name,
+                    differs,
+                })
+            };
+        }
+        self.pin_new(spec, device)
+    }
+
+    /// Waits until nobody else makes a pin of this name.
+    fn make(&self, name: &str) -> Making<'_> {
+        let mut making = self.making.lock();
+        while !making.insert(name.to_owned()) {
+            self.made.wait(&mut making);
+        }
+        Making {
+            pins: self,
+            name: name.to_owned(),
+        }
+    }
+
+    fn pin_new(&self, spec: Spec, device: Arc<Device>) -> Result<PinStatus, PinError> {
         let snapshot = spec.table.snapshot();
         let columns = Columns::of(snapshot.definition(), spec.features.as_deref())?;
         let fresh = spec.mode == PinMode::Fresh;
@@ -140,12 +181,12 @@ impl Pins {
         let table = self.store.table(&request.table)?;
         let name = request.name.clone().unwrap_or_else(|| table.name());
         check_name(&name)?;
-        if self.named(&name).is_some() {
-            return Err(PinError::NameTaken { name });
-        }
         let (slots, max_slots) = request.slots()?;
         Ok(Spec {
-            id: PinId(self.next_pin.fetch_add(1, Ordering::Relaxed)),
+            id: PinId {
+                number: self.next_pin.fetch_add(1, Ordering::Relaxed),
+                run: self.run,
+            },
             name,
             table,
             features: request.features.clone(),
@@ -158,14 +199,6 @@ impl Pins {
     /// Lists a pin that is in place, and starts what keeps it fresh.
     fn enter(&self, pin: Arc<Pin>, head: Head) -> Result<PinStatus, PinError> {
         let mut pins = self.pins.lock();
-        // Two may have been made under one name meanwhile.
-        let name = pin.name();
-        let taken = |entry: &Entry| entry.pin.name() == name && !entry.pin.is_retired();
-        if pins.values().any(taken) {
-            return Err(PinError::NameTaken {
-                name: name.to_owned(),
-            });
-        }
         let mut refresher = None;
         if pin.spec.mode == PinMode::Fresh {
             let made = Refresher::new(Arc::clone(&pin), Arc::clone(&self.options), head);
@@ -189,15 +222,16 @@ impl Pins {
         Ok(PinStatus::of(&pin))
     }
 
-    fn device(&self, ordinal: Option<u32>) -> Result<Arc<Device>, PinError> {
+    fn device(&self, name: Option<&DeviceName>) -> Result<Arc<Device>, PinError> {
         let mut devices = self.devices.iter();
-        let found = match ordinal {
+        let found = match name {
             None => devices.next(),
-            Some(ordinal) => devices.find(|device| device.ordinal() == ordinal),
+            Some(name) => devices.find(|device| name.names(device.backend.device())),
         };
+        let known = |device: &Arc<Device>| DeviceName::of(device.backend.device());
         found.cloned().ok_or_else(|| PinError::UnknownDevice {
-            device: ordinal.unwrap_or(0),
-            known: self.devices.iter().map(|d| d.ordinal()).collect(),
+            device: name.cloned().unwrap_or(DeviceName::Host),
+            known: self.devices.iter().map(known).collect(),
         })
     }
 
@@ -215,7 +249,7 @@ impl Pins {
         Ok(PinStatus::of(&found))
     }
 
-    /// Every pin, and former ones that are leased still; by id.
+    /// Every pin, and former ones that are leased or mapped still; by id.
     pub fn list(&self) -> Vec<PinStatus> {
         self.sweep();
         let pins = self.pins.lock();
@@ -244,17 +278,12 @@ impl Pins {
     /// # Errors
     ///
     /// `UnknownPin`, `Gone`, or the device's.
-    pub fn share(&self, pin: &str) -> Result<Shared, PinError> {
-        let found = self.find(pin)?;
-        let slots = found.share()?;
-        let exported = slots.memory.iter();
-        let descriptors = exported
-            .map(|slot| slot.region.export())
-            .collect::<Result<_, GdsError>>()?;
+    pub fn share(&self, pin: &str, holder: Holder) -> Result<Shared, PinError> {
+        let id = self.next_mapping.fetch_add(1, Ordering::Relaxed);
+        let mapping = self.find(pin)?.map(id, holder)?;
+        let descriptors = mapping.export()?;
         Ok(Shared {
-            pin: found.id(),
-            layout: slots.layout,
-            newest: slots.newest,
+            mapping,
             descriptors,
         })
     }
@@ -355,9 +384,9 @@ impl Pins {
         if let Some(found) = self.named(pin) {
             return Ok(found);
         }
-        let by_id = pin.parse().ok().and_then(|id| {
+        let by_id = pin.parse().ok().and_then(|id: PinId| {
             let pins = self.pins.lock();
-            pins.get(&PinId(id)).map(|entry| Arc::clone(&entry.pin))
+            pins.get(&id).map(|entry| Arc::clone(&entry.pin))
         });
         by_id
             .filter(|pin| !pin.is_retired())
@@ -374,9 +403,9 @@ impl Pins {
         }
     }
 
-    /// Forgets pins that are neither in use nor leased.
+    /// Forgets pins that are neither in use nor held.
     fn sweep(&self) {
-        let over = |entry: &Entry| entry.pin.is_retired() && !entry.pin.is_leased();
+        let over = |entry: &Entry| entry.pin.is_retired() && !entry.pin.is_held();
         let mut pins = self.pins.lock();
         let ids: Vec<PinId> = pins
             .iter()
@@ -412,5 +441,18 @@ impl Drop for Pins {
         for entry in self.pins.lock().values() {
             entry.pin.unpin();
         }
+    }
+}
+
+/// The name of a pin that is being made.
+struct Making<'a> {
+    pins: &'a Pins,
+    name: String,
+}
+
+impl Drop for Making<'_> {
+    fn drop(&mut self) {
+        self.pins.making.lock().remove(&self.name);
+        self.pins.made.notify_all();
     }
 }

@@ -1,22 +1,17 @@
 //! What is asked for, checked, and what consumers are handed.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
-
-use serde_json::{Value, json};
 
 use super::error::PinError;
-use super::generation::Generation;
-use super::pin::PinId;
-use crate::layout::{Layout, PinMode};
+use super::mapping::Mapping;
+use super::names::DeviceName;
+use crate::layout::PinMode;
 
 /// Slots of a fresh pin that nobody said a number for.
 const FRESH_SLOTS: u32 = 2;
 
 /// The most slots of a pin: descriptors of one message.
 pub const MAX_SLOTS: u32 = 16;
-
-const MAX_NAME_BYTES: usize = 128;
 
 /// What to pin.
 #[derive(Debug, Clone)]
@@ -25,8 +20,8 @@ pub struct PinRequest {
     pub table: String,
     /// Its columns, in this order; keys and times are named like features. `None`: all.
     pub features: Option<Vec<String>>,
-    /// The device's ordinal; `None`: the first one.
-    pub device: Option<u32>,
+    /// The device; `None`: the first one.
+    pub device: Option<DeviceName>,
     /// Whether it follows the table.
     pub mode: PinMode,
     /// Full copies; `None`: 2 of a fresh pin, 1 of a frozen one.
@@ -40,25 +35,10 @@ pub struct PinRequest {
 /// What a consumer needs to map a pin: once for each layout.
 #[derive(Debug)]
 pub struct Shared {
-    /// Which pin.
-    pub pin: PinId,
-    /// What is where.
-    pub layout: Arc<Layout>,
-    /// The newest generation, unleased: it may be gone in a moment.
-    pub newest: Generation,
+    /// What it is, and its memory for as long as the consumer has it mapped.
+    pub mapping: Mapping,
     /// One descriptor for each slot, in order.
     pub descriptors: Vec<OwnedFd>,
-}
-
-impl Shared {
-    /// What a consumer is told beside the descriptors.
-    pub fn to_json(&self) -> Value {
-        json!({
-            "pin": self.pin.0,
-            "layout": &*self.layout,
-            "generation": self.newest.to_json(None),
-        })
-    }
 }
 
 impl PinRequest {
@@ -85,22 +65,4 @@ impl PinRequest {
             problem,
         })
     }
-}
-
-pub(super) fn check_name(name: &str) -> Result<(), PinError> {
-    let problem = if name.is_empty() {
-        "it is empty"
-    } else if name.len() > MAX_NAME_BYTES {
-        "it has more than 128 bytes"
-    } else if name.chars().any(char::is_control) {
-        "it has control characters"
-    } else if name.bytes().all(|byte| byte.is_ascii_digit()) {
-        "it is a number, as ids are"
-    } else {
-        return Ok(());
-    };
-    Err(PinError::BadName {
-        name: name.to_owned(),
-        problem,
-    })
 }

@@ -8,7 +8,10 @@ use super::device::Device;
 use super::fill::FillReport;
 use super::generation::{Generation, Stall};
 use super::lease::LeaseNote;
-use super::pin::{Pin, PinId, Retired};
+use super::mapping::MappingNote;
+use super::names::PinId;
+use super::pin::{Pin, Retired};
+use crate::backend::{DeviceInfo, DeviceKind};
 use crate::layout::PinMode;
 
 /// One pin at one moment.
@@ -24,8 +27,8 @@ pub struct PinStatus {
     pub features: Option<Vec<String>>,
     /// Whether it follows the table.
     pub mode: PinMode,
-    /// The device's ordinal.
-    pub device: u32,
+    /// The device.
+    pub device: DeviceInfo,
     /// How the device's backend loads.
     pub path: String,
     /// Number of its layout; `None` once it is retired.
@@ -42,6 +45,8 @@ pub struct PinStatus {
     pub host_bytes: u64,
     /// Leases, oldest first, also on former layouts.
     pub leases: Vec<LeaseNote>,
+    /// Mappings, oldest first, also of former layouts.
+    pub mappings: Vec<MappingNote>,
     /// Set while leases hold up a change.
     pub stall: Option<Stall>,
     /// Why it does not go on.
@@ -84,10 +89,8 @@ pub struct PinFigures {
 /// One device at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceStatus {
-    /// Its ordinal.
-    pub device: u32,
-    /// For people.
-    pub name: String,
+    /// Which.
+    pub device: DeviceInfo,
     /// How its backend loads.
     pub path: String,
     /// Bytes that pins may take.
@@ -114,7 +117,7 @@ impl PinStatus {
             table: spec.table.name(),
             features: spec.features.clone(),
             mode: spec.mode,
-            device: pin.device.ordinal(),
+            device: pin.backend().device().clone(),
             path: pin.backend().path().to_string(),
             layout: shown.layout.as_ref().map(|layout| layout.number),
             slots: shown.layout.as_ref().map_or(0, |layout| layout.slots),
@@ -123,6 +126,7 @@ impl PinStatus {
             device_bytes: shown.device_bytes,
             host_bytes: shown.host_bytes,
             leases: shown.leases,
+            mappings: shown.mappings,
             stall: shown.stall,
             problem,
             retired: shown.retired,
@@ -135,14 +139,15 @@ impl PinStatus {
     pub fn to_json(&self) -> Value {
         let stall = self.stall.as_ref();
         let generation = self.newest.as_ref().map(|newest| newest.to_json(stall));
+        let mappings: Vec<Value> = self.mappings.iter().map(MappingNote::to_json).collect();
         let leases: Vec<Value> = self.leases.iter().map(LeaseNote::to_json).collect();
         json!({
-            "pin": self.id.0,
+            "pin": self.id.to_string(),
             "name": self.name,
             "table": self.table,
             "features": self.features,
             "mode": self.mode,
-            "device": self.device,
+            "device": device_json(&self.device),
             "path": self.path,
             "layout": self.layout,
             "slots": self.slots,
@@ -151,6 +156,7 @@ impl PinStatus {
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
             "leases": leases,
+            "mappings": mappings,
             "problem": self.problem,
             "retired": self.retired.map(|why| match why {
                 Retired::Unpinned => "unpinned",
@@ -199,11 +205,31 @@ impl PinFigures {
     }
 }
 
+/// What a device is called, and for people.
+fn device_json(device: &DeviceInfo) -> Value {
+    let kind = match device.kind {
+        DeviceKind::Cuda => "cuda",
+        DeviceKind::Host => "host",
+    };
+    json!({"kind": kind, "uuid": device.uuid, "ordinal": device.ordinal, "name": device.name})
+}
+
 impl DeviceStatus {
+    /// What other processes are told.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "device": device_json(&self.device),
+            "path": self.path,
+            "budget_bytes": self.budget_bytes,
+            "used_bytes": self.used_bytes,
+            "evictions": self.evictions,
+            "refusals": self.refusals,
+        })
+    }
+
     pub(crate) fn of(device: &Device) -> DeviceStatus {
         DeviceStatus {
-            device: device.ordinal(),
-            name: device.backend.device().name.clone(),
+            device: device.backend.device().clone(),
             path: device.backend.path().to_string(),
             budget_bytes: device.budget.total_bytes(),
             used_bytes: device.budget.used_bytes(),

@@ -33,6 +33,7 @@ use self::data::RowMaker;
 use self::screen::{Figures, Screen};
 use self::stream::{Stream, StreamSpec};
 use crate::args::GlobalArgs;
+use crate::devices::Devices;
 use crate::error::{CliError, CliResult, escape_control};
 use crate::output::{bytes_text, count_text, print_text, value_text};
 use crate::remote::Remote;
@@ -324,6 +325,7 @@ fn with_server(
                 store,
                 server,
                 ingest,
+                Devices::host(),
                 |bound| drop(told.send(bound.clone())),
                 shutdown,
             )

@@ -122,7 +122,15 @@ fn an_empty_table_can_be_pinned_and_grows() {
     world.pins.pin(&frozen).unwrap();
     let lease = world.pins.lease("none", 1, holder(1)).unwrap();
     assert_eq!(lease.row_ids(&key_batch(&keys(0..2))).unwrap(), [-1, -1]);
-    assert_eq!(world.pins.share("none").unwrap().descriptors.len(), 1);
+    assert_eq!(
+        world
+            .pins
+            .share("none", holder(1))
+            .unwrap()
+            .descriptors
+            .len(),
+        1
+    );
 }
 
 #[test]
@@ -156,23 +164,22 @@ fn requests_that_cannot_be_met_say_what_to_change() {
     assert!(text(slots(PinMode::Fresh, None, Some(17))).contains("16"));
     assert!(text(slots(PinMode::Frozen, Some(2), None)).contains("one"));
     assert!(text(named("")).contains("empty"));
-    assert!(text(named("7")).contains("number"));
+    assert!(text(named("p7-0123abcd")).contains("id of a pin"));
     assert!(text(named("a\nb")).contains("control"));
     let elsewhere = PinRequest {
-        device: Some(5),
+        device: Some(DeviceName::Gpu(5)),
         ..fresh()
     };
-    assert!(text(elsewhere).contains("known: 0"));
+    assert!(text(elsewhere).contains("known: host"));
     assert!(world.pins.list().is_empty());
 
-    world.pins.pin(&fresh()).unwrap();
-    assert!(matches!(
-        world.pins.pin(&fresh()).unwrap_err(),
-        PinError::NameTaken { .. }
-    ));
+    let first = world.pins.pin(&fresh()).unwrap();
+    assert_eq!(world.pins.pin(&fresh()).unwrap().id, first.id);
+    let error = text(slots(PinMode::Fresh, None, Some(4)));
+    assert!(error.contains("with other max_slots;"), "{error}");
     let error = world.pins.lease("item", 1, holder(1)).unwrap_err();
     assert!(error.to_string().contains("did you mean \"items\""));
-    let id = world.pins.list()[0].id.0.to_string();
+    let id = world.pins.list()[0].id.to_string();
     assert_eq!(world.pins.status(&id).unwrap().name, "items");
     let lease = world.lease(1);
     let others = world.pins.release(lease.id(), 2).unwrap_err();

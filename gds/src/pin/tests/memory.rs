@@ -55,7 +55,7 @@ fn the_pin_longest_out_of_use_goes_first_and_a_leased_one_never() {
     }
     let leased = world.pins.lease("a", 1, holder(1)).unwrap();
     let rows = rows_of(&leased);
-    world.pins.share("b").unwrap();
+    world.pins.share("b", holder(1)).unwrap();
     world.pins.pin(&named("d", PinMode::Frozen)).unwrap();
     let names = |world: &World| -> Vec<String> {
         let pins = world.pins.list();
@@ -89,6 +89,28 @@ fn the_pin_longest_out_of_use_goes_first_and_a_leased_one_never() {
 }
 
 #[test]
+fn mapped_memory_is_counted_and_its_pin_is_not_evicted() {
+    let (world, _, bytes) = room_for(2);
+    let pin = |name| world.pins.pin(&named(name, PinMode::Frozen));
+    pin("a").unwrap();
+    let mapped = world.pins.share("a", holder(1)).unwrap();
+    assert_eq!(mapped.mapping.bytes(), bytes);
+    pin("b").unwrap();
+    // "a" is longer out of use, but taking it out would free nothing.
+    pin("c").unwrap();
+    assert!(world.pins.status("b").is_err());
+    assert_eq!(world.pins.status("a").unwrap().mappings.len(), 1);
+    world.pins.unpin("a").unwrap();
+    let left = world.pins.list();
+    let unpinned = left.iter().find(|pin| pin.name == "a").unwrap();
+    assert_eq!(unpinned.retired, Some(Retired::Unpinned));
+    assert_eq!(world.pins.devices()[0].used_bytes, 2 * bytes);
+    drop(mapped);
+    assert_eq!(world.pins.list().len(), left.len() - 1);
+    assert_eq!(world.pins.devices()[0].used_bytes, bytes);
+}
+
+#[test]
 fn a_device_that_is_full_of_other_things_evicts_too_and_then_refuses() {
     let (world, _, _) = room_for(10);
     for name in ["a", "b", "c"] {
@@ -119,7 +141,7 @@ fn an_unpinned_pins_memory_goes_with_its_last_lease() {
     let rows = (rows_of(&old), rows_of(&new));
     world.pins.unpin("items").unwrap();
     assert!(world.pins.unpin("items").is_err());
-    assert!(world.pins.share("items").is_err());
+    assert!(world.pins.share("items", holder(1)).is_err());
     let listed = world.pins.list();
     assert_eq!(listed[0].retired, Some(Retired::Unpinned));
     assert_eq!(listed[0].leases.len(), 2);

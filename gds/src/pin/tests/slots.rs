@@ -78,13 +78,19 @@ fn a_pin_grows_by_a_slot_under_a_new_layout_number() {
             ..
         }
     ));
-    let shared = world.pins.share("items").unwrap();
-    assert_eq!((shared.layout.number, shared.layout.slots), (2, 3));
-    let told = shared.to_json();
+    let shared = world.pins.share("items", holder(1)).unwrap();
+    assert_eq!(
+        (
+            shared.mapping.layout().number,
+            shared.mapping.layout().slots
+        ),
+        (2, 3)
+    );
+    let told = shared.mapping.to_json();
     assert_eq!(told["layout"]["slots"], 3);
     assert_eq!(told["layout"]["columns"][2]["name"], "price");
     assert_eq!(told["generation"]["layout"], 2);
-    assert_eq!(told["pin"], shared.pin.0);
+    assert_eq!(told["pin"], shared.mapping.pin().to_string());
     assert_eq!(shared.descriptors.len(), 3);
     let third = world.lease(3);
     assert_eq!(third.generation().slot, 2);
