@@ -363,6 +363,7 @@ mod tests {
     }
 
     fn room(dir: &std::path::Path, budget_bytes: u64) -> (Store, DevicePins) {
+        Store::init(dir).unwrap();
         let store = Store::open(dir, StoreOptions::default()).unwrap();
         let definition = "[table]\nname = \"t\"\nentity = [{ name = \"k\", type = \"int64\" }]\nhistory = \"latest\"\n[features]\nx = \"float\"\n";
         let definition = pinion_schemas::TableDefinition::parse_toml(definition).unwrap();
