@@ -20,6 +20,7 @@ pub(crate) const NOT_READY: i32 = 600;
 pub(crate) const ILLEGAL_ADDRESS: i32 = 700;
 pub(crate) const HOST_MEMORY_ALREADY_REGISTERED: i32 = 712;
 pub(crate) const HOST_MEMORY_NOT_REGISTERED: i32 = 713;
+pub(crate) const MISALIGNED_ADDRESS: i32 = 716;
 pub(crate) const NOT_PERMITTED: i32 = 800;
 pub(crate) const NOT_SUPPORTED: i32 = 801;
 
@@ -125,6 +126,7 @@ pub(crate) const DRIVER_CODES: &[(i32, &CStr, &CStr)] = &[
         c"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
         c"pointer does not correspond to a registered memory region",
     ),
+    (716, c"CUDA_ERROR_MISALIGNED_ADDRESS", c"misaligned address"),
     (
         719,
         c"CUDA_ERROR_LAUNCH_FAILED",

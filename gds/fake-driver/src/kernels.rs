@@ -5,6 +5,8 @@
 //! It reaches memory only through [`Launch::read`] and [`Launch::write`], which fault like the
 //! device does: error 700, for good, and a violation.
 
+mod gather;
+
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -20,6 +22,8 @@ pub(crate) struct Need {
     pub(crate) address: u64,
     pub(crate) bytes: u64,
     pub(crate) write: bool,
+    /// Every byte of it is touched: false for rows that leave bytes out between them.
+    pub(crate) whole: bool,
 }
 
 /// See the module.
@@ -32,23 +36,29 @@ pub(crate) struct Kernel {
 }
 
 /// All kernels.
-pub(crate) const KERNELS: &[Kernel] = &[Kernel {
+pub(crate) const KERNELS: &[Kernel] = &[
+    COPY,
+    gather::kernel::<1>("pinion_gather_1"),
+    gather::kernel::<2>("pinion_gather_2"),
+    gather::kernel::<4>("pinion_gather_4"),
+    gather::kernel::<8>("pinion_gather_8"),
+    gather::kernel::<16>("pinion_gather_16"),
+    gather::FOUND,
+];
+
+/// For tests of the library itself.
+const COPY: Kernel = Kernel {
     name: "pinion_fake_copy",
     params: &[8, 8, 8],
     needs: |params| {
         let (to, from, bytes) = (params.u64(0), params.u64(1), params.u64(2));
-        vec![
-            Need {
-                address: from,
-                bytes,
-                write: false,
-            },
-            Need {
-                address: to,
-                bytes,
-                write: true,
-            },
-        ]
+        let need = |address, write| Need {
+            address,
+            bytes,
+            write,
+            whole: true,
+        };
+        vec![need(from, false), need(to, true)]
     },
     run: |launch| {
         let (to, from, bytes) = (
@@ -60,7 +70,7 @@ pub(crate) const KERNELS: &[Kernel] = &[Kernel {
         launch.read(from, &mut buffer)?;
         launch.write(to, &buffer)
     },
-}];
+};
 
 /// The parameters of a launch, as copied at the call.
 #[derive(Debug)]

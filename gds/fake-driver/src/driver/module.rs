@@ -197,7 +197,12 @@ fn launch(
         let range = need.address..need.address.saturating_add(need.bytes);
         // A kernel with a bad pointer faults when it runs: the launch itself succeeds.
         if let Ok(segments) = state.space.resolve(kernel.name, range, here.device, access) {
-            touches.extend(Touch::of(&segments, need.write));
+            let touched = Touch::of(&segments, need.write);
+            touches.extend(if need.whole {
+                touched
+            } else {
+                Touch::loosely(touched)
+            });
             known.push((segments, access));
         }
     }
