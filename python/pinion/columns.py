@@ -82,16 +82,14 @@ class Array:
         device = self.__dlpack_device__()
         if copy or (dl_device is not None and tuple(dl_device) != device):
             raise BufferError("a pin is exported where it lies, and without a copy")
-        options = {} if max_version is None or not _knows_versions() else {"max_version": max_version}
         if device[0] != DLPACK_CUDA:
+            options = {} if max_version is None or not _knows_versions() else {"max_version": max_version}
             # Consumers of the older form know no read-only memory.
             return self._ndarray(read_only=bool(options) and max_version >= (1, 0)).__dlpack__(**options)
         if stream == 0:
             raise BufferError("stream 0 is ambiguous: 1 is the legacy default stream, 2 that of the thread")
         self._view.reads_on(None if stream in (None, -1) else stream)
-        capsule = self._ndarray(read_only=False).__dlpack__(**options)
-        _set_device(capsule, device)
-        return capsule
+        return capsule(Export(self._view.hold()), self._interface(read_only=False), device, max_version)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -139,9 +137,29 @@ class Array:
 
     def _ndarray(self, read_only: bool) -> Any:
         """A NumPy array of this memory: on a GPU only to be handed on, never to be read."""
-        import numpy as np
+        return _ndarray(Export(self._view.hold()), self._interface(read_only))
 
-        return np.asarray(_Exported(Export(self._view.hold()), self._interface(read_only) | {"version": 3}))
+
+def _ndarray(export: Export, interface: dict[str, Any]) -> Any:
+    import numpy as np
+
+    return np.asarray(_Exported(export, interface | {"version": 3}))
+
+
+def capsule(export: Export, interface: dict[str, Any], device: tuple[int, int], max_version: Any) -> Any:
+    """A DLPack capsule of memory on a GPU. Its deleter is NumPy's: it runs no Python once the interpreter has ended."""
+    options = {} if max_version is None or not _knows_versions() else {"max_version": max_version}
+    made = _ndarray(export, interface).__dlpack__(**options)
+    _set_device(made, device)
+    return made
+
+
+def contiguous(shape: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """Strides in bytes, the last dimension closest together."""
+    strides = [width]
+    for n in reversed(shape[1:]):
+        strides.insert(0, strides[0] * n)
+    return tuple(strides[: len(shape)])
 
 
 class _Exported:
@@ -182,11 +200,7 @@ class Column(Array):
         self._node = node
         self._inner: list[Array] = []
         values, shape, typestr = _values(view, name, type, node, (view.rows,), self._inner)
-        width = int(typestr[2:])
-        strides = [width]
-        for n in reversed(shape[1:]):
-            strides.insert(0, strides[0] * n)
-        super().__init__(view, values, shape, tuple(strides), typestr)
+        super().__init__(view, values, shape, contiguous(shape, int(typestr[2:])), typestr)
 
     @property
     def valid(self) -> Array | None:

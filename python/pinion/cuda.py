@@ -4,7 +4,8 @@ Loads `libcuda.so.1` when it is first used; importing this module touches no dri
 the device's primary context current, the one that torch and CuPy use, and leaves the thread's own current
 context as it was. A call that the driver refuses is a `DeviceError` with the driver's name of the code.
 
-Elsewhere: the slots that are imported here (`mapping`), what is recorded when tensors die (`leases`).
+Elsewhere: the slots that are imported here (`mapping`), what is recorded when tensors die (`leases`), the kernels
+(`gather`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Iterable
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
+from pathlib import Path
 from typing import Any
 
 from pinion.errors import DeviceError, DeviceUnavailable
@@ -56,6 +59,15 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemSetAccess": (c_ulonglong, c_size_t, POINTER(_AccessDesc), c_size_t),
     "cuMemRelease": (c_ulonglong,),
     "cuMemcpyDtoH_v2": (c_void_p, c_ulonglong, c_size_t),
+    "cuMemcpyHtoDAsync_v2": (c_ulonglong, c_void_p, c_size_t, c_void_p),
+    "cuMemAlloc_v2": (POINTER(c_ulonglong), c_size_t),
+    "cuMemFree_v2": (c_ulonglong,),
+    "cuStreamSynchronize": (c_void_p,),
+    "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
+    "cuModuleLoadData": (POINTER(c_void_p), c_char_p),
+    "cuModuleUnload": (c_void_p,),
+    "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
+    "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
     "cuEventCreate": (POINTER(c_void_p), c_uint),
     "cuEventRecord": (c_void_p, c_void_p),
     "cuEventQuery": (c_void_p,),
@@ -183,6 +195,19 @@ def device_of(uuid: str) -> Device:
     )
 
 
+def stream_handle(stream: Any) -> int:
+    """The handle of a stream: torch's, CuPy's, anything with `__cuda_stream__`, or a handle."""
+    for name in ("cuda_stream", "ptr"):
+        handle = getattr(stream, name, None)
+        if isinstance(handle, int):
+            return handle
+    if hasattr(stream, "__cuda_stream__"):
+        return stream.__cuda_stream__()[1]
+    if isinstance(stream, int):
+        return stream
+    raise TypeError(f"a stream is torch's, CuPy's or a handle, not {type(stream).__name__}")
+
+
 class Device:
     """A device and its primary context, retained for the life of the process."""
 
@@ -191,6 +216,8 @@ class Device:
         self.handle = handle
         self.ordinal = ordinal
         self.uuid = uuid
+        # Kernels that were loaded into the context, by name.
+        self._kernels: dict[str, int] = {}
         self._context = c_void_p()
         table.call("cuDevicePrimaryCtxRetain", byref(self._context), handle)
 
@@ -241,6 +268,66 @@ class Device:
         """Copies device memory to host memory at `into`; waits for it."""
         with self:
             self.driver.call("cuMemcpyDtoH_v2", c_void_p(into), address, size)
+
+    def write(self, address: int, source: int, size: int, stream: int) -> None:
+        """Copies host memory to device memory in the order of a stream. Pageable memory has been read on return."""
+        with self:
+            self.driver.call("cuMemcpyHtoDAsync_v2", address, c_void_p(source), size, c_void_p(stream))
+
+    def allocate(self, size: int) -> int:
+        """The address of new memory with anything in it."""
+        made = c_ulonglong()
+        with self:
+            self.driver.call("cuMemAlloc_v2", byref(made), size)
+        return made.value
+
+    def free(self, address: int) -> None:
+        """Frees what was allocated: only once all work on it is done."""
+        with self:
+            self.driver.call("cuMemFree_v2", address)
+
+    def finish(self, stream: int) -> None:
+        """Waits for what was queued on a stream until now."""
+        with self:
+            self.driver.call("cuStreamSynchronize", c_void_p(stream))
+
+    def order(self, first: int, then: int) -> None:
+        """Lets what is queued on `then` from now on wait for what was queued on `first` until now."""
+        # 0 and 1 both are the legacy default stream.
+        if (first or LEGACY_STREAM) == (then or LEGACY_STREAM):
+            return
+        event = self.event()
+        try:
+            self.record(event, first)
+            with self:
+                self.driver.call("cuStreamWaitEvent", c_void_p(then), c_void_p(event), 0)
+        finally:
+            self.forget(event)
+
+    def load(self, ptx: Path, names: Iterable[str]) -> None:
+        """Loads a module's kernels for the life of the process; does nothing if they are there."""
+        if all(name in self._kernels for name in names):
+            return
+        with _lock, self:
+            module, found = c_void_p(), {}
+            self.driver.call("cuModuleLoadData", byref(module), ptx.read_bytes())
+            try:
+                for name in names:
+                    kernel = c_void_p()
+                    self.driver.call("cuModuleGetFunction", byref(kernel), module, name.encode())
+                    found[name] = kernel.value
+            except BaseException:
+                self.driver.code("cuModuleUnload", module)
+                raise
+            self._kernels.update(found)
+
+    def launch(self, name: str, grid: tuple[int, int], block: tuple[int, int], stream: int, values: list[int]) -> None:
+        """Queues a loaded kernel whose parameters all are of 64 bits."""
+        parameters = [c_ulonglong(value) for value in values]
+        places = (c_void_p * len(parameters))(*(ctypes.addressof(value) for value in parameters))
+        kernel = c_void_p(self._kernels[name])
+        with self:
+            self.driver.call("cuLaunchKernel", kernel, *grid, 1, *block, 1, 0, c_void_p(stream), places, None)
 
 
 class Imported:

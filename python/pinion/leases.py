@@ -6,6 +6,8 @@ the middle of anything; so their ends never wait, never take a lock and never se
 streams that may read, and leave the rest to the client's one thread (`Releaser`), which waits for the events,
 or for the whole context where a stream is not known, and then tells the server.
 
+Other things end by the same rule: memory that this process owns (`Work`, and `owned`).
+
 What cannot be known to be done is never released: a lease whose events the driver no longer answers for is
 kept until the process ends. After the interpreter began to shut down nothing here runs any more.
 
@@ -36,16 +38,14 @@ log = logging.getLogger("pinion")
 PAUSE_MIN_SECONDS, PAUSE_MAX_SECONDS = 0.0002, 0.005
 
 
-class Lease:
-    """One generation leased by one LATEST, and the work that may read it."""
+class Work:
+    """Something that a device's work may read, and what is known of that work. It is ended once all of it is done."""
 
-    def __init__(self, releaser: Releaser, mapping: Mapping, number: int):
+    def __init__(self, releaser: Releaser, device: Device | None):
         self.releaser = releaser
-        self.mapping = mapping
-        self.id = number
         self.pid = os.getpid()
         # None on the host, where whoever reads has read when it returns.
-        self.device: Device | None = mapping.device
+        self.device = device
         # Streams that the caller named; they live as long as what was exported.
         self.named: set[int] = set()
         # Stream -> the event recorded last on it.
@@ -54,6 +54,10 @@ class Lease:
         self.exported = False
         # Work may be on streams that nobody named.
         self.unknown = False
+
+    def finish(self) -> None:
+        """Ends it. On the client's thread, when the work is done."""
+        raise NotImplementedError
 
     def hold(self) -> Hold:
         """The first hold; others are references to it."""
@@ -71,7 +75,7 @@ class Lease:
             self.unknown = True
             return
         if stream is not None:
-            self._record(stream)
+            self.record(stream)
 
     def ended(self) -> None:
         """Nothing holds it any more: the thread releases it when the events are done."""
@@ -80,12 +84,13 @@ class Lease:
         if self.device is not None and self.exported:
             # The default stream was named for `__dlpack__` by protocols that know no other.
             for stream in tuple(self.named):
-                self._record(stream)
+                self.record(stream)
             if not self.events:
                 self.unknown = True
         self.releaser.put(self)
 
-    def _record(self, stream: int) -> None:
+    def record(self, stream: int) -> None:
+        """Notes that what was queued on a stream until now may read."""
         try:
             event = self.events.get(stream)
             if event is None:
@@ -110,12 +115,27 @@ class Lease:
         return True
 
 
+class Lease(Work):
+    """One generation leased by one LATEST, and the work that may read it."""
+
+    def __init__(self, releaser: Releaser, mapping: Mapping, number: int):
+        super().__init__(releaser, mapping.device)
+        self.mapping = mapping
+        self.id = number
+
+    def __str__(self) -> str:
+        return f"a lease of pin {self.mapping.pin}"
+
+    def finish(self) -> None:
+        self.releaser.tell(self.mapping.generation, self.id, wire.RELEASE_PIN_LEASE)
+
+
 class Hold:
-    """Keeps a lease. Exports refer to it."""
+    """Keeps a lease, or what else ends like one. Exports refer to it."""
 
     __slots__ = ("__weakref__", "lease")
 
-    def __init__(self, lease: Lease):
+    def __init__(self, lease: Work):
         self.lease = lease
 
 
@@ -154,9 +174,9 @@ _STOP = object()
 
 
 class Releaser:
-    """The thread that ends leases: one for each connection that holds pins."""
+    """The thread that ends leases: one for each connection that holds pins. Without one: for what has no lease."""
 
-    def __init__(self, lane: Lane):
+    def __init__(self, lane: Lane | None):
         self._lane = lane
         # Re-entrant, unlike queue.Queue: finalizers put.
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -166,7 +186,7 @@ class Releaser:
         # Leases and mappings that this process holds on the connection.
         self._held = 0
         # Leases that cannot be released, and so their slots.
-        self._kept: list[Lease] = []
+        self._kept: list[Work] = []
         self.closing = False
 
     def took(self) -> None:
@@ -190,7 +210,7 @@ class Releaser:
                 self._lane.close()
 
     def _run(self) -> None:
-        waiting: list[Lease] = []
+        waiting: list[Work] = []
         pause = PAUSE_MIN_SECONDS
         while True:
             try:
@@ -199,12 +219,12 @@ class Releaser:
                 ended = None
             if isinstance(ended, Unmap):
                 self._unmap(ended)
-            elif isinstance(ended, Lease):
+            elif isinstance(ended, Work):
                 if ended.device is not None:
                     ended.device.relax_capture()
                 waiting.append(ended)
                 pause = PAUSE_MIN_SECONDS
-            left = [lease for lease in waiting if not self._try(lease)]
+            left = [work for work in waiting if not self._try(work)]
             pause = PAUSE_MIN_SECONDS if len(left) < len(waiting) else min(2 * pause, PAUSE_MAX_SECONDS)
             waiting = left
             # What was a lease here would keep its mapping until the next one comes.
@@ -213,19 +233,20 @@ class Releaser:
                 self._lane.close()
                 return
 
-    def _try(self, lease: Lease) -> bool:
-        """Releases a lease if its work is done. True if there is nothing more to do for it."""
+    def _try(self, work: Work) -> bool:
+        """Ends something if the work on it is done. True if there is nothing more to do for it."""
         try:
-            if not lease.is_done():
+            if not work.is_done():
                 return False
-            if lease.unknown:
-                lease.device.synchronize()
+            if work.unknown:
+                work.device.synchronize()
         except Exception as error:
             # Its memory is kept: a slot that is written under a reader is worse than one that is not.
-            log.warning("a lease of pin %s is kept until this process ends: %s", lease.mapping.pin, error)
-            self._kept.append(lease)
+            log.warning("%s is kept until this process ends: %s", work, error)
+            self._kept.append(work)
             return True
-        self._release(lease.mapping.generation, lease.id, wire.RELEASE_PIN_LEASE)
+        work.finish()
+        self._let_go()
         return True
 
     def _unmap(self, ended: Unmap) -> None:
@@ -234,12 +255,16 @@ class Releaser:
                 slot.close()
             except Exception as error:
                 log.warning("a slot could not be unmapped: %s", error)
-        self._release(ended.generation, ended.mapping, wire.RELEASE_MAPPING)
+        self.tell(ended.generation, ended.mapping, wire.RELEASE_MAPPING)
+        self._let_go()
 
-    def _release(self, generation: int, number: int, what: int) -> None:
+    def tell(self, generation: int, number: int, what: int) -> None:
+        """Tells the server that something ended."""
         try:
             self._lane.ask_on(generation, wire.RELEASE, b"", number, what)
         except errors.PinionError:
             pass  # the connection is gone, and everything with it
+
+    def _let_go(self) -> None:
         with self._lock:
             self._held -= 1

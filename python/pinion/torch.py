@@ -61,10 +61,13 @@ def _device(dlpack_device: tuple[int, int]) -> torch.device:
     return torch.device("cpu") if dlpack_device[0] == 1 else torch.device("cuda", dlpack_device[1])
 
 
-def row_ids(ids: pa.Buffer, dlpack_device: tuple[int, int]) -> torch.Tensor | None:
-    """Row numbers off the lane, on a device. None if this torch cannot use that device."""
-    if dlpack_device[0] != 1 and not torch.cuda.is_available():
-        return None
+def can_use(dlpack_device: tuple[int, int]) -> bool:
+    """Whether this torch can use a device."""
+    return dlpack_device[0] == 1 or torch.cuda.is_available()
+
+
+def row_ids(ids: pa.Buffer, dlpack_device: tuple[int, int]) -> torch.Tensor:
+    """Row numbers off the lane, on a device."""
     host = torch.frombuffer(bytearray(ids), dtype=torch.int64) if ids.size else torch.empty(0, dtype=torch.int64)
     return host.to(_device(dlpack_device))
 
@@ -83,13 +86,54 @@ def take(
         return _Gather(places, view.rows).all(values, out)
 
 
+# -- for the gather of this package
+
+
+_DTYPES = {
+    "|i1": torch.int8, "<i2": torch.int16, "<i4": torch.int32, "<i8": torch.int64, "|u1": torch.uint8,
+    "<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64, "|b1": torch.bool,
+} | {f"<u{bits.itemsize}": unsigned for unsigned, bits in _SAME_BITS.items()}  # fmt: skip
+
+
+def empty(shape: tuple[int, ...], typestr: str, stream: Any = None) -> torch.Tensor:
+    """A new tensor with anything in it: on the host, or on a stream's GPU, where its memory is the stream's."""
+    if stream is None:
+        return torch.empty(shape, dtype=_DTYPES[typestr])
+    with torch.cuda.stream(stream):
+        return torch.empty(shape, dtype=_DTYPES[typestr], device=stream.device)
+
+
+def place(tensor: Any, ordinal: int) -> tuple[int, tuple[int, ...], tuple[int, ...], str]:
+    """Address, shape, strides in bytes and type of a tensor on a GPU."""
+    if not isinstance(tensor, torch.Tensor) or tensor.device != torch.device("cuda", ordinal):
+        raise errors.InvalidArgument(f"`out` is a tensor on the pin's device, cuda:{ordinal}", "OUT")
+    strides = tuple(step * tensor.element_size() for step in tensor.stride())
+    typestr = next((name for name, dtype in _DTYPES.items() if dtype == tensor.dtype), str(tensor.dtype))
+    return tensor.data_ptr(), tuple(tensor.shape), strides, typestr
+
+
+def on_stream(rows: Any, stream: Any, ordinal: int) -> tuple[torch.Tensor, torch.cuda.Stream]:
+    """Row numbers on a GPU, and the stream to go on with: the one given, or torch's current one."""
+    current = torch.cuda.current_stream(ordinal)
+    if stream is None:
+        stream = current
+    else:
+        # The row numbers may still be on their way.
+        stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        places = torch.as_tensor(rows, dtype=torch.int64, device=torch.device("cuda", ordinal)).contiguous()
+    if places.dim() != 1:
+        raise errors.InvalidArgument(f"row numbers are one dimension, not {places.dim()}", "ROWS")
+    return places, stream
+
+
 class _Gather:
-    """Rows by number, -1 for those that are missing."""
+    """Rows by number; those that are none of a row are missing."""
 
     def __init__(self, rows: torch.Tensor, count: int):
-        self._missing = rows < 0
-        self._places = rows.clamp(min=0)
-        # With no rows at all every number is -1, and there is nothing to index.
+        self._missing = (rows < 0) | (rows >= count)
+        self._places = rows.clamp(min=0, max=max(count - 1, 0))
+        # With no rows at all every number is missing, and there is nothing to index.
         self._empty = count == 0
 
     def all(self, values: Any, out: Any) -> Any:

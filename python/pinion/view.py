@@ -6,14 +6,13 @@ Elsewhere: who hands views out (`pin`), what keeps their lease (`leases`), array
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pinion import errors
+from pinion import cuda, errors
 from pinion import lane as wire
 from pinion.columns import Array, Column, has_tensor
 from pinion.leases import Hold
@@ -159,7 +158,7 @@ class View:
         Work that is captured into a CUDA graph reads whenever the graph runs: a lease that ends on a stream
         under capture is kept until the process ends. Gather what a graph needs (`take`) before.
         """
-        self.reads_on(_stream_handle(stream))
+        self.reads_on(cuda.stream_handle(stream))
 
     # -- by key
 
@@ -173,16 +172,12 @@ class View:
         batch = _keys(keys, self.mapping.info["key"])
         lease = self.hold().lease
         ids = self.mapping.row_ids(lease.id, batch)
-        found = None
-        with contextlib.suppress(ImportError):
-            from pinion import torch
+        torch = self._torch()
+        if torch is not None:
+            return torch.row_ids(ids, self.mapping.dlpack_device)
+        import numpy as np
 
-            found = torch.row_ids(ids, self.mapping.dlpack_device)
-        if found is None:
-            import numpy as np
-
-            found = np.frombuffer(ids, np.int64)
-        return found
+        return np.frombuffer(ids, np.int64)
 
     def take(
         self,
@@ -193,16 +188,34 @@ class View:
         mask: bool = False,
         out: Any = None,
         stream: Any = None,
+        kernel: bool = False,
     ) -> Any:
-        """Rows by number, as tensors of their own on the pin's device: what `to_torch` would give, at `rows`.
+        """Rows by number, as arrays of their own on the pin's device: what `to_torch` would give, at `rows`.
 
-        A row of -1 is missing: NaN in floats, 0 in others, false in masks. `out` are tensors to fill, of the
-        same form; `stream` (torch's) is where it runs. A row number of another generation may be out of range,
-        which on a GPU is an error of the whole context.
+        A number that is none of a row, -1 or any other, is missing: NaN in floats, 0 in others, false in masks. `out`
+        are arrays to fill, of the same form; `stream` is where it runs, by default torch's current stream or the
+        legacy default one. Waits for nothing that it queued. The lease, `rows` and `out` are kept until it is done,
+        also when the view is left before.
+
+        Tensors gathered by torch, where torch is installed and can use the device. Else, and with `kernel=True`,
+        this package's own kernel gathers, or NumPy on the host: into tensors where torch is there, else into NumPy
+        arrays, or on a GPU `DeviceArray`s (`out` is anything with `__cuda_array_interface__`). Memory that is allocated
+        here costs a cuMemAlloc for each call: give `out` where that matters. The kernel has not run on a GPU yet.
         """
-        from pinion import torch
+        from pinion import gather
 
-        return torch.take(self, rows, features, matrix=matrix, mask=mask, out=out, stream=stream)
+        torch = self._torch()
+        if torch is not None and not kernel:
+            return torch.take(self, rows, features, matrix=matrix, mask=mask, out=out, stream=stream)
+        return gather.take(self, rows, features, matrix=matrix, mask=mask, out=out, stream=stream, torch=torch)
+
+    def _torch(self) -> Any:
+        """This package's module for torch. None if torch is not installed, or cannot use the device."""
+        try:
+            from pinion import torch
+        except ImportError:
+            return None
+        return torch if torch.can_use(self.mapping.dlpack_device) else None
 
     # -- checks
 
@@ -293,18 +306,6 @@ class View:
         if not columns:
             raise errors.NoTensor("a matrix has at least one column", "NO_MATRIX")
         return columns
-
-
-def _stream_handle(stream: Any) -> int:
-    for name in ("cuda_stream", "ptr"):
-        handle = getattr(stream, name, None)
-        if isinstance(handle, int):
-            return handle
-    if hasattr(stream, "__cuda_stream__"):
-        return stream.__cuda_stream__()[1]
-    if isinstance(stream, int):
-        return stream
-    raise TypeError(f"a stream is torch's, CuPy's or a handle, not {type(stream).__name__}")
 
 
 def _keys(keys: Any, names: list[str]) -> pa.RecordBatch:
