@@ -140,6 +140,25 @@ def test_rows_are_taken_into_tensors_that_are_given(pin):
         assert plain(matrix[:, 0]) == [0.5, None, 1.0]
 
 
+@pytest.mark.parametrize("matrix", [False, True])
+def test_torch_and_our_own_gather_take_the_same(pin, matrix):
+    """Out of range included: a row number of another generation gives a missing row, by either."""
+    rows = torch.tensor([5, -1, 0, ROWS, 5, 10**9, -(2**63), 19])
+    features = ["score", "rank"] if matrix else None
+    with pin.latest() as view:
+        by_torch = view.take(rows, features, matrix=matrix, mask=True)
+        ours = view.take(rows, features, matrix=matrix, mask=True, kernel=True)
+        for theirs, mine in zip(by_torch, ours):
+            pairs = [(theirs, mine)] if matrix else [(theirs[name], mine[name]) for name in theirs]
+            assert matrix or set(theirs) == set(mine) == TENSORS
+            for one, other in pairs:
+                assert one.dtype == other.dtype and one.shape == other.shape
+                np.testing.assert_array_equal(one.numpy(), other.numpy())
+        out = {"count": torch.empty(2, dtype=torch.uint16)}
+        assert view.take(rows[:2], ["count"], out=out, kernel=True)["count"] is out["count"]
+        assert out["count"].tolist() == [15, 0]
+
+
 def test_what_was_taken_does_not_keep_the_lease(pin, stub):
     with pin.latest() as view:
         taken = view.take(torch.tensor([1, 2]), ["count"])

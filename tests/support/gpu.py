@@ -69,6 +69,11 @@ class Gpu:
         getattr(self.driver, function)(room, c_size_t(len(room)))
         return room.value.decode()
 
+    def left(self, before):
+        """What is there that was not. Streams are the tests' own, and kernels are loaded once for a process."""
+        new = [line for line in self.text("fake_live").splitlines() if line not in before]
+        return [line for line in new if "stream" not in line and "modules" not in line]
+
     def calls(self, name):
         self.driver.fake_calls.restype = c_ulonglong
         return self.driver.fake_calls(c_char_p(name.encode()))
