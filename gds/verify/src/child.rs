@@ -90,7 +90,9 @@ fn collect<T: Send + 'static>(
 ) -> mpsc::Receiver<Vec<T>> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
-        let lines = pipe.into_iter().flat_map(|pipe| BufReader::new(pipe).lines());
+        let lines = pipe
+            .into_iter()
+            .flat_map(|pipe| BufReader::new(pipe).lines());
         let lines = lines.map_while(Result::ok).filter_map(parse).collect();
         let _ = sender.send(lines);
     });

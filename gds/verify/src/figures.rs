@@ -110,6 +110,9 @@ mod tests {
     fn sizes_are_written_in_the_largest_whole_unit() {
         assert_eq!(size(16 << 20), "16 MiB");
         assert_eq!(size(1 << 30), "1 GiB");
-        assert_eq!((size(4096), size(8)), ("4 KiB".to_owned(), "8 B".to_owned()));
+        assert_eq!(
+            (size(4096), size(8)),
+            ("4 KiB".to_owned(), "8 B".to_owned())
+        );
     }
 }

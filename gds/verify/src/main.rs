@@ -157,21 +157,24 @@ impl<'a> Run<'a> {
             self.say("writing the test file");
             if let Err(error) = write_data(data, self.config.file_bytes) {
                 let _ = std::fs::remove_file(data);
-                self.report.missing(part.name, format!("no test file: {error}"));
+                self.report
+                    .missing(part.name, format!("no test file: {error}"));
                 self.report.broken_parts += 1;
                 return;
             }
         }
         let left = self.left();
         if left < LEAST {
-            self.report.missing(part.name, "the time was over (--limit-seconds)");
+            self.report
+                .missing(part.name, "the time was over (--limit-seconds)");
             return;
         }
         self.say(&format!("{}: {}", part.name, part.about));
         let told = child::run(self.config, part.name, part.limit.min(left));
         told.lines.iter().for_each(|line| self.report.take(line));
         if let Some(trouble) = told.trouble {
-            self.report.missing(&format!("the rest of {}", part.name), trouble);
+            self.report
+                .missing(&format!("the rest of {}", part.name), trouble);
             self.report.broken_parts += 1;
         }
     }
@@ -184,7 +187,8 @@ impl<'a> Run<'a> {
         let claims: Vec<Claim> = claims::all().filter(wanted).collect();
         if claims.is_empty() {
             let number = self.config.claim.clone().unwrap_or_default();
-            self.report.missing(&format!("claim {number}"), "there is no such claim");
+            self.report
+                .missing(&format!("claim {number}"), "there is no such claim");
             self.report.broken_parts += 1;
         }
         let (alone, together): (Vec<Claim>, Vec<Claim>) =
@@ -230,9 +234,10 @@ impl<'a> Run<'a> {
 
     fn try_one(&self, claim: &Claim, limit: Duration) -> Verdict {
         let told = child::run(self.config, &format!("claim:{}", claim.number), limit);
-        let verdict = told.lines.first().and_then(|line| {
-            Verdict::parse(line["word"].as_str()?, line["text"].as_str()?)
-        });
+        let verdict = told
+            .lines
+            .first()
+            .and_then(|line| Verdict::parse(line["word"].as_str()?, line["text"].as_str()?));
         verdict.unwrap_or_else(|| {
             let trouble = told.trouble.unwrap_or_else(|| "it said nothing".to_owned());
             Verdict::Differs(format!("the check broke off: {trouble}"))

@@ -37,9 +37,12 @@ impl Report {
         if let Some(fact) = line.get("fact") {
             self.facts.push((text(fact, "name"), text(fact, "value")));
         } else if let Some(missing) = line.get("missing") {
-            self.missing.push((text(missing, "name"), text(missing, "why")));
+            self.missing
+                .push((text(missing, "name"), text(missing, "why")));
         } else if let Some(figure) = line.get("figure") {
-            let beside = figure["beside"].as_str().zip(figure["beside_value"].as_f64());
+            let beside = figure["beside"]
+                .as_str()
+                .zip(figure["beside_value"].as_f64());
             self.figures.push(Figure {
                 name: text(figure, "name"),
                 with: text(figure, "with"),
@@ -78,7 +81,10 @@ impl Report {
 
     /// The whole report.
     pub fn json(&self) -> Value {
-        let facts = self.facts.iter().map(|(name, value)| json!({"name": name, "value": value}));
+        let facts = self
+            .facts
+            .iter()
+            .map(|(name, value)| json!({"name": name, "value": value}));
         let claims = self.claims.iter().map(|(claim, verdict)| {
             json!({"number": claim.number, "title": claim.title, "verdict": verdict.word(), "saw": verdict.text()})
         });
@@ -86,7 +92,10 @@ impl Report {
             let (beside, limit) = figure.beside.as_ref().map(|(name, value)| (name, value)).unzip();
             json!({"name": figure.name, "with": figure.with, "value": figure.value, "unit": figure.unit, "beside": beside, "beside_value": limit})
         });
-        let missing = self.missing.iter().map(|(name, why)| json!({"name": name, "why": why}));
+        let missing = self
+            .missing
+            .iter()
+            .map(|(name, why)| json!({"name": name, "why": why}));
         let [holds, differ, unchecked] = self.counts();
         json!({
             "verify": 1,
@@ -111,14 +120,20 @@ impl Report {
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
         if self.is_fake() {
-            writeln!(out, "THE FAKE DRIVER: figures mean nothing here, and claims check it against itself.\n")?;
+            writeln!(
+                out,
+                "THE FAKE DRIVER: figures mean nothing here, and claims check it against itself.\n"
+            )?;
         }
         for (name, value) in &self.facts {
             writeln!(out, "{name:<44} {value}")?;
         }
         if !self.claims.is_empty() {
             let [holds, differ, unchecked] = self.counts();
-            writeln!(out, "\nclaims: {holds} hold, {differ} differ, {unchecked} not checkable here")?;
+            writeln!(
+                out,
+                "\nclaims: {holds} hold, {differ} differ, {unchecked} not checkable here"
+            )?;
         }
         for (claim, verdict) in &self.claims {
             let mark = match verdict {
@@ -126,7 +141,13 @@ impl Report {
                 Verdict::Differs(_) => "!!",
                 Verdict::Unchecked(_) => "--",
             };
-            writeln!(out, "{mark} {:<3} {}\n       {}", claim.number, claim.title, verdict.text())?;
+            writeln!(
+                out,
+                "{mark} {:<3} {}\n       {}",
+                claim.number,
+                claim.title,
+                verdict.text()
+            )?;
         }
         if !self.figures.is_empty() {
             writeln!(out, "\nfigures")?;

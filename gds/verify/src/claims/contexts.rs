@@ -8,13 +8,21 @@ use crate::sys::driver::NON_BLOCKING;
 
 pub(super) const CLAIMS: &[Claim] = &[
     Claim::new("C1", "the primary context is counted", counted),
-    Claim::new("C2", "the current context is the thread's, a stack", current),
+    Claim::new(
+        "C2",
+        "the current context is the thread's, a stack",
+        current,
+    ),
     Claim::new("C3", "some errors break the context", broken),
 ];
 
 fn counted(config: &Config) -> Outcome {
     let driver = open(config)?;
-    let active = || driver.is_context_active().named("cuDevicePrimaryCtxGetState");
+    let active = || {
+        driver
+            .is_context_active()
+            .named("cuDevicePrimaryCtxGetState")
+    };
     driver.retain().named("cuDevicePrimaryCtxRetain")?;
     let stream = driver.stream(NON_BLOCKING).named("cuStreamCreate")?;
     driver.release().named("cuDevicePrimaryCtxRelease")?;
@@ -70,7 +78,9 @@ fn broken(config: &Config) -> Outcome {
     let alloc = driver.alloc(MIB).code();
     let free = driver.free(memory).code();
     let reset = driver.reset().code();
-    let retained = driver.retain().and_then(|context| driver.set_current(context));
+    let retained = driver
+        .retain()
+        .and_then(|context| driver.set_current(context));
     let after = driver.alloc(MIB).code();
     verdict(
         found == 700 && alloc == 700 && free == 700 && reset == 0 && after == 0,

@@ -19,7 +19,11 @@ pub(super) const CLAIMS: &[Claim] = &[
     Claim::new("F6", "how results are written", results),
     Claim::new("F7", "reads are in no order with streams", no_order),
     Claim::new("F8", "registering twice, or host memory", registrations),
-    Claim::new("F9", "memory that goes while it is registered", registered_memory_goes),
+    Claim::new(
+        "F9",
+        "memory that goes while it is registered",
+        registered_memory_goes,
+    ),
 ];
 
 /// Length of the test file: not whole pages.
@@ -68,11 +72,15 @@ impl Scene {
         let handle = match cufile.register_file(&file) {
             Ok(handle) => handle,
             Err(code) => {
-                return Ok(Err(format!("cuFileHandleRegister answers {code} (5027: no udev)")));
+                return Ok(Err(format!(
+                    "cuFileHandleRegister answers {code} (5027: no udev)"
+                )));
             }
         };
         let memory = driver.alloc(MEMORY_BYTES).named("cuMemAlloc")?;
-        driver.fill(memory, 0xee, MEMORY_BYTES).named("cuMemsetD8")?;
+        driver
+            .fill(memory, 0xee, MEMORY_BYTES)
+            .named("cuMemsetD8")?;
         driver.synchronize().named("cuCtxSynchronize")?;
         if let Err(code) = cufile.register(memory, MEMORY_BYTES) {
             return Ok(Err(format!("cuFileBufRegister answers {code}")));
@@ -111,7 +119,10 @@ impl Scene {
             let of = std::fs::metadata(path).ok()?;
             (Some((of.dev(), of.ino())) == ours).then_some(())
         };
-        folder.flatten().filter_map(|entry| same(entry.path())).count()
+        folder
+            .flatten()
+            .filter_map(|entry| same(entry.path()))
+            .count()
     }
 }
 
@@ -154,7 +165,11 @@ fn strict_open(config: &Config) -> Outcome {
         format!(
             "the strict open answers {strict} ({}); the parameter then says that compatibility is \
              allowed: {allows:?}",
-            if strict == 0 { "GPUDirect works" } else { "no GPUDirect here" }
+            if strict == 0 {
+                "GPUDirect works"
+            } else {
+                "no GPUDirect here"
+            }
         ),
     )
 }
@@ -170,7 +185,10 @@ fn reopened(config: &Config) -> Outcome {
     }
     let file = test_file(config).map_err(|error| format!("the test file: {error}"))?;
     match code(&cufile.register_file(&file)) {
-        0 => verdict(true, "a file was registered after the strict open had failed"),
+        0 => verdict(
+            true,
+            "a file was registered after the strict open had failed",
+        ),
         5027 => unchecked("cuFileHandleRegister answers 5027: no udev database"),
         other => verdict(false, format!("cuFileHandleRegister answers {other}")),
     }
@@ -204,7 +222,9 @@ fn across_the_end(config: &Config) -> Outcome {
         let out = scene.bytes()?;
         let left = FILE_BYTES - offset;
         let overrun = (left..asked).filter(|at| out.get(*at) != 0xee).count();
-        let beyond = (asked..MEMORY_BYTES).filter(|at| out.get(*at) != 0xee).count();
+        let beyond = (asked..MEMORY_BYTES)
+            .filter(|at| out.get(*at) != 0xee)
+            .count();
         verdict(
             came.result == left as isize && end.result == 0 && overrun > 0 && beyond == 0,
             format!(
@@ -253,7 +273,9 @@ fn no_order(config: &Config) -> Outcome {
         let came = scene.read(0, 0, 4096);
         let past = !gate.is_open();
         gate.open();
-        driver.stream_synchronize(stream).named("cuStreamSynchronize")?;
+        driver
+            .stream_synchronize(stream)
+            .named("cuStreamSynchronize")?;
         let out = scene.bytes()?;
         let lost = (0..4096).filter(|at| out.get(*at) == 0x11).count();
         verdict(

@@ -23,7 +23,9 @@ pub(super) fn copy(driver: &Driver) -> Result<usize, String> {
 fn too_new(config: &Config) -> Outcome {
     let driver = open(config)?;
     let known = driver.module(PTX).code();
-    let newer = driver.module(&PTX.replace(".version 8.0", ".version 99.0")).code();
+    let newer = driver
+        .module(&PTX.replace(".version 8.0", ".version 99.0"))
+        .code();
     verdict(
         known == 0 && newer == 222,
         format!("PTX 8.0 answers {known}, PTX 99.0 {newer}"),
@@ -42,14 +44,20 @@ fn parameters(config: &Config) -> Outcome {
     driver.fill(to, 1, MIB).named("cuMemsetD8")?;
     driver.synchronize().named("cuCtxSynchronize")?;
     let gate = driver.hold(stream).named("cuLaunchHostFunc")?;
-    driver.launch(copy, [to, from, 4096], stream).named("cuLaunchKernel")?;
+    driver
+        .launch(copy, [to, from, 4096], stream)
+        .named("cuLaunchKernel")?;
     std::thread::sleep(HOLD / 4);
     gate.open();
-    driver.stream_synchronize(stream).named("cuStreamSynchronize")?;
+    driver
+        .stream_synchronize(stream)
+        .named("cuStreamSynchronize")?;
     let out = HostBytes::pageable(MIB);
     driver.copy_out(&out, to, MIB).named("cuMemcpyDtoH")?;
     let copied = out.count(7);
-    driver.launch(copy, [to, 1 << 20, 64], stream).named("cuLaunchKernel")?;
+    driver
+        .launch(copy, [to, 1 << 20, 64], stream)
+        .named("cuLaunchKernel")?;
     let bad = driver.stream_synchronize(stream).code();
     let later = driver.alloc(MIB).code();
     verdict(

@@ -19,7 +19,10 @@ fn names(config: &Config) -> Outcome {
         None => "cuFile not given".to_owned(),
         Some(path) => format!("cuFile is {}", path.display()),
     };
-    verdict(driver, format!("the driver answers to libcuda.so.1: {driver}; {cufile}"))
+    verdict(
+        driver,
+        format!("the driver answers to libcuda.so.1: {driver}; {cufile}"),
+    )
 }
 
 fn proc_address(config: &Config) -> Outcome {

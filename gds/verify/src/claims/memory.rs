@@ -12,7 +12,11 @@ pub(super) const CLAIMS: &[Claim] = &[
     Claim::new("M2", "the program faults at a device pointer", fault),
     Claim::new("M3", "free memory is what is not allocated", free_bytes).alone(),
     Claim::new("M4", "page-locked memory has one address", one_address),
-    Claim::new("M5", "registering twice, unregistering nothing", registered_twice),
+    Claim::new(
+        "M5",
+        "registering twice, unregistering nothing",
+        registered_twice,
+    ),
     Claim::new("M6", "a host range that is locked in part", locked_in_part),
 ];
 
@@ -33,14 +37,16 @@ fn contents(config: &Config) -> Outcome {
 }
 
 fn fault(config: &Config) -> Outcome {
-    let driver = open(config)?;
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
     let mut touch = std::process::Command::new(program);
     touch.args(&config.arguments).args(["--child", "touch"]);
-    drop(driver);
     let output = touch.output().map_err(|error| error.to_string())?;
     let said = String::from_utf8_lossy(&output.stdout);
-    let saw = format!("signal {:?}, status {:?}", output.status.signal(), output.status.code());
+    let saw = format!(
+        "signal {:?}, status {:?}",
+        output.status.signal(),
+        output.status.code()
+    );
     match said.contains("touching") {
         false => Err(format!("the process did not get that far: {saw}")),
         true => verdict(output.status.signal().is_some(), saw),
@@ -59,14 +65,20 @@ fn free_bytes(config: &Config) -> Outcome {
     let about = |bytes: usize| (62 * MIB..=96 * MIB).contains(&bytes);
     verdict(
         about(taken) && about(back),
-        format!("64 MiB took {} KiB, {} KiB came back", taken >> 10, back >> 10),
+        format!(
+            "64 MiB took {} KiB, {} KiB came back",
+            taken >> 10,
+            back >> 10
+        ),
     )
 }
 
 fn one_address(config: &Config) -> Outcome {
     let driver = open(config)?;
     let pinned = driver.pinned(MIB).named("cuMemHostAlloc")?;
-    let device = driver.device_pointer(&pinned).named("cuMemHostGetDevicePointer")?;
+    let device = driver
+        .device_pointer(&pinned)
+        .named("cuMemHostGetDevicePointer")?;
     verdict(
         device == pinned.address() as u64,
         format!("host {:#x}, device {device:#x}", pinned.address()),
@@ -93,7 +105,9 @@ fn registered_twice(config: &Config) -> Outcome {
 fn locked_in_part(config: &Config) -> Outcome {
     let driver = open(config)?;
     let host = HostBytes::pageable(MIB);
-    driver.register_host(&host, 0, MIB / 2).named("cuMemHostRegister")?;
+    driver
+        .register_host(&host, 0, MIB / 2)
+        .named("cuMemHostRegister")?;
     let memory = driver.alloc(MIB).named("cuMemAlloc")?;
     let stream = driver.stream(NON_BLOCKING).named("cuStreamCreate")?;
     let to_device = driver.copy_in_async(memory, &host, MIB, stream).code();

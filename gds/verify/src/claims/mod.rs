@@ -83,7 +83,11 @@ impl fmt::Debug for Claim {
 }
 
 impl Claim {
-    const fn new(number: &'static str, title: &'static str, check: fn(&Config) -> Outcome) -> Claim {
+    const fn new(
+        number: &'static str,
+        title: &'static str,
+        check: fn(&Config) -> Outcome,
+    ) -> Claim {
         Claim {
             number,
             title,

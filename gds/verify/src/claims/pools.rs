@@ -8,7 +8,11 @@ use crate::sys::host::HostBytes;
 pub(super) const CLAIMS: &[Claim] = &[
     Claim::new("P1", "an address is valid in its stream's order", order),
     Claim::new("P2", "freed memory stays reserved", reserved).alone(),
-    Claim::new("P3", "a destroyed pool ends with its last allocation", destroyed),
+    Claim::new(
+        "P3",
+        "a destroyed pool ends with its last allocation",
+        destroyed,
+    ),
     Claim::new("P4", "pools let go before an allocation fails", let_go).alone(),
 ];
 
@@ -25,16 +29,26 @@ fn order(config: &Config) -> Outcome {
     let event = driver.event().named("cuEventCreate")?;
     let out = driver.pinned(MIB).named("cuMemHostAlloc")?;
     let gate = driver.hold(stream).named("cuLaunchHostFunc")?;
-    let memory = driver.pool_alloc(pool, MIB, stream).named("cuMemAllocFromPoolAsync")?;
+    let memory = driver
+        .pool_alloc(pool, MIB, stream)
+        .named("cuMemAllocFromPoolAsync")?;
     let at_once = !gate.is_open();
     driver.event_record(event, stream).named("cuEventRecord")?;
-    driver.stream_wait(other, event).named("cuStreamWaitEvent")?;
-    driver.fill_async(memory, 9, MIB, other).named("cuMemsetD8Async")?;
-    driver.copy_out_async(&out, memory, MIB, other).named("cuMemcpyDtoHAsync")?;
+    driver
+        .stream_wait(other, event)
+        .named("cuStreamWaitEvent")?;
+    driver
+        .fill_async(memory, 9, MIB, other)
+        .named("cuMemsetD8Async")?;
+    driver
+        .copy_out_async(&out, memory, MIB, other)
+        .named("cuMemcpyDtoHAsync")?;
     std::thread::sleep(HOLD / 4);
     let early = driver.is_stream_done(other).named("cuStreamQuery")?;
     gate.open();
-    driver.stream_synchronize(other).named("cuStreamSynchronize")?;
+    driver
+        .stream_synchronize(other)
+        .named("cuStreamSynchronize")?;
     let intact = out.count(9);
     driver.free_async(memory, other).named("cuMemFreeAsync")?;
     driver.synchronize().named("cuCtxSynchronize")?;
@@ -55,11 +69,15 @@ fn reserved(config: &Config) -> Outcome {
             .pool_alloc(pool, 64 * MIB, stream)
             .named("cuMemAllocFromPoolAsync")?;
         driver.free_async(memory, stream).named("cuMemFreeAsync")?;
-        driver.stream_synchronize(stream).named("cuStreamSynchronize")?;
+        driver
+            .stream_synchronize(stream)
+            .named("cuStreamSynchronize")?;
         driver.pool_reserved(pool).named("cuMemPoolGetAttribute")
     };
     let at_zero = once()?;
-    driver.pool_keep(pool, u64::MAX).named("cuMemPoolSetAttribute")?;
+    driver
+        .pool_keep(pool, u64::MAX)
+        .named("cuMemPoolSetAttribute")?;
     let kept = once()?;
     driver.pool_trim(pool, 0).named("cuMemPoolTrimTo")?;
     let trimmed = driver.pool_reserved(pool).named("cuMemPoolGetAttribute")?;
@@ -75,11 +93,17 @@ fn reserved(config: &Config) -> Outcome {
 fn destroyed(config: &Config) -> Outcome {
     let driver = open(config)?;
     let (pool, stream) = pool_and_stream(&driver)?;
-    let memory = driver.pool_alloc(pool, MIB, stream).named("cuMemAllocFromPoolAsync")?;
+    let memory = driver
+        .pool_alloc(pool, MIB, stream)
+        .named("cuMemAllocFromPoolAsync")?;
     let destroy = driver.pool_destroy(pool).code();
-    driver.fill_async(memory, 3, MIB, stream).named("cuMemsetD8Async")?;
+    driver
+        .fill_async(memory, 3, MIB, stream)
+        .named("cuMemsetD8Async")?;
     let out = HostBytes::pageable(MIB);
-    driver.stream_synchronize(stream).named("cuStreamSynchronize")?;
+    driver
+        .stream_synchronize(stream)
+        .named("cuStreamSynchronize")?;
     driver.copy_out(&out, memory, MIB).named("cuMemcpyDtoH")?;
     let free = driver.free_async(memory, stream).code();
     let done = driver.stream_synchronize(stream).code();
@@ -96,23 +120,43 @@ fn destroyed(config: &Config) -> Outcome {
 fn let_go(config: &Config) -> Outcome {
     let driver = open(config)?;
     let (pool, stream) = pool_and_stream(&driver)?;
-    driver.pool_keep(pool, u64::MAX).named("cuMemPoolSetAttribute")?;
+    driver
+        .pool_keep(pool, u64::MAX)
+        .named("cuMemPoolSetAttribute")?;
     let (free, _) = driver.memory().named("cuMemGetInfo")?;
     let most = free / 5 * 3 / (2 * MIB) * (2 * MIB);
     if driver.is_fake() && most > 1024 * MIB {
         return unchecked("the fake driver would touch gigabytes of host memory: give it less");
     }
-    let held = driver.pool_alloc(pool, most, stream).named("cuMemAllocFromPoolAsync")?;
-    driver.free_async(held, stream).named("cuMemFreeAsync")?;
-    driver.stream_synchronize(stream).named("cuStreamSynchronize")?;
-    let reserved = driver.pool_reserved(pool).named("cuMemPoolGetAttribute")?;
-    let alloc = driver.alloc(most).code();
+    let hold_back = || -> Result<u64, String> {
+        let held = driver
+            .pool_alloc(pool, most, stream)
+            .named("cuMemAllocFromPoolAsync")?;
+        driver.free_async(held, stream).named("cuMemFreeAsync")?;
+        driver
+            .stream_synchronize(stream)
+            .named("cuStreamSynchronize")?;
+        driver.pool_reserved(pool).named("cuMemPoolGetAttribute")
+    };
+    let reserved = hold_back()?;
+    let other = driver.pool().named("cuMemPoolCreate")?;
+    let from_other = driver.pool_alloc(other, most, stream);
+    if let Ok(memory) = from_other {
+        driver.free_async(memory, stream).named("cuMemFreeAsync")?;
+        driver
+            .stream_synchronize(stream)
+            .named("cuStreamSynchronize")?;
+    }
+    hold_back()?;
+    let plain = driver.alloc(most).code();
     verdict(
-        reserved >= most as u64 && alloc == 0,
+        reserved >= most as u64 && from_other.is_ok(),
         format!(
-            "with {} MiB of {} free held back, cuMemAlloc of as many answers {alloc}",
+            "with {} MiB of {} held back by one pool, as many from another answer {}; cuMemAlloc \
+             of as many {plain} (for it the fake driver lets go of nothing)",
             reserved >> 20,
-            free >> 20
+            free >> 20,
+            from_other.code()
         ),
     )
 }

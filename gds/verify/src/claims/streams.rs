@@ -9,12 +9,32 @@ use crate::sys::host::HostBytes;
 
 pub(super) const CLAIMS: &[Claim] = &[
     Claim::new("S1", "a stream's work runs in order, later", in_order),
-    Claim::new("S2", "a page-locked source is read when the copy runs", late_source),
-    Claim::new("S3", "a pageable source is staged at the call", staged_source),
+    Claim::new(
+        "S2",
+        "a page-locked source is read when the copy runs",
+        late_source,
+    ),
+    Claim::new(
+        "S3",
+        "a pageable source is staged at the call",
+        staged_source,
+    ),
     Claim::new("S4", "which synchronous calls wait", synchronous),
-    Claim::new("S5", "the default stream and blocking streams wait for each other", default_stream),
-    Claim::new("S6", "a wait is for the event as recorded at the call", waits),
-    Claim::new("S7", "events and streams may go before their work", early_end),
+    Claim::new(
+        "S5",
+        "the default stream and blocking streams wait for each other",
+        default_stream,
+    ),
+    Claim::new(
+        "S6",
+        "a wait is for the event as recorded at the call",
+        waits,
+    ),
+    Claim::new(
+        "S7",
+        "events and streams may go before their work",
+        early_end,
+    ),
     Claim::new("S8", "no driver call from a host function", nested),
     Claim::new("S9", "two streams may run at once", side_by_side),
 ];
@@ -44,7 +64,9 @@ impl Scene {
     fn count(&self, byte: u8) -> Result<usize, String> {
         self.driver.synchronize().named("cuCtxSynchronize")?;
         let out = HostBytes::pageable(MIB);
-        self.driver.copy_out(&out, self.memory, MIB).named("cuMemcpyDtoH")?;
+        self.driver
+            .copy_out(&out, self.memory, MIB)
+            .named("cuMemcpyDtoH")?;
         Ok(out.count(byte))
     }
 
@@ -58,7 +80,9 @@ impl Scene {
     }
 
     fn settle(&self, stream: usize) -> Result<(), String> {
-        self.driver.stream_synchronize(stream).named("cuStreamSynchronize")
+        self.driver
+            .stream_synchronize(stream)
+            .named("cuStreamSynchronize")
     }
 }
 
@@ -72,7 +96,9 @@ fn in_order(config: &Config) -> Outcome {
     let last = scene.count(3)?;
     verdict(
         !early && last == MIB,
-        format!("done before it could be: {early}; the later of two fills won in {last} of {MIB} bytes"),
+        format!(
+            "done before it could be: {early}; the later of two fills won in {last} of {MIB} bytes"
+        ),
     )
 }
 
@@ -88,7 +114,10 @@ fn late_source(config: &Config) -> Outcome {
     source.fill(3);
     gate.open();
     let late = scene.count(3)?;
-    verdict(late == MIB, format!("{late} of {MIB} bytes are those written after the call"))
+    verdict(
+        late == MIB,
+        format!("{late} of {MIB} bytes are those written after the call"),
+    )
 }
 
 fn staged_source(config: &Config) -> Outcome {
@@ -188,18 +217,28 @@ fn waits(config: &Config) -> Outcome {
     let driver = &scene.driver;
     let follower = driver.stream(NON_BLOCKING).named("cuStreamCreate")?;
     let event = driver.event().named("cuEventCreate")?;
-    driver.stream_wait(follower, event).named("cuStreamWaitEvent")?;
+    driver
+        .stream_wait(follower, event)
+        .named("cuStreamWaitEvent")?;
     scene.settle(follower)?;
     // Recorded, waited for, then recorded again behind a gate: the wait is for the first.
-    driver.event_record(event, scene.stream).named("cuEventRecord")?;
+    driver
+        .event_record(event, scene.stream)
+        .named("cuEventRecord")?;
     let held = driver.hold(follower).named("cuLaunchHostFunc")?;
-    driver.stream_wait(follower, event).named("cuStreamWaitEvent")?;
+    driver
+        .stream_wait(follower, event)
+        .named("cuStreamWaitEvent")?;
     let gate = driver.hold(scene.stream).named("cuLaunchHostFunc")?;
-    driver.event_record(event, scene.stream).named("cuEventRecord")?;
+    driver
+        .event_record(event, scene.stream)
+        .named("cuEventRecord")?;
     held.open();
     scene.settle(follower)?;
     let first = !gate.is_open();
-    driver.stream_wait(follower, event).named("cuStreamWaitEvent")?;
+    driver
+        .stream_wait(follower, event)
+        .named("cuStreamWaitEvent")?;
     std::thread::sleep(HOLD / 4);
     let early = scene.is_done(follower)?;
     gate.open();
@@ -219,7 +258,9 @@ fn early_end(config: &Config) -> Outcome {
     let event = driver.event().named("cuEventCreate")?;
     let gate = driver.hold(scene.stream).named("cuLaunchHostFunc")?;
     scene.fill(2, scene.stream)?;
-    driver.event_record(event, scene.stream).named("cuEventRecord")?;
+    driver
+        .event_record(event, scene.stream)
+        .named("cuEventRecord")?;
     let event_gone = driver.event_destroy(event).code();
     let stream_gone = driver.stream_destroy(scene.stream).code();
     let at_once = !gate.is_open();
@@ -240,7 +281,10 @@ fn nested(config: &Config) -> Outcome {
         .driver
         .call_from_host_function(scene.stream)
         .named("cuLaunchHostFunc")?;
-    verdict(code == 800, format!("cuMemGetInfo in a host function answers {code}"))
+    verdict(
+        code == 800,
+        format!("cuMemGetInfo in a host function answers {code}"),
+    )
 }
 
 fn side_by_side(config: &Config) -> Outcome {

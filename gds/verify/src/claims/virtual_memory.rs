@@ -17,9 +17,17 @@ pub(super) const CLAIMS: &[Claim] = &[
     Claim::new("V3", "no use before access is given", access),
     Claim::new("V4", "unmapping and freeing take whole things", whole),
     Claim::new("V5", "bytes outlive the process that made them", outlive),
-    Claim::new("V6", "an export is a new descriptor, an import takes none", descriptors),
+    Claim::new(
+        "V6",
+        "an export is a new descriptor, an import takes none",
+        descriptors,
+    ),
     Claim::new("V7", "importing something else", foreign),
-    Claim::new("V8", "memory without a handle type is not exported", not_exportable),
+    Claim::new(
+        "V8",
+        "memory without a handle type is not exported",
+        not_exportable,
+    ),
 ];
 
 const GRANULE: usize = 2 * MIB;
@@ -34,8 +42,12 @@ fn reserved(driver: &Driver, bytes: usize) -> Result<u64, String> {
 
 fn granularity(config: &Config) -> Outcome {
     let driver = open(config)?;
-    let least = driver.granularity(0).named("cuMemGetAllocationGranularity")?;
-    let best = driver.granularity(1).named("cuMemGetAllocationGranularity")?;
+    let least = driver
+        .granularity(0)
+        .named("cuMemGetAllocationGranularity")?;
+    let best = driver
+        .granularity(1)
+        .named("cuMemGetAllocationGranularity")?;
     let create = driver.create(GRANULE + 4096, true).code();
     let reserve = driver.reserve(GRANULE + 4096).code();
     let (handle, range) = (created(&driver, GRANULE)?, reserved(&driver, GRANULE)?);
@@ -54,12 +66,16 @@ fn maps(config: &Config) -> Outcome {
     let handle = created(&driver, 2 * GRANULE)?;
     let range = reserved(&driver, 2 * GRANULE)?;
     let offset = driver.map(range, GRANULE, GRANULE, handle).code();
-    let beyond = driver.map(range + GRANULE as u64, 2 * GRANULE, 0, handle).code();
+    let beyond = driver
+        .map(range + GRANULE as u64, 2 * GRANULE, 0, handle)
+        .code();
     let first = driver.map(range, 2 * GRANULE, 0, handle).code();
     let twice = driver.map(range, 2 * GRANULE, 0, handle).code();
     verdict(
         offset != 0 && beyond != 0 && first == 0 && twice != 0,
-        format!("with an offset {offset}, beyond the reservation {beyond}, right {first}, twice {twice}"),
+        format!(
+            "with an offset {offset}, beyond the reservation {beyond}, right {first}, twice {twice}"
+        ),
     )
 }
 
@@ -86,8 +102,13 @@ fn access(config: &Config) -> Outcome {
 
 fn whole(config: &Config) -> Outcome {
     let driver = open(config)?;
-    let (handle, range) = (created(&driver, 2 * GRANULE)?, reserved(&driver, 2 * GRANULE)?);
-    driver.map(range, 2 * GRANULE, 0, handle).named("cuMemMap")?;
+    let (handle, range) = (
+        created(&driver, 2 * GRANULE)?,
+        reserved(&driver, 2 * GRANULE)?,
+    );
+    driver
+        .map(range, 2 * GRANULE, 0, handle)
+        .named("cuMemMap")?;
     let part = driver.unmap(range, GRANULE).code();
     let mapped = driver.address_free(range, 2 * GRANULE).code();
     let unmapped = driver.unmap(range, 2 * GRANULE).code();
@@ -108,10 +129,14 @@ pub fn make_and_die(config: &Config) -> Result<(), String> {
     let driver = open(config)?;
     let (handle, range) = (created(&driver, GRANULE)?, reserved(&driver, GRANULE)?);
     driver.map(range, GRANULE, 0, handle).named("cuMemMap")?;
-    driver.set_access(range, GRANULE, READ_WRITE).named("cuMemSetAccess")?;
+    driver
+        .set_access(range, GRANULE, READ_WRITE)
+        .named("cuMemSetAccess")?;
     driver.fill(range, 0x77, GRANULE).named("cuMemsetD8")?;
     driver.synchronize().named("cuCtxSynchronize")?;
-    let descriptor = driver.export(handle).named("cuMemExportToShareableHandle")?;
+    let descriptor = driver
+        .export(handle)
+        .named("cuMemExportToShareableHandle")?;
     lane::send(std::io::stdin().as_fd(), &descriptor).map_err(|error| error.to_string())?;
     // The parent kills this process once it has the descriptor.
     std::thread::sleep(std::time::Duration::from_secs(20));
@@ -150,18 +175,29 @@ fn read_imported(driver: &Driver, descriptor: &OwnedFd) -> Result<(usize, String
     driver.map(range, GRANULE, 0, handle).named("cuMemMap")?;
     let read_only = driver.set_access(range, GRANULE, READ).code();
     if read_only != 0 {
-        driver.set_access(range, GRANULE, READ_WRITE).named("cuMemSetAccess")?;
+        driver
+            .set_access(range, GRANULE, READ_WRITE)
+            .named("cuMemSetAccess")?;
     }
     let out = HostBytes::pageable(GRANULE);
-    driver.copy_out(&out, range, GRANULE).named("cuMemcpyDtoH")?;
-    Ok((out.count(0x77), format!("imported, access READ {read_only}")))
+    driver
+        .copy_out(&out, range, GRANULE)
+        .named("cuMemcpyDtoH")?;
+    Ok((
+        out.count(0x77),
+        format!("imported, access READ {read_only}"),
+    ))
 }
 
 fn descriptors(config: &Config) -> Outcome {
     let driver = open(config)?;
     let handle = created(&driver, GRANULE)?;
-    let one = driver.export(handle).named("cuMemExportToShareableHandle")?;
-    let two = driver.export(handle).named("cuMemExportToShareableHandle")?;
+    let one = driver
+        .export(handle)
+        .named("cuMemExportToShareableHandle")?;
+    let two = driver
+        .export(handle)
+        .named("cuMemExportToShareableHandle")?;
     let first = driver.import(one.as_fd()).code();
     let again = driver.import(one.as_fd()).code();
     let differ = format!("{one:?}") != format!("{two:?}");
@@ -175,11 +211,15 @@ fn foreign(config: &Config) -> Outcome {
     let driver = open(config)?;
     let file = std::fs::File::open("/dev/zero").map_err(|error| error.to_string())?;
     let mut byte = [1];
-    (&file).read_exact(&mut byte).map_err(|error| error.to_string())?;
+    (&file)
+        .read_exact(&mut byte)
+        .map_err(|error| error.to_string())?;
     let answer = driver.import(file.as_fd()).code();
     verdict(
         answer == INVALID_VALUE,
-        format!("a descriptor of /dev/zero: {answer}; one of a device that is not visible was not tried"),
+        format!(
+            "a descriptor of /dev/zero: {answer}; one of a device that is not visible was not tried"
+        ),
     )
 }
 

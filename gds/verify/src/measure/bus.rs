@@ -43,7 +43,13 @@ pub(super) fn run(config: &Config, figures: &Figures) -> Result<(), Trouble> {
             let other = scene.memory + (at + bytes) % (IN_FLIGHT as u64 * bytes);
             driver.copy_on_async(other, scene.memory + at, scene.bytes, stream)
         })?;
-        figures.put("bus: device to device, bytes copied", &with, within, "GB/s", None);
+        figures.put(
+            "bus: device to device, bytes copied",
+            &with,
+            within,
+            "GB/s",
+            None,
+        );
         driver.free(scene.memory).named("cuMemFree")?;
     }
     Ok(())
@@ -75,7 +81,9 @@ impl<'a> Scene<'a> {
             for slot in 0..IN_FLIGHT {
                 copy((slot * self.bytes) as u64).named("the copy")?;
             }
-            self.driver.stream_synchronize(self.stream).named("cuStreamSynchronize")?;
+            self.driver
+                .stream_synchronize(self.stream)
+                .named("cuStreamSynchronize")?;
             // Copies on the default stream are in no order with the stream.
             Ok(self.driver.synchronize().named("cuCtxSynchronize")?)
         };

@@ -54,7 +54,9 @@ pub(super) fn run(config: &Config, figures: &Figures) -> Result<(), Trouble> {
             let with = "16 threads, blocks of 16 MiB, registered";
             for shape in shapes(config) {
                 if (shape.threads, shape.block_bytes) == (16, 16 << 20) {
-                    let rate = rate(shape, config.file_bytes, config.each, || reads.blocks(shape))?;
+                    let rate = rate(shape, config.file_bytes, config.each, || {
+                        reads.blocks(shape)
+                    })?;
                     figures.put("cuFile: read", with, rate, "GB/s", None);
                 }
             }
@@ -70,17 +72,27 @@ pub(super) fn run(config: &Config, figures: &Figures) -> Result<(), Trouble> {
     small(config, figures, &reads)
 }
 
-fn loads(config: &Config, figures: &Figures, reads: &Reads<'_>, file: &File) -> Result<(), Trouble> {
+fn loads(
+    config: &Config,
+    figures: &Figures,
+    reads: &Reads<'_>,
+    file: &File,
+) -> Result<(), Trouble> {
     let whole = usize::try_from(config.file_bytes.min(256 << 20))?;
     forget(file);
     for shape in shapes(config) {
-        let rate = rate(shape, config.file_bytes, config.each, || reads.blocks(shape))?;
+        let rate = rate(shape, config.file_bytes, config.each, || {
+            reads.blocks(shape)
+        })?;
         figures.put("cuFile: read", &shape.describe(), rate, "GB/s", None);
     }
     // That what arrives is what the file holds.
     reads.read(0, whole)?;
     let out = crate::sys::host::HostBytes::pageable(MIB);
-    reads.driver.copy_out(&out, reads.address, MIB).named("cuMemcpyDtoH")?;
+    reads
+        .driver
+        .copy_out(&out, reads.address, MIB)
+        .named("cuMemcpyDtoH")?;
     let mut expected = vec![0; MIB];
     File::open(data_file(&config.folder))?.read_exact_at(&mut expected, 0)?;
     let right = (0..MIB).filter(|at| out.get(*at) == expected[*at]).count();
@@ -95,7 +107,13 @@ fn small(config: &Config, figures: &Figures, reads: &Reads<'_>) -> Result<(), Tr
             at = (at + (1 << 20)) % config.file_bytes;
             reads.read(at, bytes as usize)
         })?;
-        figures.put("cuFile: small read, median", &size(bytes), times.median(), "us", None);
+        figures.put(
+            "cuFile: small read, median",
+            &size(bytes),
+            times.median(),
+            "us",
+            None,
+        );
     }
     Ok(())
 }
@@ -106,7 +124,9 @@ fn exportable(driver: &Driver, bytes: usize) -> Result<u64, Trouble> {
     let handle = driver.create(bytes, true).named("cuMemCreate")?;
     let address = driver.reserve(bytes).named("cuMemAddressReserve")?;
     driver.map(address, bytes, 0, handle).named("cuMemMap")?;
-    driver.set_access(address, bytes, READ_WRITE).named("cuMemSetAccess")?;
+    driver
+        .set_access(address, bytes, READ_WRITE)
+        .named("cuMemSetAccess")?;
     Ok(address)
 }
 
@@ -131,7 +151,9 @@ impl<'a> Reads<'a> {
     }
 
     fn read(&self, offset: u64, bytes: usize) -> Result<(), Trouble> {
-        let came = self.cufile.read(self.handle, self.address, offset, offset, bytes);
+        let came = self
+            .cufile
+            .read(self.handle, self.address, offset, offset, bytes);
         match came.result == bytes as isize {
             true => Ok(()),
             false => Err(format!("cuFileRead of {bytes} bytes at {offset}: {came:?}").into()),

@@ -16,7 +16,10 @@ pub(super) fn run(config: &Config, figures: &Figures) -> Result<(), Trouble> {
     let cufile = match CuFile::open_strict(path) {
         Ok(cufile) => cufile,
         Err(error) => {
-            figures.missing("DirectBackend", format!("no GPUDirect Storage here: {error}"));
+            figures.missing(
+                "DirectBackend",
+                format!("no GPUDirect Storage here: {error}"),
+            );
             return Ok(());
         }
     };

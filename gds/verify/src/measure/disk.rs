@@ -71,7 +71,13 @@ fn backend(
         forget(file.buffered());
         let report = backend.load(file, &whole, &region)?;
         let rate = gb_s(report.bytes, report.elapsed);
-        figures.put("disk: BounceBackend::load, cold", with, rate, "GB/s", beside);
+        figures.put(
+            "disk: BounceBackend::load, cold",
+            with,
+            rate,
+            "GB/s",
+            beside,
+        );
     }
     let mut block = vec![0; MIB];
     for offset in (0..config.file_bytes).step_by(MIB) {
@@ -80,7 +86,13 @@ fn backend(
     for with in ["first", "second"] {
         let report = backend.load(file, &whole, &region)?;
         let rate = gb_s(report.bytes, report.elapsed);
-        figures.put("disk: BounceBackend::load, cached", with, rate, "GB/s", None);
+        figures.put(
+            "disk: BounceBackend::load, cached",
+            with,
+            rate,
+            "GB/s",
+            None,
+        );
     }
     Ok(())
 }
@@ -96,7 +108,9 @@ fn naive(config: &Config, figures: &Figures, file: &DmaFile) -> Result<(), Troub
         }
         let mapped = HostBytes::mapped(file.buffered(), bytes)?;
         let start = std::time::Instant::now();
-        driver.copy_in(memory, &mapped, bytes).named("cuMemcpyHtoD")?;
+        driver
+            .copy_in(memory, &mapped, bytes)
+            .named("cuMemcpyHtoD")?;
         driver.synchronize().named("cuCtxSynchronize")?;
         let rate = gb_s(bytes as u64, start.elapsed());
         figures.put("disk: mapping and cuMemcpyHtoD", with, rate, "GB/s", None);

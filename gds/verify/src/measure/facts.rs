@@ -12,10 +12,19 @@ pub(super) fn run(config: &Config, figures: &Figures) -> Result<(), Trouble> {
     let (free, total) = driver.memory().named("cuMemGetInfo")?;
     figures.fact("device", driver.device_name().named("cuDeviceGetName")?);
     let version = driver.version().named("cuDriverGetVersion")?;
-    figures.fact("driver", format!("CUDA {}.{}", version / 1000, version % 1000 / 10));
+    figures.fact(
+        "driver",
+        format!("CUDA {}.{}", version / 1000, version % 1000 / 10),
+    );
     figures.fact("driver is the fake one", driver.is_fake().to_string());
-    figures.fact("devices", driver.device_count().named("cuDeviceGetCount")?.to_string());
-    figures.fact("memory", format!("{} of {} MiB free", free >> 20, total >> 20));
+    figures.fact(
+        "devices",
+        driver.device_count().named("cuDeviceGetCount")?.to_string(),
+    );
+    figures.fact(
+        "memory",
+        format!("{} of {} MiB free", free >> 20, total >> 20),
+    );
     for (name, attribute) in [
         ("virtual memory management", 102),
         ("export as a descriptor", 103),
@@ -46,7 +55,9 @@ fn file_system(folder: &Path) -> String {
         .filter_map(|line| {
             let mut words = line.split(' ');
             let (device, point, kind) = (words.next()?, words.next()?, words.next()?);
-            folder.starts_with(point).then(|| (point.len(), format!("{kind} on {device}")))
+            folder
+                .starts_with(point)
+                .then(|| (point.len(), format!("{kind} on {device}")))
         })
         .max_by_key(|(length, _)| *length);
     found.map_or_else(|| "unknown".to_owned(), |(_, text)| text)

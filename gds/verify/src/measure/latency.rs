@@ -24,7 +24,13 @@ pub(super) fn run(config: &Config, figures: &Figures) -> Result<(), Trouble> {
             let read = driver.copy_out(&pinned, memory, bytes as usize);
             read.named("cuMemcpyDtoH")
         })?;
-        put(figures, "latency: cuMemcpyDtoH to pinned", bytes, &plain, None);
+        put(
+            figures,
+            "latency: cuMemcpyDtoH to pinned",
+            bytes,
+            &plain,
+            None,
+        );
         let mut out = vec![0; bytes as usize];
         let ours = repeat(config.each, MOST, || backend.read(&region, 4096, &mut out))?;
         let beside = Some(("cuMemcpyDtoH", plain.median()));
@@ -41,17 +47,37 @@ pub(super) fn run(config: &Config, figures: &Figures) -> Result<(), Trouble> {
             load.next(bytes)?;
         }
         let cached = repeat(config.each, MOST, || load.next(bytes))?;
-        put(figures, "latency: Backend::load, cached", bytes, &cached, None);
+        put(
+            figures,
+            "latency: Backend::load, cached",
+            bytes,
+            &cached,
+            None,
+        );
         forget(file.buffered());
-        let cold = repeat(config.each, (config.file_bytes >> 20) as usize, || load.next(bytes))?;
+        let cold = repeat(config.each, (config.file_bytes >> 20) as usize, || {
+            load.next(bytes)
+        })?;
         put(figures, "latency: Backend::load, cold", bytes, &cold, None);
     }
     Ok(())
 }
 
 fn put(figures: &Figures, name: &str, bytes: u64, times: &Times, beside: Beside<'_>) {
-    figures.put(name, &format!("{}, median", size(bytes)), times.median(), "us", beside);
-    figures.put(name, &format!("{}, p99", size(bytes)), times.percentile(99.0), "us", None);
+    figures.put(
+        name,
+        &format!("{}, median", size(bytes)),
+        times.median(),
+        "us",
+        beside,
+    );
+    figures.put(
+        name,
+        &format!("{}, p99", size(bytes)),
+        times.percentile(99.0),
+        "us",
+        None,
+    );
 }
 
 /// Loads of a few bytes, each a MiB after the one before.

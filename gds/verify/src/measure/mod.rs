@@ -63,14 +63,38 @@ impl Part {
 pub const PARTS: &[Part] = &[
     Part::new("facts", "what machine this is", false, 20, facts::run),
     Part::new("bus", "host to device and back", false, 45, bus::run),
-    Part::new("disk", "from the disk to the device by bounce", true, 90, disk::run),
-    Part::new("cufile", "the same by cuFile's compatibility mode", true, 60, cufile::run),
-    Part::new("direct", "the same by GPUDirect Storage", true, 30, direct::run),
+    Part::new(
+        "disk",
+        "from the disk to the device by bounce",
+        true,
+        90,
+        disk::run,
+    ),
+    Part::new(
+        "cufile",
+        "the same by cuFile's compatibility mode",
+        true,
+        60,
+        cufile::run,
+    ),
+    Part::new(
+        "direct",
+        "the same by GPUDirect Storage",
+        true,
+        30,
+        direct::run,
+    ),
     Part::new("latency", "small reads", true, 30, latency::run),
     Part::new("memory", "what allocations cost", false, 40, memory::run),
     Part::new("share", "memory of another process", false, 40, share::run),
     Part::new("refresh", "scattered edits", false, 30, refresh::run),
-    Part::new("rewrite", "a pinned block rewritten under its copy", false, 20, rewrite::run),
+    Part::new(
+        "rewrite",
+        "a pinned block rewritten under its copy",
+        false,
+        20,
+        rewrite::run,
+    ),
 ];
 
 /// Device 0, by this project's types.
@@ -86,5 +110,7 @@ pub fn data_file(folder: &Path) -> PathBuf {
 /// Sizes up to the length of the test file: a small one makes a small run.
 fn sizes(config: &Config, sizes: &[u64]) -> Vec<u64> {
     let fitting = sizes.iter().copied();
-    fitting.filter(|bytes| *bytes <= config.file_bytes).collect()
+    fitting
+        .filter(|bytes| *bytes <= config.file_bytes)
+        .collect()
 }

@@ -17,7 +17,13 @@ pub(super) fn run(config: &Config, figures: &Figures) -> Result<(), Trouble> {
         let times = repeat(config.each, 200, || backend.write(&region, &edits))?;
         let with = format!("{count} of {}", size(bytes));
         let seconds = times.median() / 1e6;
-        figures.put("refresh: Backend::write, median", &with, times.median(), "us", None);
+        figures.put(
+            "refresh: Backend::write, median",
+            &with,
+            times.median(),
+            "us",
+            None,
+        );
         figures.put("refresh: edits", &with, count as f64 / seconds, "1/s", None);
         let rate = edits.bytes() as f64 / 1e9 / seconds;
         figures.put("refresh: bytes", &with, rate, "GB/s", None);

@@ -16,9 +16,21 @@ pub(super) fn run(config: &Config, figures: &Figures) -> Result<(), Trouble> {
     let bytes = (64 * MIB).min(usize::try_from(config.file_bytes)?);
     let with = format!("{ROUNDS} copies of {}", size(bytes as u64));
     let lost = plain(config, bytes)?;
-    figures.put("rewrite: bytes lost by cuMemcpyHtoDAsync", &with, lost as f64, "bytes", None);
+    figures.put(
+        "rewrite: bytes lost by cuMemcpyHtoDAsync",
+        &with,
+        lost as f64,
+        "bytes",
+        None,
+    );
     let lost = ours(config, bytes)?;
-    figures.put("rewrite: bytes lost by PinnedBlock", &with, lost as f64, "bytes", None);
+    figures.put(
+        "rewrite: bytes lost by PinnedBlock",
+        &with,
+        lost as f64,
+        "bytes",
+        None,
+    );
     Ok(())
 }
 
@@ -31,9 +43,13 @@ fn plain(config: &Config, bytes: usize) -> Result<usize, Trouble> {
     let mut lost = 0;
     for _ in 0..ROUNDS {
         source.fill(1);
-        driver.copy_in_async(memory, &source, bytes, stream).named("cuMemcpyHtoDAsync")?;
+        driver
+            .copy_in_async(memory, &source, bytes, stream)
+            .named("cuMemcpyHtoDAsync")?;
         source.fill(2);
-        driver.stream_synchronize(stream).named("cuStreamSynchronize")?;
+        driver
+            .stream_synchronize(stream)
+            .named("cuStreamSynchronize")?;
         driver.copy_out(&out, memory, bytes).named("cuMemcpyDtoH")?;
         lost += bytes - out.count(1);
     }
@@ -60,7 +76,10 @@ fn ours(config: &Config, bytes: usize) -> Result<usize, Trouble> {
         block.fill(1);
         let mut block = block.copy_to(&whole, &target, &stream)?.wait()?;
         block.fill(2);
-        let arrived = pool.take(bytes)?.copy_from(&whole, &target, &stream)?.wait()?;
+        let arrived = pool
+            .take(bytes)?
+            .copy_from(&whole, &target, &stream)?
+            .wait()?;
         lost += arrived.iter().filter(|byte| **byte != 1).count();
     }
     Ok(lost)

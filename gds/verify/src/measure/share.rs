@@ -52,7 +52,13 @@ fn share(config: &Config, driver: &Driver, figures: &Figures, bytes: u64) -> Res
         let start = Instant::now();
         let memory = import(driver, figures, &descriptor, usize::try_from(bytes)?)?;
         let micros = start.elapsed().as_secs_f64() * 1e6;
-        figures.put("share: import to set_access", &size(bytes), micros, "us", None);
+        figures.put(
+            "share: import to set_access",
+            &size(bytes),
+            micros,
+            "us",
+            None,
+        );
         Ok(memory)
     });
     // Reads begin before the producer is killed and go on after.
@@ -63,9 +69,27 @@ fn share(config: &Config, driver: &Driver, figures: &Figures, bytes: u64) -> Res
     let start = Instant::now();
     let wrong_after = wrong(driver, memory, bytes)?;
     let with = size(bytes);
-    figures.put("share: reads of all marks", &with, gb_s(bytes / 256, start.elapsed()), "GB/s", None);
-    figures.put("share: wrong bytes before the producer was killed", &with, wrong_before as f64, "bytes", None);
-    figures.put("share: wrong bytes after", &with, wrong_after as f64, "bytes", None);
+    figures.put(
+        "share: reads of all marks",
+        &with,
+        gb_s(bytes / 256, start.elapsed()),
+        "GB/s",
+        None,
+    );
+    figures.put(
+        "share: wrong bytes before the producer was killed",
+        &with,
+        wrong_before as f64,
+        "bytes",
+        None,
+    );
+    figures.put(
+        "share: wrong bytes after",
+        &with,
+        wrong_after as f64,
+        "bytes",
+        None,
+    );
     Ok(())
 }
 
@@ -76,17 +100,27 @@ fn import(
     descriptor: &std::os::fd::OwnedFd,
     bytes: usize,
 ) -> Result<u64, Trouble> {
-    let handle = driver.import(descriptor.as_fd()).named("cuMemImportFromShareableHandle")?;
+    let handle = driver
+        .import(descriptor.as_fd())
+        .named("cuMemImportFromShareableHandle")?;
     let range = driver.reserve(bytes).named("cuMemAddressReserve")?;
     driver.map(range, bytes, 0, handle).named("cuMemMap")?;
     let read_only = driver.set_access(range, bytes, READ).code();
-    figures.fact("share: cuMemSetAccess with READ answers", read_only.to_string());
+    figures.fact(
+        "share: cuMemSetAccess with READ answers",
+        read_only.to_string(),
+    );
     match read_only {
         0 => {
             let write = driver.fill(range, 0, 4096).code();
-            figures.fact("share: a write to a READ mapping answers", write.to_string());
+            figures.fact(
+                "share: a write to a READ mapping answers",
+                write.to_string(),
+            );
         }
-        _ => driver.set_access(range, bytes, READ_WRITE).named("cuMemSetAccess")?,
+        _ => driver
+            .set_access(range, bytes, READ_WRITE)
+            .named("cuMemSetAccess")?,
     }
     Ok(range)
 }
@@ -96,7 +130,9 @@ fn wrong(driver: &Driver, memory: u64, bytes: u64) -> Result<usize, Trouble> {
     let out = driver.pinned(4096).named("cuMemHostAlloc")?;
     let mut wrong = 0;
     for at in (0..bytes).step_by(MIB) {
-        driver.copy_out(&out, memory + at, 4096).named("cuMemcpyDtoH")?;
+        driver
+            .copy_out(&out, memory + at, 4096)
+            .named("cuMemcpyDtoH")?;
         wrong += 4096 - out.count(MARK);
     }
     Ok(wrong)

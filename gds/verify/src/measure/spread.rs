@@ -17,7 +17,11 @@ pub(super) struct Shape {
 
 impl Shape {
     pub(super) fn describe(self) -> String {
-        format!("{} threads, blocks of {}", self.threads, size(self.block_bytes))
+        format!(
+            "{} threads, blocks of {}",
+            self.threads,
+            size(self.block_bytes)
+        )
     }
 }
 

@@ -44,10 +44,51 @@ pub(super) struct FileError {
     pub(super) driver_code: i32,
 }
 
+#[repr(C, align(8))]
+pub(super) struct FileDescrHandle {
+    pub(super) descriptor: i32,
+}
+
 #[repr(C)]
 pub(super) struct FileDescr {
     pub(super) kind: i32,
-    /// A union of 8 bytes, of which a descriptor takes the first 4.
-    pub(super) handle: [i32; 2],
+    /// A union of a pointer and a descriptor, which takes the first 4 bytes.
+    pub(super) handle: FileDescrHandle,
     pub(super) operations: *const c_void,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::{offset_of, size_of};
+
+    use cudarc::{cufile::sys as cufile, driver::sys as driver};
+
+    use super::*;
+
+    #[test]
+    fn structs_are_laid_out_as_the_headers_say() {
+        assert_eq!(
+            size_of::<AllocationProp>(),
+            size_of::<driver::CUmemAllocationProp>()
+        );
+        assert_eq!(
+            offset_of!(AllocationProp, flags),
+            offset_of!(driver::CUmemAllocationProp, allocFlags)
+        );
+        assert_eq!(
+            size_of::<AccessDesc>(),
+            size_of::<driver::CUmemAccessDesc>()
+        );
+        assert_eq!(size_of::<PoolProps>(), size_of::<driver::CUmemPoolProps>());
+        assert_eq!(
+            offset_of!(PoolProps, max_bytes),
+            offset_of!(driver::CUmemPoolProps, maxSize)
+        );
+        assert_eq!(size_of::<FileError>(), size_of::<cufile::CUfileError_t>());
+        assert_eq!(size_of::<FileDescr>(), size_of::<cufile::CUfileDescr_t>());
+        assert_eq!(
+            offset_of!(FileDescr, handle),
+            offset_of!(cufile::CUfileDescr_t, handle)
+        );
+    }
 }

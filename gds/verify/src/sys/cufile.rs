@@ -7,7 +7,7 @@ use std::path::Path;
 
 use libloading::Library;
 
-use super::abi::{FileDescr, FileError};
+use super::abi::{FileDescr, FileDescrHandle, FileError};
 use super::host::HostBytes;
 
 /// `CU_FILE_HANDLE_TYPE_OPAQUE_FD`.
@@ -105,7 +105,9 @@ impl CuFile {
     pub fn register_file(&self, file: &File) -> Result<usize, i32> {
         let mut descr = FileDescr {
             kind: OPAQUE_DESCRIPTOR,
-            handle: [file.as_raw_fd(), 0],
+            handle: FileDescrHandle {
+                descriptor: file.as_raw_fd(),
+            },
             operations: std::ptr::null(),
         };
         let mut handle = 0;

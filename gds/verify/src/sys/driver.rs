@@ -51,6 +51,7 @@ macro_rules! functions {
             }
 
             $(
+                #[allow(clippy::too_many_arguments, reason = "as many as the driver's function has")]
                 /// # Safety
                 ///
                 /// As `cuda.h` says for the function: pointers point to what it reads and writes.
@@ -192,7 +193,9 @@ impl Driver {
             return Err(0);
         }
         // SAFETY: a terminated string of the driver's, for good.
-        Ok(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
+        Ok(unsafe { CStr::from_ptr(name) }
+            .to_string_lossy()
+            .into_owned())
     }
 
     /// Code, whether there is an address, and the status.
@@ -239,7 +242,10 @@ impl Driver {
     pub fn is_context_active(&self) -> Answer<bool> {
         let (mut flags, mut active) = (0, 0);
         // SAFETY: the results go to locals.
-        unsafe { self.functions.context_state(0, &raw mut flags, &raw mut active) }?;
+        unsafe {
+            self.functions
+                .context_state(0, &raw mut flags, &raw mut active)
+        }?;
         Ok(active != 0)
     }
 
@@ -288,7 +294,10 @@ impl Driver {
 
     pub fn register_host(&self, host: &HostBytes, at: usize, bytes: usize) -> Answer<()> {
         // SAFETY: a part of memory that stays.
-        unsafe { self.functions.host_register(host.pointer().add(at), bytes, 0) }
+        unsafe {
+            self.functions
+                .host_register(host.pointer().add(at), bytes, 0)
+        }
     }
 
     pub fn unregister_host(&self, host: &HostBytes) -> Answer<()> {
@@ -306,10 +315,19 @@ impl Driver {
         unsafe { self.functions.copy_in(to, from.pointer(), bytes) }
     }
 
-    pub fn copy_in_async(&self, to: u64, from: &HostBytes, bytes: usize, stream: usize) -> Answer<()> {
+    pub fn copy_in_async(
+        &self,
+        to: u64,
+        from: &HostBytes,
+        bytes: usize,
+        stream: usize,
+    ) -> Answer<()> {
         assert!(bytes <= from.bytes());
         // SAFETY: host memory that stays and has the bytes.
-        unsafe { self.functions.copy_in_async(to, from.pointer(), bytes, stream) }
+        unsafe {
+            self.functions
+                .copy_in_async(to, from.pointer(), bytes, stream)
+        }
     }
 
     pub fn copy_out(&self, to: &HostBytes, from: u64, bytes: usize) -> Answer<()> {
@@ -318,10 +336,19 @@ impl Driver {
         unsafe { self.functions.copy_out(to.pointer(), from, bytes) }
     }
 
-    pub fn copy_out_async(&self, to: &HostBytes, from: u64, bytes: usize, stream: usize) -> Answer<()> {
+    pub fn copy_out_async(
+        &self,
+        to: &HostBytes,
+        from: u64,
+        bytes: usize,
+        stream: usize,
+    ) -> Answer<()> {
         assert!(bytes <= to.bytes());
         // SAFETY: host memory that stays and has the room.
-        unsafe { self.functions.copy_out_async(to.pointer(), from, bytes, stream) }
+        unsafe {
+            self.functions
+                .copy_out_async(to.pointer(), from, bytes, stream)
+        }
     }
 
     pub fn copy_on(&self, to: u64, from: u64, bytes: usize) -> Answer<()> {
@@ -427,7 +454,10 @@ impl Driver {
             flags,
         };
         // SAFETY: one description, which is read.
-        unsafe { self.functions.set_access(address, bytes, &raw const access, 1) }
+        unsafe {
+            self.functions
+                .set_access(address, bytes, &raw const access, 1)
+        }
     }
 
     pub fn pool(&self) -> Answer<usize> {
@@ -487,7 +517,9 @@ impl Driver {
 
     /// Launches one thread block. The parameters are overwritten as soon as the call returns.
     pub fn launch(&self, function: usize, mut parameters: [u64; 3], stream: usize) -> Answer<()> {
-        let mut pointers = parameters.each_mut().map(|one| (&raw mut *one).cast::<c_void>());
+        let mut pointers = parameters
+            .each_mut()
+            .map(|one| (&raw mut *one).cast::<c_void>());
         let none = std::ptr::null_mut();
         // SAFETY: three parameters of 8 bytes, as the kernel has.
         let answer = unsafe {
