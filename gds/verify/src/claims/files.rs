@@ -45,7 +45,7 @@ fn pattern(at: usize) -> u8 {
     (at % 251) as u8
 }
 
-/// An open library, a file of known bytes and a MiB of registered memory full of 0xEE.
+/// An open library, a file of known bytes and a MiB of registered memory full of 0x3C.
 struct Scene {
     driver: Driver,
     cufile: CuFile,
@@ -79,7 +79,7 @@ impl Scene {
         };
         let memory = driver.alloc(MEMORY_BYTES).named("cuMemAlloc")?;
         driver
-            .fill(memory, 0xee, MEMORY_BYTES)
+            .fill(memory, 0x3c, MEMORY_BYTES)
             .named("cuMemsetD8")?;
         driver.synchronize().named("cuCtxSynchronize")?;
         if let Err(code) = cufile.register(memory, MEMORY_BYTES) {
@@ -221,9 +221,9 @@ fn across_the_end(config: &Config) -> Outcome {
         let end = scene.read(0, FILE_BYTES, 4096);
         let out = scene.bytes()?;
         let left = FILE_BYTES - offset;
-        let overrun = (left..asked).filter(|at| out.get(*at) != 0xee).count();
+        let overrun = (left..asked).filter(|at| out.get(*at) != 0x3c).count();
         let beyond = (asked..MEMORY_BYTES)
-            .filter(|at| out.get(*at) != 0xee)
+            .filter(|at| out.get(*at) != 0x3c)
             .count();
         verdict(
             came.result == left as isize && end.result == 0 && overrun > 0 && beyond == 0,
