@@ -160,3 +160,30 @@ fn a_part_that_breaks_is_named_and_costs_only_itself() {
     let figures = json["figures"].to_string();
     assert!(figures.contains("refresh: edits") && figures.contains("memory: cuMemCreate"));
 }
+
+#[test]
+fn the_one_command_leaves_its_results_in_the_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/run"))
+        .env("GDS_VERIFY", env!("CARGO_BIN_EXE_gds-verify"))
+        .args([
+            "--fake".as_ref(),
+            pinion_gds_fake_driver::library().unwrap().as_os_str(),
+        ])
+        .args(["--out".as_ref(), out.as_os_str()])
+        .args(["--only", "rewrite"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let json = std::fs::read(out.join("verify.json")).unwrap();
+    let json: Value = serde_json::from_slice(&json).unwrap();
+    assert_eq!(json["figures"].as_array().unwrap().len(), 2, "{json:#}");
+    let table = std::fs::read_to_string(out.join("verify.txt")).unwrap();
+    assert!(table.starts_with("THE FAKE DRIVER"), "{table}");
+    let said = std::fs::read_to_string(out.join("torch.txt")).unwrap();
+    assert!(!said.is_empty(), "without torch it says so");
+    let left = std::fs::read_dir(&out).unwrap().flatten();
+    let work = left.filter(|entry| entry.path().is_dir()).count();
+    assert_eq!(work, 0, "the working folder is removed");
+}
