@@ -45,6 +45,9 @@ pub struct Config {
     pub claim: Option<String>,
     pub output: Output,
     pub out: Option<PathBuf>,
+    /// Whether cuFile's open with its defaults is known to come back: where there is no
+    /// `/proc/modules`, that of some versions never does.
+    pub cufile_opens: bool,
     /// The part that this process is the child for.
     pub child: Option<String>,
     /// The arguments, for children.
@@ -70,6 +73,7 @@ impl Config {
             claim: None,
             output: Output::Table,
             out: None,
+            cufile_opens: true,
             child: None,
             arguments: Vec::new(),
         };
@@ -107,9 +111,23 @@ impl Config {
             }
             "--out" => self.out = Some(value.into()),
             "--child" => self.child = Some(value),
+            "--cufile-opens" => self.cufile_opens = value == "yes",
             _ => return Err(format!("no option {name}; --help lists them")),
         }
         Ok(())
+    }
+
+    /// Notes for the children that cuFile's open does not come back.
+    pub fn cufile_hangs(&mut self) {
+        self.cufile_opens = false;
+        let note = ["--cufile-opens".to_owned(), "no".to_owned()];
+        self.arguments.extend(note);
+    }
+
+    /// The first name in `--only` and `--skip` that is none of these.
+    pub fn unknown_part(&self, known: &[&str]) -> Option<&str> {
+        let mut named = self.only.iter().chain(&self.skip).map(String::as_str);
+        named.find(|name| !known.contains(name))
     }
 
     /// Whether a part is asked for.

@@ -29,6 +29,8 @@ use report::Report;
 
 /// The most that one claim may take: it is hung then.
 const CLAIM_LIMIT: Duration = Duration::from_secs(15);
+/// The most that cuFile may take to open.
+const CUFILE_LIMIT: Duration = Duration::from_secs(8);
 /// Claims tried at once.
 const CLAIMS_AT_ONCE: usize = 4;
 /// Less than this is not worth starting a part for.
@@ -46,9 +48,15 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let mut known = vec!["claims"];
+    known.extend(measure::PARTS[1..].iter().map(|part| part.name));
+    if let Some(name) = config.unknown_part(&known) {
+        eprintln!("gds-verify: no part {name}; there are {}", known.join(", "));
+        return ExitCode::from(2);
+    }
     match &config.child {
         Some(part) => child_main(&config, part),
-        None => Run::new(&config).all(),
+        None => Run::new(config).all(),
     }
 }
 
@@ -66,6 +74,7 @@ fn child_main(config: &Config, part: &str) -> ExitCode {
             None => Err(format!("no claim {number}")),
         },
         ("touch", _) => touch(config),
+        ("open-cufile", _) => open_cufile(config),
         ("make-and-die", _) => claims::make_and_die(config),
         ("produce", bytes) => match bytes.parse() {
             Ok(bytes) => measure::produce(config, bytes).map_err(|error| error.to_string()),
@@ -102,15 +111,23 @@ fn touch(config: &Config) -> Result<(), String> {
     Ok(())
 }
 
+/// Only opens cuFile with its defaults, to see whether that comes back.
+fn open_cufile(config: &Config) -> Result<(), String> {
+    let path = config.cufile.as_ref().ok_or("no cuFile")?;
+    let _driver = claims::open(config)?;
+    let _ = sys::cufile::CuFile::load(path)?.open();
+    Ok(())
+}
+
 /// The parent.
-struct Run<'a> {
-    config: &'a Config,
+struct Run {
+    config: Config,
     start: Instant,
     report: Report,
 }
 
-impl<'a> Run<'a> {
-    fn new(config: &'a Config) -> Run<'a> {
+impl Run {
+    fn new(config: Config) -> Run {
         Run {
             config,
             start: Instant::now(),
@@ -120,13 +137,14 @@ impl<'a> Run<'a> {
 
     fn all(mut self) -> ExitCode {
         let facts = measure::PARTS[0];
-        let told = child::run(self.config, facts.name, facts.limit.min(self.left()));
+        let told = child::run(&self.config, facts.name, facts.limit.min(self.left()));
         told.lines.iter().for_each(|line| self.report.take(line));
         if !self.report.has_facts() {
             let why = told.trouble.unwrap_or_else(|| "it says nothing".to_owned());
             eprintln!("gds-verify: no usable device: {why}");
             return ExitCode::from(3);
         }
+        self.try_cufile();
         if self.config.wants("claims") {
             self.claims();
         } else {
@@ -138,6 +156,19 @@ impl<'a> Run<'a> {
         }
         let _ = std::fs::remove_file(&data);
         self.print()
+    }
+
+    /// Opens cuFile once in a child: where that hangs, nothing else tries it.
+    fn try_cufile(&mut self) {
+        if self.config.cufile.is_none() {
+            return;
+        }
+        let told = child::run(&self.config, "open-cufile", CUFILE_LIMIT.min(self.left()));
+        if let Some(trouble) = told.trouble {
+            let why = format!("{trouble}: what needs it is left out");
+            self.report.missing("cuFile's open with its defaults", why);
+            self.config.cufile_hangs();
+        }
     }
 
     fn left(&self) -> Duration {
@@ -170,7 +201,7 @@ impl<'a> Run<'a> {
             return;
         }
         self.say(&format!("{}: {}", part.name, part.about));
-        let told = child::run(self.config, part.name, part.limit.min(left));
+        let told = child::run(&self.config, part.name, part.limit.min(left));
         told.lines.iter().for_each(|line| self.report.take(line));
         if let Some(trouble) = told.trouble {
             self.report
@@ -233,7 +264,7 @@ impl<'a> Run<'a> {
     }
 
     fn try_one(&self, claim: &Claim, limit: Duration) -> Verdict {
-        let told = child::run(self.config, &format!("claim:{}", claim.number), limit);
+        let told = child::run(&self.config, &format!("claim:{}", claim.number), limit);
         let verdict = told
             .lines
             .first()

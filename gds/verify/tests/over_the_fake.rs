@@ -127,6 +127,37 @@ fn every_part_measures_and_says_what_it_left_out() {
 }
 
 #[test]
+fn a_cufile_whose_open_never_comes_back_costs_only_what_needs_it() {
+    let fake = pinion_gds_fake_driver::library().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_gds-verify"))
+        .env("PINION_FAKE_GPU_FAIL", "cuFileDriverOpen@1+=hang")
+        .args(["--driver".as_ref(), fake.as_os_str()])
+        .args(["--cufile".as_ref(), fake.as_os_str()])
+        .args(["--claim", "F3", "--output", "json"])
+        .output()
+        .unwrap();
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        text(&claims(&json)[0], "verdict"),
+        "not checkable here",
+        "{json:#}"
+    );
+    let missing = json["not_measured"].to_string();
+    assert!(missing.contains("stopped after 8 s"), "{missing}");
+}
+
+#[test]
+fn a_part_that_does_not_exist_is_refused() {
+    let output = Command::new(env!("CARGO_BIN_EXE_gds-verify"))
+        .args(["--only", "disc"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("disc") && said.contains("disk"), "{said}");
+}
+
+#[test]
 fn a_run_without_a_driver_says_so_and_exits_with_3() {
     let output = Command::new(env!("CARGO_BIN_EXE_gds-verify"))
         .args(["--driver".as_ref(), Path::new("/nowhere/libcuda.so.1")])

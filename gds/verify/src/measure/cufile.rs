@@ -18,6 +18,10 @@ pub(super) fn run(config: &Config, figures: &Figures) -> Result<(), Trouble> {
         figures.missing("cuFile", "no library was given (--cufile)");
         return Ok(());
     };
+    if !config.cufile_opens {
+        figures.missing("cuFile", "cuFileDriverOpen does not come back");
+        return Ok(());
+    }
     let driver = open(config)?;
     let cufile = CuFile::load(path)?;
     if let Ok(version) = cufile.version() {
