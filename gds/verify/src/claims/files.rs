@@ -186,8 +186,9 @@ fn reopened(config: &Config) -> Outcome {
     }
     let _driver = open(config)?;
     let cufile = library(config)?;
-    if code(&cufile.open_strictly()) != CLOSED {
-        return unchecked("the strict open does not fail here");
+    let strict = code(&cufile.open_strictly());
+    if strict != CLOSED {
+        return unchecked(format!("the strict open answers {strict}, not {CLOSED}"));
     }
     let file = test_file(config).map_err(|error| format!("the test file: {error}"))?;
     match code(&cufile.register_file(&file)) {

@@ -5,13 +5,11 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::time::{Duration, Instant};
 
 use libloading::Library;
 
 use super::abi::{AccessDesc, AllocationProp, DEVICE_0, PoolProps};
+use super::gate::{Gate, Nested, call_back, wait_at_gate};
 use super::host::HostBytes;
 
 /// The answer of a function that the library lacks.
@@ -29,9 +27,6 @@ pub const READ_WRITE: i32 = 3;
 
 /// The legacy default stream.
 pub const DEFAULT_STREAM: usize = 0;
-
-/// How long a held stream stays held when nobody opens its gate.
-const LONGEST_HOLD: Duration = Duration::from_secs(4);
 
 pub type Answer<T> = Result<T, i32>;
 
@@ -533,8 +528,7 @@ impl Driver {
 
     /// Holds a stream: work queued after this waits until the gate is opened, or some seconds.
     pub fn hold(&self, stream: usize) -> Answer<Gate> {
-        let gate = Gate(Arc::new(GateState::default()));
-        let data = Arc::into_raw(gate.0.clone()).cast_mut().cast();
+        let (gate, data) = Gate::new();
         // SAFETY: `wait_at_gate` takes the count that was given away here, once.
         unsafe { self.functions.host_function(stream, wait_at_gate, data) }?;
         Ok(gate)
@@ -542,15 +536,12 @@ impl Driver {
 
     /// Asks for the free memory from a function that a stream runs: the code, once it ran.
     pub fn call_from_host_function(&self, stream: usize) -> Answer<i32> {
-        let call = Box::leak(Box::new(Nested {
-            memory_info: self.functions.memory_info.ok_or(MISSING)?,
-            code: AtomicI32::new(i32::MIN),
-        }));
-        let data = (&raw mut *call).cast();
+        let call = Nested::leaked(self.functions.memory_info.ok_or(MISSING)?);
+        let data = (&raw const *call).cast_mut().cast();
         // SAFETY: the data stays for good.
         unsafe { self.functions.host_function(stream, call_back, data) }?;
         let _ = self.stream_synchronize(stream);
-        Ok(call.code.load(Ordering::Acquire))
+        Ok(call.code())
     }
 }
 
@@ -570,75 +561,4 @@ fn prop(exportable: bool) -> AllocationProp {
         win32_meta_data: 0,
         flags: [0; 8],
     }
-}
-
-#[derive(Debug, Default)]
-struct GateState {
-    reached: AtomicBool,
-    open: AtomicBool,
-}
-
-/// A held stream. Dropping it opens it.
-#[derive(Debug)]
-pub struct Gate(Arc<GateState>);
-
-impl Gate {
-    pub fn open(&self) {
-        self.0.open.store(true, Ordering::Release);
-    }
-
-    pub fn is_open(&self) -> bool {
-        self.0.open.load(Ordering::Acquire)
-    }
-
-    /// Opens it from another thread after a while, which it waits out first.
-    pub fn open_after(&self, wait: Duration) {
-        let state = self.0.clone();
-        std::thread::spawn(move || {
-            std::thread::sleep(wait);
-            state.open.store(true, Ordering::Release);
-        });
-    }
-
-    /// Waits until the stream stands at the gate.
-    pub fn wait_until_reached(&self) -> bool {
-        let start = Instant::now();
-        while !self.0.reached.load(Ordering::Acquire) {
-            if start.elapsed() > LONGEST_HOLD {
-                return false;
-            }
-            std::thread::sleep(Duration::from_micros(200));
-        }
-        true
-    }
-}
-
-impl Drop for Gate {
-    fn drop(&mut self) {
-        self.open();
-    }
-}
-
-unsafe extern "C" fn wait_at_gate(data: *mut c_void) {
-    // SAFETY: the count that `hold` gave away, taken once: host functions run once.
-    let state = unsafe { Arc::from_raw(data.cast_const().cast::<GateState>()) };
-    state.reached.store(true, Ordering::Release);
-    let start = Instant::now();
-    while !state.open.load(Ordering::Acquire) && start.elapsed() < LONGEST_HOLD {
-        std::thread::sleep(Duration::from_micros(200));
-    }
-}
-
-struct Nested {
-    memory_info: unsafe extern "C" fn(*mut usize, *mut usize) -> i32,
-    code: AtomicI32,
-}
-
-unsafe extern "C" fn call_back(data: *mut c_void) {
-    // SAFETY: leaked by `call_from_host_function`.
-    let call = unsafe { &*data.cast_const().cast::<Nested>() };
-    let (mut free, mut total) = (0, 0);
-    // SAFETY: the results go to locals. That the call is forbidden here is what is tried.
-    let code = unsafe { (call.memory_info)(&raw mut free, &raw mut total) };
-    call.code.store(code, Ordering::Release);
 }

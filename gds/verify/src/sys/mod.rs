@@ -9,5 +9,6 @@
 mod abi;
 pub mod cufile;
 pub mod driver;
+pub mod gate;
 pub mod host;
 pub mod process;
