@@ -169,7 +169,7 @@ def test_with_gpudirect_every_path_works_and_each_gpu_has_a_line(tmp_path, gpu):
 @pytest.mark.parametrize(
     "settings, path, words",
     [
-        ({"devices": 0}, "host", ["no device"]),
+        ({"devices": 0}, "host", ["CUDA_ERROR_NO_DEVICE"]),
         ({"fail": "cuInit@1+=100"}, "host", ["cuInit failed with 100"]),
         ({"fail": "cuInit@1+=654321"}, "host", ["654321", "unknown"]),
         ({"gds": 0}, "bounce", ["5001"]),

@@ -27,7 +27,7 @@ pub enum LoadPath {
 
 impl fmt::Display for LoadPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+        f.pad(match self {
             LoadPath::Direct => "direct",
             LoadPath::Bounce => "bounce",
             LoadPath::Host => "host",
