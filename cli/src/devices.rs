@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use pinion_gds::probe::{Choice, ProbeReport, choose};
+use pinion_gds::probe::{Choice, LoadSettings, ProbeReport, choose};
 use pinion_gds::{
     Backend, BounceBackend, CuFile, Cuda, DirectBackend, GdsError, HostBackend, LoadPath,
     PinOptions, PoolLimits,
@@ -49,7 +49,16 @@ impl Devices {
                 ..Devices::host()
             });
         }
-        let report = probe(config, data).run();
+        let probe = probe(config, data);
+        // Most machines: their start is not to wait for a child that has nothing to ask.
+        if settings == LoadSettings::default() && !probe.sees_driver() {
+            let reason = "no libcuda.so.1 lies where the loader looks: there is no GPU here";
+            return Ok(Devices {
+                backends: vec![Arc::new(HostBackend::new(reason))],
+                options,
+            });
+        }
+        let report = probe.run();
         let unusable = |error| {
             CliError::caused("the devices for pins cannot be had", error)
                 .hint("`pinion doctor` says what works here, and what to change")

@@ -63,6 +63,9 @@ pub(crate) async fn accept<S>(
             builder
                 .timer(TokioTimer::new())
                 .max_concurrent_streams(max_concurrent_streams)
+                // A client may cancel as many as it may open before we see the first: the
+                // connection may stand below others. h2 closes it after 20.
+                .max_pending_accept_reset_streams(max_concurrent_streams as usize)
                 // A stream over the limit costs its client that stream, however often.
                 .max_local_error_reset_streams(None)
                 .initial_stream_window_size(STREAM_WINDOW_BYTES)

@@ -88,6 +88,13 @@ impl Probe {
         }
     }
 
+    /// Whether a driver's library lies anywhere the loader looks. Without one no GPU can be used,
+    /// and a probe has nothing to ask. Looks at names only: a millisecond or so.
+    pub fn sees_driver(&self) -> bool {
+        let libraries = LibraryFacts::look(&self.root, &self.around, self.cufile.as_deref());
+        !libraries.libcuda.is_empty()
+    }
+
     /// Makes it. Takes at most the limit and a second, whatever a driver does.
     pub fn run(&self) -> ProbeReport {
         let began = Instant::now();
