@@ -79,8 +79,9 @@ impl ServeArgs {
         let server = server_config(&config)?;
         let ingest = ingest_config(&config);
         let ready_file = config.path("serve.ready_file");
-        let devices = Devices::open(&config, &dir)?;
         let store = Store::open(&dir, config.store_options())?;
+        // Behind the lock: the probe tries a file in the directory.
+        let devices = Devices::open(&config, &dir)?;
         let tables = store.tables().len();
         let served = run(
             &store,

@@ -323,6 +323,6 @@ fn keys_that_are_not_the_tables_are_refused_by_column() {
     .unwrap();
     assert!(matches!(
         lease.row_ids(&swapped).unwrap_err(),
-        PinError::Keys(_)
+        PinError::KeyType { .. }
     ));
 }
