@@ -197,6 +197,8 @@ mod tests {
         let (go, mut gone) = tokio::sync::mpsc::unbounded_channel::<()>();
         class.spawn(async move {
             loop {
+                // A future moves when it is polled, and not between.
+                tokio::task::yield_now().await;
                 names.send(thread_name()).unwrap();
                 if gone.recv().await.is_none() {
                     return;
