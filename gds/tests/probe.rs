@@ -307,7 +307,7 @@ fn a_probe_leaves_the_data_directory_as_it_was() {
 /// For `src/probe/recorded`: writes the report of this very machine to the file named by
 /// `PROBE_RECORD`, with the libcufile named by `PROBE_CUFILE` if there is one.
 #[test]
-#[ignore = "records a machine, checks nothing"]
+#[ignore = "no test: writes a recorded report for src/probe/recorded, which the tests there check"]
 fn record_this_machine() {
     let file = std::env::var("PROBE_RECORD").expect("PROBE_RECORD names the file");
     let machine = Machine::without_driver();

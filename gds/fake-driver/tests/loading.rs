@@ -84,7 +84,7 @@ fn cargo_builds_the_library_beside_the_tests() {
 }
 
 #[test]
-#[ignore = "run in a process of its own"]
+#[ignore = "no test by itself: another of this file starts it in a process of its own, and checks it"]
 fn child_frees_twice() {
     let _fake = Fake::new();
     let address = alloc(4096);
@@ -102,7 +102,7 @@ fn in_strict_mode_a_violation_ends_the_process() {
 }
 
 #[test]
-#[ignore = "run in a process of its own"]
+#[ignore = "no test by itself: another of this file starts it in a process of its own, and checks it"]
 fn child_is_set_up() {
     let fake = Fake::new();
     let mut count = 0;
@@ -188,7 +188,7 @@ fn a_process_reports_what_it_did_into_a_folder() {
 }
 
 #[test]
-#[ignore = "run in a process of its own"]
+#[ignore = "no test by itself: another of this file starts it in a process of its own, and checks it"]
 fn child_hangs_in_open() {
     let _fake = Fake::bare();
     pinion_gds_fake_driver::cufile::cuFileDriverOpen();
@@ -210,7 +210,7 @@ fn an_open_of_cufile_can_be_made_to_hang() {
 }
 
 #[test]
-#[ignore = "run in a process of its own"]
+#[ignore = "no test by itself: another of this file starts it in a process of its own, and checks it"]
 fn child_imports() {
     let fake = Fake::new();
     let fd: i32 = std::env::var("PINION_FAKE_GPU_TEST_FD")
@@ -269,7 +269,7 @@ fn free_bytes() -> usize {
 }
 
 #[test]
-#[ignore = "run in a process of its own"]
+#[ignore = "no test by itself: another of this file starts it in a process of its own, and checks it"]
 fn child_shares_its_device_with_children_that_are_killed() {
     let _fake = Fake::new();
     let whole = free_bytes();
@@ -311,7 +311,7 @@ fn child_shares_its_device_with_children_that_are_killed() {
 }
 
 #[test]
-#[ignore = "run in a process of its own"]
+#[ignore = "no test by itself: another of this file starts it in a process of its own, and checks it"]
 fn child_imports_and_stays() {
     let _fake = Fake::new();
     let fd: i32 = std::env::var("PINION_FAKE_GPU_TEST_FD")

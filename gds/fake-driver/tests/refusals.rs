@@ -388,7 +388,7 @@ fn a_kernel_with_a_bad_pointer_breaks_the_context() {
 }
 
 #[test]
-#[ignore = "run in a process of its own"]
+#[ignore = "no test by itself: another of this file starts it in a process of its own, and checks it"]
 fn child_forks_after_init() {
     let _fake = Fake::new();
     // SAFETY: the child only calls functions of the library, which touch no lock after a fork,
