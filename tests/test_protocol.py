@@ -1,7 +1,9 @@
 """The Flight contract as a pyarrow client sees it, over TCP and over the Unix socket."""
 
 import json
+import socket
 import subprocess
+import time
 import urllib.request
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -40,6 +42,14 @@ entity = [{ name = "item", type = "int64" }]
 [features]
 price = "float64"
 vector = "list<item: float>[8]"
+"""
+TEXTS = """
+[table]
+name = "texts"
+entity = [{ name = "id", type = "int64" }]
+
+[features]
+text = "string"
 """
 SCHEMA = pa.schema(
     [
@@ -394,3 +404,41 @@ def test_exchange_with_nothing_written_ends_cleanly(prices):
     writer.done_writing()
     assert reader.read_all().num_rows == 0
     writer.close()
+
+
+def test_replies_that_nobody_reads_hold_a_bounded_amount_of_memory(store, serve, connect):
+    """Each request of 96 KB asks for one reply of 49 MB, as large as the client may ask for: of nine, two are made."""
+    store.apply(TEXTS)
+    server = serve()
+    client = connect(server)
+    calls.put(client, "texts", pa.table({"id": pa.array([1], pa.int64()), "text": ["x" * 4096]}))
+    keys = pa.record_batch({"id": pa.array([1] * 12_000, pa.int64())})
+    command = json.dumps({"lookup": {"features": ["texts:text"], "max_message_bytes": (2 << 30) - 1}})
+    before = anonymous_bytes(server.process.pid)
+    writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(command.encode()))
+    writer.begin(keys.schema)
+    for _ in range(9):
+        writer.write_batch(keys)
+    time.sleep(2)
+    held = anonymous_bytes(server.process.pid) - before
+    assert held < 180e6, f"{held / 1e6:.0f} MB are held for a client that reads nothing"
+    writer.done_writing()
+    replies = [chunk.data for chunk in reader if chunk.data is not None]
+    assert [reply.num_rows for reply in replies if reply.num_rows] == [12_000] * 9
+
+
+def test_a_stopping_server_does_not_wait_for_clients_that_never_spoke(serve):
+    server = serve()
+    host, port = server.flight.removeprefix("grpc://").split(":")
+    with socket.create_connection((host, int(port))), socket.create_connection((host, int(port))) as half:
+        half.sendall(b"PRI * HTTP/2.0")
+        time.sleep(0.2)
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() - began < 5
+    assert "cut off" not in server.log_text()
+
+
+def anonymous_bytes(pid):
+    with open(f"/proc/{pid}/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))

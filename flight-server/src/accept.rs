@@ -52,6 +52,7 @@ pub(crate) async fn accept<S>(
             };
             let Some(connection) = connection else { break };
             let class = bulk.connection();
+            let greeting = connection.greeting();
             let peer = connection.peer(class.clone());
             let service = routes
                 .clone()
@@ -81,8 +82,15 @@ pub(crate) async fn accept<S>(
                     let mut served = pin!(served);
                     tokio::select! {
                         ended = &mut served => ended,
+                        () = greeting.missed() => {
+                            tracing::debug!("a client that does not speak HTTP/2 was hung up on");
+                            return;
+                        }
                         // An error means that the server is gone, which is a stop too.
                         _ = stopping.changed() => {
+                            if !greeting.is_over() {
+                                return;
+                            }
                             served.as_mut().graceful_shutdown();
                             served.await
                         }

@@ -1,10 +1,11 @@
 //! Sockets: TCP and Unix listeners as one kind of stream of connections.
 
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -41,6 +42,7 @@ pub(crate) enum Listener {
 #[derive(Debug)]
 pub(crate) struct Connection {
     transport: Transport,
+    greeting: Arc<Greeting>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -88,6 +90,7 @@ impl Listener {
                             counter!("pinion_connections_total").increment(1);
                             let connection = Connection {
                                 transport,
+                                greeting: Arc::default(),
                                 _permit: permit,
                             };
                             return Some((connection, (listener, permits)));
@@ -126,6 +129,42 @@ impl Connection {
             class,
         }
     }
+
+    /// What came of HTTP/2's preface so far.
+    pub(crate) fn greeting(&self) -> Arc<Greeting> {
+        Arc::clone(&self.greeting)
+    }
+}
+
+/// Whether a client has said what HTTP/2 begins with. hyper waits for that without a limit.
+#[derive(Debug, Default)]
+pub(crate) struct Greeting {
+    received: AtomicUsize,
+}
+
+impl Greeting {
+    /// Bytes of the preface. What they are is hyper's to judge.
+    const BYTES: usize = 24;
+    /// How long a client may take for them.
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    fn count(&self, bytes: usize) {
+        if !self.is_over() {
+            self.received.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.received.load(Ordering::Relaxed) >= Greeting::BYTES
+    }
+
+    /// Completes when the client has not said it in time, else never.
+    pub(crate) async fn missed(&self) {
+        tokio::time::sleep(Greeting::LIMIT).await;
+        if self.is_over() {
+            std::future::pending::<()>().await;
+        }
+    }
 }
 
 impl AsyncRead for Connection {
@@ -134,10 +173,13 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        match &mut self.transport {
+        let before = buf.filled().len();
+        let read = match &mut self.transport {
             Transport::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Transport::Unix(stream, mender) => mender.poll_read(Pin::new(stream), cx, buf),
-        }
+        };
+        self.greeting.count(buf.filled().len() - before);
+        read
     }
 }
 
@@ -217,19 +259,24 @@ pub(crate) fn bind_unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     }
     let listener = UnixListener::bind(&unready)?;
     std::fs::set_permissions(&unready, std::fs::Permissions::from_mode(SOCKET_MODE))?;
+    let metadata = std::fs::symlink_metadata(&unready)?;
     std::fs::rename(&unready, path)?;
     Ok((
         listener,
         SocketFile {
             path: path.to_owned(),
+            identity: (metadata.dev(), metadata.ino()),
         },
     ))
 }
 
-/// The socket's name in the file system; dropping it removes the name.
+/// The socket's name in the file system; dropping it removes the name, unless another server
+/// has taken it since: a socket that no longer listens may be replaced.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
+    /// Device and inode.
+    identity: (u64, u64),
 }
 
 impl SocketFile {
@@ -241,6 +288,11 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        let ours = std::fs::symlink_metadata(&self.path)
+            .is_ok_and(|found| (found.dev(), found.ino()) == self.identity);
+        if !ours {
+            return;
+        }
         if let Err(error) = std::fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove the socket");
         }
@@ -265,10 +317,32 @@ mod tests {
         );
         drop(file);
         assert!(!path.exists());
+        let (listener, first) = bind_unix(&path).unwrap();
+        drop(listener);
+        let (_listener, second) = bind_unix(&path).unwrap();
+        drop(first);
+        assert!(path.exists(), "its successor's name stays");
+        drop(second);
         std::fs::write(&path, b"x").unwrap();
         assert_eq!(
             bind_unix(&path).unwrap_err().kind(),
             io::ErrorKind::AlreadyExists
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_has_ten_seconds_for_the_preface() {
+        let greeting = Greeting::default();
+        greeting.count(23);
+        let began = tokio::time::Instant::now();
+        greeting.missed().await;
+        assert_eq!(began.elapsed(), Greeting::LIMIT);
+        greeting.count(1);
+        let minute = Duration::from_secs(60);
+        assert!(
+            tokio::time::timeout(minute, greeting.missed())
+                .await
+                .is_err()
         );
     }
 }

@@ -13,7 +13,7 @@ use arrow_flight::FlightData;
 use bytes::Bytes;
 use pinion_feature_store::ipc_gate::{Admitted, Gate, GateLimits};
 use pinion_feature_store::{Positions, Snapshot, SnapshotId};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::Code;
 
 use crate::barrier::await_barrier;
@@ -26,13 +26,17 @@ use crate::lookup::{BoundLookup, IpcMessage, LookupPlan, Reply, Scratch};
 use crate::measure;
 use crate::reply::{Shares, metadata, snapshots_json};
 use crate::service::SharedContext;
-use crate::wire::Outgoing;
+use crate::wire::{Outgoing, reader_idle};
 
 /// Lookups of up to this many keys take microseconds and run where they are; larger ones
 /// move to a blocking thread.
 const INLINE_ROWS: usize = 1_000;
 /// Replies that wait for a slow reader.
 const WINDOW_MESSAGES: usize = 4;
+/// Bytes of them that are not in the socket yet: with so many under way no reply is sent.
+const WINDOW_BYTES: usize = 4 << 20;
+/// Replies up to this size are counted as messages only.
+const SMALL_BYTES: usize = 64 << 10;
 
 /// Reply messages; a failure is the last.
 type Messages = mpsc::Receiver<Result<Outgoing, Failure>>;
@@ -64,6 +68,7 @@ pub(crate) async fn exchange(
             described: Described::default(),
             state: State::Waiting(Some(plan)),
             replies: sender.clone(),
+            window: Arc::new(Semaphore::new(WINDOW_BYTES)),
         };
         // Dropping the receiver is how a cancelled call ends this task.
         let ended = tokio::select! {
@@ -110,6 +115,19 @@ struct Session {
     described: Described,
     state: State,
     replies: mpsc::Sender<Result<Outgoing, Failure>>,
+    window: Arc<Semaphore>,
+}
+
+/// A reply's bytes, and their part of the window until they are in the socket.
+struct Held {
+    bytes: Bytes,
+    _window: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 enum State {
@@ -215,11 +233,27 @@ impl Session {
         Ok((reply, metadata))
     }
 
+    /// Hands a reply to the transport once the client has taken enough of those before.
     async fn send(&self, message: Outgoing) -> Result<(), Failure> {
-        self.replies
-            .send(Ok(message))
+        let idle = self.context.config.reader_idle;
+        tokio::time::timeout(idle, self.hand_over(message))
             .await
-            .map_err(|_| Failure::new(Code::Cancelled, "CANCELLED", "the client hung up"))
+            .unwrap_or_else(|_| Err(reader_idle(idle)))
+    }
+
+    async fn hand_over(&self, mut message: Outgoing) -> Result<(), Failure> {
+        let hung_up = || Failure::new(Code::Cancelled, "CANCELLED", "the client hung up");
+        if message.body.len() > SMALL_BYTES {
+            // At most 4 Mi: it fits.
+            let bytes = message.body.len().min(WINDOW_BYTES) as u32;
+            let window = Arc::clone(&self.window).acquire_many_owned(bytes).await;
+            message.body = Bytes::from_owner(Held {
+                bytes: message.body,
+                _window: window.map_err(|_| hung_up())?,
+            });
+        }
+        let sent = self.replies.send(Ok(message)).await;
+        sent.map_err(|_| hung_up())
     }
 }
 

@@ -29,4 +29,5 @@ mod turns;
 pub(crate) use layer::Layer;
 pub(crate) use messages::Outgoing;
 pub(crate) use reply::{Opened, Reply};
+pub(crate) use stream::reader_idle;
 pub(crate) use turns::Turns;

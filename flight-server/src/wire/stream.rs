@@ -44,7 +44,7 @@ pub(crate) struct WireStream {
 #[derive(Default)]
 struct Shared {
     queue: Mutex<Queue>,
-    /// The body took a chunk, or was dropped.
+    /// The body took what the driver waits for, or was dropped.
     taken: Notify,
 }
 
@@ -52,6 +52,8 @@ struct Shared {
 struct Queue {
     chunks: VecDeque<Chunk>,
     bytes: usize,
+    /// The driver is to be woken when fewer bytes than this are left; 0 while it does not wait.
+    wake_below: usize,
     /// How the stream ends once the chunks are taken.
     end: Option<Result<(), Failure>>,
     /// The body is gone.
@@ -124,8 +126,14 @@ impl http_body::Body for WireStream {
             if let Some(chunk) = queue.chunks.pop_front() {
                 queue.bytes -= chunk.bytes.len();
                 queue.last_taken = Some(Instant::now());
+                let enough = queue.bytes < queue.wake_below;
+                if enough {
+                    queue.wake_below = 0;
+                }
                 drop(queue);
-                this.shared.taken.notify_one();
+                if enough {
+                    this.shared.taken.notify_one();
+                }
                 let tracked = InFlight::new(chunk.bytes, this, turn);
                 return Poll::Ready(Some(Ok(Frame::data(Bytes::from_owner(tracked)))));
             }
@@ -278,13 +286,14 @@ impl Shared {
         let since = Instant::now();
         loop {
             let last = {
-                let queue = self.queue.lock();
+                let mut queue = self.queue.lock();
                 if queue.closed {
                     return Wait::Closed;
                 }
                 if queue.bytes < bytes {
                     return Wait::Below;
                 }
+                queue.wake_below = bytes;
                 queue.last_taken.map_or(since, |taken| taken.max(since))
             };
             let left = idle.saturating_sub(last.elapsed());
@@ -326,17 +335,22 @@ impl Shared {
         let rest = queue.chunks.iter().position(|chunk| chunk.ends_message);
         queue.chunks.truncate(rest.map_or(0, |last| last + 1));
         queue.bytes = queue.chunks.iter().map(|chunk| chunk.bytes.len()).sum();
-        queue.end = Some(Err(Failure::new(
-            Code::Aborted,
-            "READER_IDLE",
-            format!("the client read nothing for {} s", idle.as_secs()),
-        )));
+        queue.end = Some(Err(reader_idle(idle)));
         let reader = queue.reader.take();
         drop(queue);
         if let Some(reader) = reader {
             reader.wake();
         }
     }
+}
+
+/// What a client is told that keeps a reply waiting for too long.
+pub(crate) fn reader_idle(idle: Duration) -> Failure {
+    Failure::new(
+        Code::Aborted,
+        "READER_IDLE",
+        format!("the client read nothing for {} s", idle.as_secs()),
+    )
 }
 
 #[cfg(test)]
