@@ -73,15 +73,16 @@ pub struct ServerConfig {
     pub max_connections: usize,
     /// Streams at once per connection. Default 256.
     pub max_concurrent_streams: u32,
-    /// DoGet streams at once. Each holds up to about 10 MiB where its rows must be copied,
-    /// next to nothing where they go out as they are mapped. Default 128.
+    /// DoGet streams at once. A scan's holds up to about 10 MiB where its rows must be copied,
+    /// next to nothing where they go out as they are mapped; a lookup's its whole answer, at most
+    /// `max_message_cap_bytes`. Default 128.
     pub max_scans: usize,
     /// Threads that make DoGet replies ready, shared by all streams in turn. Default: one per
     /// core, at least 2.
     pub scan_threads: usize,
     /// Whether mapped rows leave over the Unix socket by `sendfile`. Default [`Sendfile::Auto`].
     pub sendfile: Sendfile,
-    /// A DoGet stream whose client reads nothing for this long is ended. Default 5 min.
+    /// A stream whose client reads nothing of its reply for this long is ended. Default 5 min.
     pub reader_idle: Duration,
     /// Requests that may wait for a barrier at once: each holds a thread. Default 128.
     pub max_waiters: usize,
