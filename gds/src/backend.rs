@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::GdsError;
+use crate::pool::PinnedPool;
 
 /// How bytes reach a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -310,6 +311,11 @@ pub trait Backend: Send + Sync + fmt::Debug {
     ///
     /// `Driver` or `Io`.
     fn memory(&self) -> Result<DeviceMemory, GdsError>;
+
+    /// The pinned host memory that bytes go through, where they do.
+    fn pinned_pool(&self) -> Option<&PinnedPool> {
+        None
+    }
 
     /// A new region of at least `bytes` bytes, zeroed.
     ///

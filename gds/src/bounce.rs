@@ -14,6 +14,7 @@ use crate::error::GdsError;
 use crate::lane::{BLOCKS, Lane};
 use crate::pool::{PinnedBlock, PinnedPool, PoolLimits, Stretch};
 use crate::reads::{check_pieces, is_cached, read_all, spread_with};
+use crate::scatter::{Scatter, packed_bytes};
 use crate::sys::map::PAGE_BYTES;
 
 /// Blocks of a large load.
@@ -30,6 +31,7 @@ pub(crate) const READ_THREADS: usize = 8;
 pub struct BounceBackend {
     device: Device,
     pool: PinnedPool,
+    scatter: Scatter,
     reason: String,
 }
 
@@ -39,6 +41,7 @@ impl BounceBackend {
         BounceBackend {
             device: device.clone(),
             pool: PinnedPool::new(device, limits),
+            scatter: Scatter::new(device),
             reason: reason.into(),
         }
     }
@@ -108,6 +111,10 @@ impl Backend for BounceBackend {
         self.device.memory()
     }
 
+    fn pinned_pool(&self) -> Option<&PinnedPool> {
+        Some(self.pool())
+    }
+
     fn allocate(&self, bytes: u64) -> Result<Region, GdsError> {
         CudaMemory::allocate(&self.device, bytes)
     }
@@ -138,8 +145,10 @@ impl Backend for BounceBackend {
         if edits.is_empty() {
             return Ok(());
         }
-        let mut lane = self.edit_lane(edits.bytes())?;
-        send_edits(&mut lane, edits, &range)?;
+        let mut lane = self.edit_lane(packed_bytes(edits))?;
+        if !self.scatter.write(&mut lane, edits, &range)? {
+            send_edits(&mut lane, edits, &range)?;
+        }
         lane.finish()
     }
 

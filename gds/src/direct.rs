@@ -109,6 +109,10 @@ impl Backend for DirectBackend {
         self.staged.memory()
     }
 
+    fn pinned_pool(&self) -> Option<&PinnedPool> {
+        Some(self.pool())
+    }
+
     fn allocate(&self, bytes: u64) -> Result<Region, GdsError> {
         self.staged.allocate(bytes)
     }

@@ -25,6 +25,7 @@ mod pin;
 mod pool;
 pub mod probe;
 mod reads;
+mod scatter;
 mod scratch;
 #[allow(unsafe_code)]
 mod sys;

@@ -6,6 +6,7 @@
 //! device does: error 700, for good, and a violation.
 
 mod gather;
+mod scatter;
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -44,6 +45,7 @@ pub(crate) const KERNELS: &[Kernel] = &[
     gather::kernel::<8>("pinion_gather_8"),
     gather::kernel::<16>("pinion_gather_16"),
     gather::FOUND,
+    scatter::SCATTER,
 ];
 
 /// For tests of the library itself.

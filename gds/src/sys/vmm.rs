@@ -179,7 +179,7 @@ pub(crate) fn copy_on_device(
 
 /// Waits for what was queued on memory. If the driver cannot say that it is done, the memory is
 /// never given back: a copy may still run.
-fn settle(
+pub(super) fn settle(
     stream: &Stream,
     memory: Vec<Arc<dyn DeviceBytes>>,
     queued: Result<(), GdsError>,
