@@ -49,17 +49,19 @@ def fresh_report(found):
                 f"{run['cpu_seconds'] / run['seconds']:.2f}",
             ]
         )
-        missed = f", {run['commits_late']} of them never" if run["commits_late"] else ""
+        missed = f" and {run['commits_missed']} that came into no generation" if run["commits_missed"] else ""
         delay = f"; each operation starts {run['delay_micros']} µs late" if run["delay_micros"] else ""
         notes.append(
             f"{name}: {run['commits']:,} commits{missed}, the latest {run['updates_late_ms']:.0f} ms behind its time; "
             f"{run['slots_now']} slots of {run['device_bytes'] / run['slots_now'] / 1e6:,.0f} MB, "
-            f"{figures['whole_copies']} copied whole{delay}"
+            f"{figures['whole_copies']} copied whole; in the {run['warm']['seconds']} s before, {run['warm']['figures']['whole_copies']} "
+            f"copied whole and at most {run['warm']['freshness_ms']['max']:.0f} ms{delay}"
         )
     [first, *_] = found["runs"].values()
     notes += [
         f"{first['keys']:,} keys, {first['rows_a_second']:,} rows a second for {first['seconds']} s in 100 commits a second; "
-        f"{first['slots']} slots, at most {first['max_slots']}",
+        f"{first['slots']} slots, at most {first['max_slots']}; {first['warm']['seconds']} s of the same before do not count: then the "
+        "slots of the new pin are filled by whole copies, and one is added for the second lease",
         "compared: of the generations that were leased, those whose every value and positions were compared with the "
         "snapshot that they name; all were equal, or the run would have failed",
         "changed bytes: what the changed rows take in a slot, validity included; written: into all slots, copies of whole "

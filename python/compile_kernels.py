@@ -2,7 +2,7 @@
 """Compiles the kernels to PTX text beside their sources, with NVIDIA's run-time compiler.
 
     pip install nvidia-cuda-nvrtc-cu12==12.0.140
-    python compile_kernels.py            # writes gather.ptx and scatter.ptx
+    python compile_kernels.py            # writes gather.ptx and refresh.ptx
     python compile_kernels.py --check    # exit status 1 if one is not what its source compiles to
 
 Needs no GPU and no toolkit. An old compiler on purpose: drivers refuse PTX that is newer than they are (error 222), and
@@ -21,7 +21,7 @@ VERSION = (12, 0)
 OPTIONS = (b"--gpu-architecture=compute_75", b"--std=c++17")
 HERE = Path(__file__).resolve().parent
 # What a client gathers with, and what the server refreshes pins with.
-SOURCES = (HERE / "pinion" / "kernels" / "gather.cu", HERE.parent / "gds" / "src" / "kernels" / "scatter.cu")
+SOURCES = (HERE / "pinion" / "kernels" / "gather.cu", HERE.parent / "gds" / "src" / "kernels" / "refresh.cu")
 
 
 class NoCompiler(Exception):

@@ -55,5 +55,5 @@ def test_a_trial_of_fresh_pins_compares_generations_with_their_snapshots(tmp_pat
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     stalls, reloads, compared = cells[7:10]
     # Two of the second-long leases and the last one; four slots are enough for two consumers.
-    assert (stalls.split()[0], reloads, compared) == ("0", "0", "3 of 6"), said
+    assert (stalls.split()[0], reloads, compared) == ("0", "0", "3 of 9"), said
     assert f"{setting}: 300 commits," in said, said

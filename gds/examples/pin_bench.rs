@@ -12,6 +12,7 @@
 //! | `--device` | `host`, `bounce` or `direct` | `host` |
 //! | `--driver` | the library that has the driver (and cuFile): `libcuda.so.1` or the fake one | |
 //! | `--keys`, `--rate`, `--seconds` | keys, rows a second, for how long | 1,000,000, 10,000, 20 |
+//! | `--warm` | seconds before that, which count apart: the slots of a new pin are filled by whole copies, and one is added | 3 |
 //! | `--slots`, `--max-slots` | of the pin | 3, 4 |
 //! | `--compare` | how many of the leased generations are compared | 10 |
 //! | `--folder` | where the store is put | the system's folder for such |
@@ -29,7 +30,7 @@ use parking_lot::Mutex;
 use pinion_feature_store::{Change, Commit, Position, Snapshot, Store, StoreOptions, Table};
 use pinion_gds::{
     Backend, BounceBackend, CuFile, Cuda, DirectBackend, Generation, Holder, HostBackend, Lease,
-    PinError, PinMode, PinOptions, PinRequest, Pins, PoolLimits,
+    PinError, PinFigures, PinMode, PinOptions, PinRequest, Pins, PoolLimits,
 };
 use pinion_schemas::TableDefinition;
 use rand::rngs::StdRng;
@@ -76,9 +77,9 @@ fn main() -> Result<(), Failure> {
     let run = Run {
         pins: &pins,
         commits: Mutex::default(),
+        warm: AtomicBool::new(options.warm > 0),
         over: AtomicBool::new(false),
     };
-    let cpu_before = cpu_seconds();
     let (seen, samples) = std::thread::scope(|scope| {
         let watcher = scope.spawn(|| run.watch());
         let samples = run.update(&mut updates, &options);
@@ -86,8 +87,8 @@ fn main() -> Result<(), Failure> {
         let seen = watcher.join().map_err(|_| "the watcher panicked")?;
         Ok::<_, Failure>((seen, samples?))
     })?;
-    let cpu_seconds = cpu_seconds() - cpu_before;
     let after = pins.status("bench")?;
+    let figures = since(&samples.before, &after.figures);
     let mut compared_rows = 0;
     for sample in &samples.kept {
         compared_rows += sample.compare(options.keys)?;
@@ -102,9 +103,15 @@ fn main() -> Result<(), Failure> {
             "slots": options.slots,
             "max_slots": options.max_slots,
             "commits": seen.ages.len(),
-            "commits_late": seen.missed,
+            "commits_missed": seen.missed,
             "updates_late_ms": samples.late.as_secs_f64() * 1e3,
             "freshness_ms": quantiles(seen.ages),
+            "warm": {
+                "seconds": options.warm,
+                "commits": seen.warm_ages.len(),
+                "freshness_ms": quantiles(seen.warm_ages),
+                "figures": samples.before.to_json(),
+            },
             "stalled_ms": seen.stalled.as_secs_f64() * 1e3,
             "leases": samples.leases,
             "compared": {"generations": samples.kept.len(), "rows": compared_rows},
@@ -112,9 +119,9 @@ fn main() -> Result<(), Failure> {
             "layout": after.layout,
             "device_bytes": after.device_bytes,
             "host_bytes": after.host_bytes,
-            "cpu_seconds": cpu_seconds,
+            "cpu_seconds": samples.cpu_seconds,
             "load": status.fill.to_json(),
-            "figures": after.figures.to_json(),
+            "figures": figures.to_json(),
         })
     );
     Ok(())
@@ -127,6 +134,7 @@ struct Options {
     folder: Option<PathBuf>,
     keys: u64,
     rate: u64,
+    warm: u64,
     seconds: u64,
     slots: u32,
     max_slots: u32,
@@ -141,6 +149,7 @@ impl Options {
             folder: None,
             keys: 1_000_000,
             rate: 10_000,
+            warm: 3,
             seconds: 20,
             slots: 3,
             max_slots: 4,
@@ -154,6 +163,7 @@ impl Options {
                 "--folder" => options.folder = Some(value.into()),
                 "--keys" => options.keys = value.parse()?,
                 "--rate" => options.rate = value.parse()?,
+                "--warm" => options.warm = value.parse()?,
                 "--seconds" => options.seconds = value.parse()?,
                 "--slots" => options.slots = value.parse()?,
                 "--max-slots" => options.max_slots = value.parse()?,
@@ -269,9 +279,18 @@ impl Updates {
 /// What the threads of a run share.
 struct Run<'a> {
     pins: &'a Pins,
-    /// Sequences of commits, and when each could be read.
-    commits: Mutex<VecDeque<(u64, Instant)>>,
+    commits: Mutex<VecDeque<Committed>>,
+    /// What happens now does not count.
+    warm: AtomicBool,
     over: AtomicBool,
+}
+
+/// A commit that no generation was seen to have yet.
+struct Committed {
+    sequence: u64,
+    /// When it could be read.
+    at: Instant,
+    warm: bool,
 }
 
 /// What the watcher saw.
@@ -279,6 +298,8 @@ struct Run<'a> {
 struct Seen {
     /// Of each commit, how long until a generation had it.
     ages: Vec<Duration>,
+    /// The same of those that do not count.
+    warm_ages: Vec<Duration>,
     /// Commits that no generation ever had.
     missed: usize,
     /// How long leases held up a change.
@@ -291,6 +312,10 @@ struct Samples {
     kept: Vec<Sample>,
     /// The most that an update was behind its time.
     late: Duration,
+    /// Of this process, from the moment on at which it counts.
+    cpu_seconds: f64,
+    /// Figures of the pin at that moment.
+    before: PinFigures,
 }
 
 /// A generation as it was read on the device, and the snapshot that it should be.
@@ -310,28 +335,40 @@ impl Run<'_> {
             leases: 2,
             kept: Vec::new(),
             late: Duration::ZERO,
+            cpu_seconds: 0.0,
+            before: PinFigures::default(),
         };
-        let (begun, ticks) = (Instant::now(), options.seconds * COMMITS_A_SECOND);
+        let begun = Instant::now();
+        let seconds = options.warm + options.seconds;
         let every = (options.seconds / options.compare.max(1)).max(1);
         std::thread::scope(|scope| {
             let mut reader: Option<std::thread::ScopedJoinHandle<'_, Result<Sample, PinError>>> =
                 None;
-            for tick in 0..ticks {
+            for tick in 0..seconds * COMMITS_A_SECOND {
+                if tick == options.warm * COMMITS_A_SECOND {
+                    samples.before = self.pins.status("bench")?.figures;
+                    samples.cpu_seconds = -cpu_seconds();
+                    samples.late = Duration::ZERO;
+                    self.warm.store(false, Ordering::Relaxed);
+                }
                 updates.of_random_keys(options.rate / COMMITS_A_SECOND, options.keys)?;
                 let snapshot = updates.table.snapshot();
-                let committed = (snapshot.id().sequence, Instant::now());
-                self.commits.lock().push_back(committed);
+                self.commits.lock().push_back(Committed {
+                    sequence: snapshot.id().sequence,
+                    at: Instant::now(),
+                    warm: self.warm.load(Ordering::Relaxed),
+                });
                 recent.push_back(snapshot);
                 if tick % COMMITS_A_SECOND == COMMITS_A_SECOND - 1 {
                     if let Some(reader) = reader.take() {
                         samples.kept.push(reader.join().map_err(|_| "a reader panicked")??);
                     }
-                    let second = tick / COMMITS_A_SECOND;
+                    let second = (tick / COMMITS_A_SECOND).checked_sub(options.warm);
                     self.pins.release(held.id(), 2)?;
                     held = self.lease(2)?;
                     samples.leases += 1;
-                    if second % every == every - 1 && (samples.kept.len() as u64) < options.compare
-                    {
+                    let wanted = samples.kept.len() < options.compare as usize;
+                    if wanted && second.is_some_and(|second| second % every == every - 1) {
                         let leased = Arc::clone(&held);
                         let snapshot = named(&recent, leased.generation())?;
                         reader = Some(scope.spawn(move || Sample::read(&leased, snapshot)));
@@ -351,8 +388,9 @@ impl Run<'_> {
             }
             Ok::<(), Failure>(())
         })?;
-        // The last one, whatever became of the others.
         self.wait_for_the_last();
+        samples.cpu_seconds += cpu_seconds();
+        // The last one, whatever became of the others.
         self.pins.release(held.id(), 2)?;
         let last = self.lease(2)?;
         samples.leases += 1;
@@ -389,11 +427,11 @@ impl Run<'_> {
         while !self.over.load(Ordering::Relaxed) {
             let now = Instant::now();
             if let Ok(status) = self.pins.status("bench") {
-                if status.stall.is_some() {
+                if status.stall.is_some() && !self.warm.load(Ordering::Relaxed) {
                     seen.stalled += now - before;
                 }
                 if let Some(newest) = status.newest {
-                    self.count(&newest, &mut seen.ages);
+                    self.count(&newest, &mut seen);
                 }
             }
             before = now;
@@ -403,14 +441,35 @@ impl Run<'_> {
         seen
     }
 
-    fn count(&self, newest: &Generation, ages: &mut Vec<Duration>) {
+    fn count(&self, newest: &Generation, seen: &mut Seen) {
         let mut commits = self.commits.lock();
-        while let Some((sequence, at)) = commits.front()
-            && *sequence <= newest.snapshot.sequence
+        while let Some(commit) = commits.front()
+            && commit.sequence <= newest.snapshot.sequence
         {
-            ages.push(newest.published.saturating_duration_since(*at));
+            let ages = match commit.warm {
+                true => &mut seen.warm_ages,
+                false => &mut seen.ages,
+            };
+            ages.push(newest.published.saturating_duration_since(commit.at));
             commits.pop_front();
         }
+    }
+}
+
+/// What a pin did between two looks.
+fn since(before: &PinFigures, after: &PinFigures) -> PinFigures {
+    PinFigures {
+        generations: after.generations - before.generations,
+        rebuilds: after.rebuilds - before.rebuilds,
+        compactions: after.compactions - before.compactions,
+        whole_copies: after.whole_copies - before.whole_copies,
+        grown_slots: after.grown_slots - before.grown_slots,
+        stalls: after.stalls - before.stalls,
+        failures: after.failures - before.failures,
+        changed_rows: after.changed_rows - before.changed_rows,
+        edit_bytes: after.edit_bytes - before.edit_bytes,
+        written_bytes: after.written_bytes - before.written_bytes,
+        copied_bytes: after.copied_bytes - before.copied_bytes,
     }
 }
 

@@ -6,15 +6,15 @@ use std::time::Instant;
 
 use crate::backend::{
     Backend, CopyPiece, DeviceInfo, DeviceMemory, DmaFile, Edits, LoadPath, LoadReport, Piece,
-    Region,
+    Region, RowBuffer,
 };
 use crate::cuda_region::{self, CudaMemory};
 use crate::device::{Device, DeviceRange};
 use crate::error::GdsError;
+use crate::kernels::{RefreshKernels, packed_bytes, packed_rows_bytes};
 use crate::lane::{BLOCKS, Lane};
 use crate::pool::{PinnedBlock, PinnedPool, PoolLimits, Stretch};
 use crate::reads::{check_pieces, is_cached, read_all, spread_with};
-use crate::scatter::{Scatter, packed_bytes};
 use crate::sys::map::PAGE_BYTES;
 
 /// Blocks of a large load.
@@ -31,7 +31,7 @@ pub(crate) const READ_THREADS: usize = 8;
 pub struct BounceBackend {
     device: Device,
     pool: PinnedPool,
-    scatter: Scatter,
+    kernels: RefreshKernels,
     reason: String,
 }
 
@@ -41,7 +41,7 @@ impl BounceBackend {
         BounceBackend {
             device: device.clone(),
             pool: PinnedPool::new(device, limits),
-            scatter: Scatter::new(device),
+            kernels: RefreshKernels::new(device),
             reason: reason.into(),
         }
     }
@@ -146,7 +146,7 @@ impl Backend for BounceBackend {
             return Ok(());
         }
         let mut lane = self.edit_lane(packed_bytes(edits))?;
-        if !self.scatter.write(&mut lane, edits, &range)? {
+        if !self.kernels.write(&mut lane, edits, &range)? {
             send_edits(&mut lane, edits, &range)?;
         }
         lane.finish()
@@ -154,6 +154,24 @@ impl Backend for BounceBackend {
 
     fn copy(&self, from: &Region, to: &Region, pieces: &[CopyPiece]) -> Result<(), GdsError> {
         cuda_region::copy(&self.device, from, to, pieces)
+    }
+
+    fn copy_rows(
+        &self,
+        from: &Region,
+        to: &Region,
+        rows: &[u32],
+        buffers: &[RowBuffer],
+    ) -> Result<bool, GdsError> {
+        let source = CudaMemory::of(from, &self.device)?.range();
+        let target = CudaMemory::of(to, &self.device)?.range();
+        RowBuffer::check_all(buffers, rows, from)?;
+        RowBuffer::check_all(buffers, rows, to)?;
+        let mut lane = self.edit_lane(packed_rows_bytes(rows, buffers))?;
+        let kernels = &self.kernels;
+        let copied = kernels.copy_rows(&mut lane, rows, buffers, &source, &target)?;
+        lane.finish()?;
+        Ok(copied)
     }
 
     fn read(&self, region: &Region, offset: u64, out: &mut [u8]) -> Result<(), GdsError> {

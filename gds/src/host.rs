@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use crate::backend::{
     Backend, CopyPiece, DeviceInfo, DeviceKind, DeviceMemory, DmaFile, Edits, LoadPath, LoadReport,
-    Piece, Region, RegionMemory,
+    Piece, Region, RegionMemory, RowBuffer,
 };
 use crate::error::GdsError;
 use crate::host_memory::host_memory;
@@ -171,6 +171,29 @@ impl Backend for HostBackend {
             writer.put_from(piece.to_offset as usize, &reader, range(piece));
         }
         Ok(())
+    }
+
+    fn copy_rows(
+        &self,
+        from: &Region,
+        to: &Region,
+        rows: &[u32],
+        buffers: &[RowBuffer],
+    ) -> Result<bool, GdsError> {
+        let (source, target) = (self.ours(from)?, self.ours(to)?);
+        RowBuffer::check_all(buffers, rows, from)?;
+        RowBuffer::check_all(buffers, rows, to)?;
+        if std::ptr::eq(source, target) {
+            return Ok(true);
+        }
+        let (mut writer, reader) = target.writer_beside(source);
+        for buffer in buffers {
+            let bytes = buffer.row_bytes as usize;
+            for at in rows.iter().map(|row| buffer.at(*row) as usize) {
+                writer.put_from(at, &reader, at..at + bytes);
+            }
+        }
+        Ok(true)
     }
 
     fn read(&self, region: &Region, offset: u64, out: &mut [u8]) -> Result<(), GdsError> {

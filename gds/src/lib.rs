@@ -19,20 +19,20 @@ mod encode;
 mod error;
 mod host;
 mod host_memory;
+mod kernels;
 mod lane;
 mod layout;
 mod pin;
 mod pool;
 pub mod probe;
 mod reads;
-mod scatter;
 mod scratch;
 #[allow(unsafe_code)]
 mod sys;
 
 pub use backend::{
     Backend, CopyPiece, DeviceInfo, DeviceKind, DeviceMemory, DmaFile, Edits, LoadPath, LoadReport,
-    Piece, Region, RegionMemory,
+    Piece, Region, RegionMemory, RowBuffer,
 };
 pub use bounce::BounceBackend;
 pub use decode::DecodeError;

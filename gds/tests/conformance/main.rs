@@ -278,6 +278,33 @@ fn small_edits_are_copied_one_by_one_where_the_kernel_cannot_be_had() {
 }
 
 #[test]
+fn rows_take_one_copy_and_one_launch_or_are_left_to_the_caller() {
+    let rows: Vec<u32> = (0..300_000).step_by(2).collect();
+    let buffers = [(0, 4), (2 << 20, 1)].map(|(offset, row_bytes)| pinion_gds::RowBuffer {
+        offset,
+        row_bytes,
+    });
+    for (rule, copied, launches) in [
+        ("", true, 1),
+        ("cuModuleLoadData@1=222", false, 0),
+        ("cuMemAllocFromPoolAsync@1+=2", false, 0),
+    ] {
+        let fake = Fake::start();
+        let backend = direct(&fake).unwrap();
+        let (from, to) = (
+            backend.allocate(4 << 20).unwrap(),
+            backend.allocate(4 << 20).unwrap(),
+        );
+        fake.rules(rule);
+        let done = backend.copy_rows(&from, &to, &rows, &buffers).unwrap();
+        let found = (done, fake.calls_of("cuLaunchKernel"));
+        assert_eq!(found, (copied, launches), "{rule}");
+        drop((backend, from, to));
+        fake.assert_clean(rule);
+    }
+}
+
+#[test]
 fn small_edits_that_take_more_than_a_block_are_scattered_block_by_block() {
     let fake = Fake::start();
     let backend = bounce(&fake).unwrap();

@@ -1,22 +1,23 @@
-//! Small writes all over a region, by one launch of a kernel.
+//! What a refresh of a pin writes all over a slot, by one launch of a kernel each.
 //!
 //! A refresh changes a few bytes of every column of every changed row: at 20 features, some forty
 //! stretches of one to sixteen bytes a row. Copied one by one they cost the driver and the copy
 //! engine a microsecond or more each. Here they are packed into a pinned block, brought over by one
-//! copy, and put in their places on the device (`kernels/scatter.cu`).
+//! copy, and put in their places on the device (`kernels/refresh.cu`); likewise the numbers of
+//! rows that another slot has already.
 //!
-//! No GPU has run the kernel yet; where it cannot be had, stretches are copied one by one.
+//! No GPU has run the kernels yet. Where they cannot be had, stretches are copied one by one.
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
-use crate::backend::Edits;
+use crate::backend::{Edits, RowBuffer};
 use crate::device::{Device, DeviceRange};
 use crate::error::GdsError;
 use crate::lane::Lane;
 use crate::pool::Stretch;
 use crate::scratch::ScratchPool;
-use crate::sys::kernels::{ENTRY_BYTES, ScatterKernel};
+use crate::sys::kernels::{ENTRY_BYTES, ROW_BYTES, RefreshModule};
 
 /// Longer stretches are copied: a thread writes one alone.
 const LONGEST_BYTES: usize = 256;
@@ -30,9 +31,9 @@ const KEEP_BYTES: u64 = 4 << 20;
 /// Bytes of a stretch begin on a multiple of this in the pack.
 const PAD_BYTES: usize = 16;
 
-/// The kernel of a device and its scratch memory, had when they are first needed.
+/// The kernels of a device and their scratch memory, had when they are first needed.
 #[derive(Debug)]
-pub(crate) struct Scatter {
+pub(crate) struct RefreshKernels {
     device: Device,
     /// `None` where the device cannot have it: it is not asked again.
     tools: OnceLock<Option<Tools>>,
@@ -40,7 +41,7 @@ pub(crate) struct Scatter {
 
 #[derive(Debug)]
 struct Tools {
-    kernel: ScatterKernel,
+    module: RefreshModule,
     scratch: ScratchPool,
 }
 
@@ -51,9 +52,9 @@ struct Part<'a> {
     bytes: &'a [u8],
 }
 
-impl Scatter {
-    pub(crate) fn new(device: &Device) -> Scatter {
-        Scatter {
+impl RefreshKernels {
+    pub(crate) fn new(device: &Device) -> RefreshKernels {
+        RefreshKernels {
             device: device.clone(),
             tools: OnceLock::new(),
         }
@@ -80,7 +81,7 @@ impl Scatter {
         if small.len() < FEWEST {
             return Ok(false);
         }
-        let Some(tools) = self.tools.get_or_init(|| self.find_tools()) else {
+        let Some(tools) = self.tools() else {
             return Ok(false);
         };
         send_each(lane, &large, to)?;
@@ -106,16 +107,64 @@ impl Scatter {
             };
             lane.send(block, &[whole], &packed)?;
             let (packed, stream) = (packed.memory(), lane.stream().shared());
-            let kernel = &tools.kernel;
-            kernel.scatter(packed, count as u64, to.memory(), stream)?;
+            let module = &tools.module;
+            module.scatter(packed, count as u64, to.memory(), stream)?;
         }
         Ok(true)
+    }
+
+    /// Copies rows, whose ranges were checked, from one memory to the same places of another, and
+    /// waits for that. `false`: nothing was copied.
+    ///
+    /// # Errors
+    ///
+    /// `Driver`: the touched ranges hold anything, and nothing is still running.
+    pub(crate) fn copy_rows(
+        &self,
+        lane: &mut Lane,
+        rows: &[u32],
+        buffers: &[RowBuffer],
+        from: &DeviceRange,
+        to: &DeviceRange,
+    ) -> Result<bool, GdsError> {
+        let head = buffers.len() * ENTRY_BYTES;
+        let rows_a_block = lane.block_bytes().saturating_sub(head) / ROW_BYTES;
+        let Some(tools) = self.tools().filter(|_| rows_a_block > 0) else {
+            return Ok(false);
+        };
+        for rows in rows.chunks(rows_a_block) {
+            let packed_bytes = head + rows.len() * ROW_BYTES;
+            let Some(packed) = room_for(packed_bytes, &tools.scratch, lane)? else {
+                // Those before are copied: once more does no harm.
+                return Ok(false);
+            };
+            let mut block = lane.block()?;
+            pack_rows(rows, buffers, &mut block);
+            let whole = Stretch {
+                host_offset: 0,
+                device_offset: 0,
+                bytes: packed_bytes,
+            };
+            lane.send(block, &[whole], &packed)?;
+            tools.module.copy_rows(
+                packed.memory(),
+                (buffers.len() as u64, rows.len() as u64),
+                from.memory(),
+                to.memory(),
+                lane.stream().shared(),
+            )?;
+        }
+        Ok(true)
+    }
+
+    fn tools(&self) -> Option<&Tools> {
+        self.tools.get_or_init(|| self.find_tools()).as_ref()
     }
 
     fn find_tools(&self) -> Option<Tools> {
         let find = || {
             Ok::<Tools, GdsError>(Tools {
-                kernel: ScatterKernel::load(self.device.context())?,
+                module: RefreshModule::load(self.device.context())?,
                 scratch: ScratchPool::new(&self.device, KEEP_BYTES)?,
             })
         };
@@ -128,6 +177,11 @@ impl Scatter {
             }
         }
     }
+}
+
+/// What `copy_rows` packs, if there is room for it in one block.
+pub(crate) fn packed_rows_bytes(rows: &[u32], buffers: &[RowBuffer]) -> u64 {
+    (rows.len() * ROW_BYTES + buffers.len() * ENTRY_BYTES) as u64
 }
 
 /// The most that a pack of these edits takes, if they are small.
@@ -199,6 +253,18 @@ fn pack(parts: &[Part<'_>], block: &mut [u8]) {
     }
 }
 
+/// Buffers (offset, bytes of a row), then numbers of rows; little endian.
+fn pack_rows(rows: &[u32], buffers: &[RowBuffer], block: &mut [u8]) {
+    let (head, rest) = block.split_at_mut(buffers.len() * ENTRY_BYTES);
+    for (buffer, entry) in buffers.iter().zip(head.chunks_exact_mut(ENTRY_BYTES)) {
+        entry[..8].copy_from_slice(&buffer.offset.to_le_bytes());
+        entry[8..].copy_from_slice(&buffer.row_bytes.to_le_bytes());
+    }
+    for (row, number) in rows.iter().zip(rest.chunks_exact_mut(ROW_BYTES)) {
+        number.copy_from_slice(&row.to_le_bytes());
+    }
+}
+
 /// What edits leave behind, as stretches that do not overlap: of bytes that are written more
 /// than once, the last ones. Ascending.
 fn disjoint(edits: &Edits) -> Vec<Part<'_>> {
@@ -209,8 +275,8 @@ fn disjoint(edits: &Edits) -> Vec<Part<'_>> {
     if parts.windows(2).all(ends_before) {
         return parts;
     }
-    let mut covered: BTreeMap<u64, u64> = BTreeMap::new();
     parts.clear();
+    let mut covered: BTreeMap<u64, u64> = BTreeMap::new();
     let all: Vec<(u64, &[u8])> = edits.iter().collect();
     for (to, bytes) in all.into_iter().rev() {
         uncovered(&mut covered, to, bytes, &mut parts);
@@ -313,6 +379,21 @@ mod tests {
         assert_eq!(block[24..32], [48, 0, 0, 0, 17, 0, 0, 0]);
         assert_eq!(&block[32..35], b"abc");
         assert_eq!(block[48..65], [7; 17]);
+    }
+
+    #[test]
+    fn a_pack_of_rows_says_where_rows_have_bytes_and_which_rows() {
+        let buffer = RowBuffer {
+            offset: 1 << 40,
+            row_bytes: 12,
+        };
+        let mut block = [0xEE; 30];
+        pack_rows(&[7, u32::MAX], &[buffer], &mut block);
+        assert_eq!(packed_rows_bytes(&[7, u32::MAX], &[buffer]), 24);
+        assert_eq!(block[..8], (1_u64 << 40).to_le_bytes());
+        assert_eq!(block[8..16], 12_u64.to_le_bytes());
+        assert_eq!(block[16..24], [7, 0, 0, 0, 255, 255, 255, 255]);
+        assert_eq!(block[24..], [0xEE; 6]);
     }
 
     #[test]
