@@ -361,7 +361,9 @@ impl Run<'_> {
                 recent.push_back(snapshot);
                 if tick % COMMITS_A_SECOND == COMMITS_A_SECOND - 1 {
                     if let Some(reader) = reader.take() {
-                        samples.kept.push(reader.join().map_err(|_| "a reader panicked")??);
+                        samples
+                            .kept
+                            .push(reader.join().map_err(|_| "a reader panicked")??);
                     }
                     let second = (tick / COMMITS_A_SECOND).checked_sub(options.warm);
                     self.pins.release(held.id(), 2)?;
@@ -384,7 +386,9 @@ impl Run<'_> {
                 std::thread::sleep(due.saturating_duration_since(now));
             }
             if let Some(reader) = reader {
-                samples.kept.push(reader.join().map_err(|_| "a reader panicked")??);
+                samples
+                    .kept
+                    .push(reader.join().map_err(|_| "a reader panicked")??);
             }
             Ok::<(), Failure>(())
         })?;

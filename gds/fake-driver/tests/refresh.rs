@@ -22,15 +22,32 @@ fn launched(name: &str, pack: &[u8], params: impl Fn(u64, u64, u64) -> Vec<u64>)
     let (packed, source, out, stream) = (alloc(pack.len()), alloc(64), alloc(64), stream());
     let counted: Vec<u8> = (100..164).collect();
     for (to, bytes) in [(packed, pack), (source, &counted)] {
-        assert_eq!(cuMemcpyHtoD_v2(to, bytes.as_ptr().addr() as u64, bytes.len()), 0);
+        assert_eq!(
+            cuMemcpyHtoD_v2(to, bytes.as_ptr().addr() as u64, bytes.len()),
+            0
+        );
     }
     assert_eq!(cuMemsetD8_v2(out, 1, 64), 0);
     assert_eq!(cuCtxSynchronize(), 0);
     let params = params(packed, source, out);
-    let pointers: Vec<*const c_void> =
-        params.iter().map(|value| ptr::from_ref(value).cast()).collect();
+    let pointers: Vec<*const c_void> = params
+        .iter()
+        .map(|value| ptr::from_ref(value).cast())
+        .collect();
     let pointers = pointers.as_ptr();
-    let code = cuLaunchKernel(function, 1, 1, 1, 32, 1, 1, 0, stream, pointers, ptr::null());
+    let code = cuLaunchKernel(
+        function,
+        1,
+        1,
+        1,
+        32,
+        1,
+        1,
+        0,
+        stream,
+        pointers,
+        ptr::null(),
+    );
     assert_eq!(code, 0);
     let waited = cuStreamSynchronize(stream);
     let read = peek(out, 64);

@@ -189,9 +189,8 @@ impl Module {
         let functions = self.context.enter()?;
         // SAFETY: the module is loaded, the name ends with a zero byte, the result is written to
         // `function`.
-        let code = unsafe {
-            (functions.module_function)(&raw mut function, self.handle, name.as_ptr())
-        };
+        let code =
+            unsafe { (functions.module_function)(&raw mut function, self.handle, name.as_ptr()) };
         self.context.check("cuModuleGetFunction", code)?;
         Ok(function)
     }

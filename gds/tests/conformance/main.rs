@@ -280,10 +280,8 @@ fn small_edits_are_copied_one_by_one_where_the_kernel_cannot_be_had() {
 #[test]
 fn rows_take_one_copy_and_one_launch_or_are_left_to_the_caller() {
     let rows: Vec<u32> = (0..300_000).step_by(2).collect();
-    let buffers = [(0, 4), (2 << 20, 1)].map(|(offset, row_bytes)| pinion_gds::RowBuffer {
-        offset,
-        row_bytes,
-    });
+    let buffers = [(0, 4), (2 << 20, 1)]
+        .map(|(offset, row_bytes)| pinion_gds::RowBuffer { offset, row_bytes });
     for (rule, copied, launches) in [
         ("", true, 1),
         ("cuModuleLoadData@1=222", false, 0),

@@ -83,7 +83,10 @@ fn scatter(launch: &mut Launch) -> Answer {
     let mut written = Vec::with_capacity(count as usize);
     for number in 0..count as usize {
         let Some(entry) = packed.get(number * ENTRY..(number + 1) * ENTRY) else {
-            violation(format!("{}: entry {number} is beyond the pack", launch.name));
+            violation(format!(
+                "{}: entry {number} is beyond the pack",
+                launch.name
+            ));
             break;
         };
         let to = long(entry, 0);
