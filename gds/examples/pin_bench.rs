@@ -114,7 +114,11 @@ fn main() -> Result<(), Failure> {
             },
             "stalled_ms": seen.stalled.as_secs_f64() * 1e3,
             "leases": samples.leases,
-            "compared": {"generations": samples.kept.len(), "rows": compared_rows},
+            "compared": {
+                "generations": samples.kept.len(),
+                "rows": compared_rows,
+                "too_old": samples.too_old,
+            },
             "slots_now": after.slots,
             "layout": after.layout,
             "device_bytes": after.device_bytes,
@@ -310,6 +314,8 @@ struct Seen {
 struct Samples {
     leases: u64,
     kept: Vec<Sample>,
+    /// Generations that were to be compared, of snapshots so old that they were not kept.
+    too_old: u64,
     /// The most that an update was behind its time.
     late: Duration,
     /// Of this process, from the moment on at which it counts.
@@ -334,6 +340,7 @@ impl Run<'_> {
         let mut samples = Samples {
             leases: 2,
             kept: Vec::new(),
+            too_old: 0,
             late: Duration::ZERO,
             cpu_seconds: 0.0,
             before: PinFigures::default(),
@@ -372,8 +379,12 @@ impl Run<'_> {
                     let wanted = samples.kept.len() < options.compare as usize;
                     if wanted && second.is_some_and(|second| second % every == every - 1) {
                         let leased = Arc::clone(&held);
-                        let snapshot = named(&recent, leased.generation())?;
-                        reader = Some(scope.spawn(move || Sample::read(&leased, snapshot)));
+                        match named(&recent, leased.generation()) {
+                            Some(snapshot) => {
+                                reader = Some(scope.spawn(move || Sample::read(&leased, snapshot)));
+                            }
+                            None => samples.too_old += 1,
+                        }
                     }
                 }
                 // A lease names one of the last snapshots, unless the pin is far behind.
@@ -398,8 +409,10 @@ impl Run<'_> {
         self.pins.release(held.id(), 2)?;
         let last = self.lease(2)?;
         samples.leases += 1;
-        let snapshot = named(&recent, last.generation())?;
-        samples.kept.push(Sample::read(&last, snapshot)?);
+        match named(&recent, last.generation()) {
+            Some(snapshot) => samples.kept.push(Sample::read(&last, snapshot)?),
+            None => samples.too_old += 1,
+        }
         Ok(samples)
     }
 
@@ -477,11 +490,10 @@ fn since(before: &PinFigures, after: &PinFigures) -> PinFigures {
     }
 }
 
-/// The snapshot that a generation names.
-fn named(recent: &VecDeque<Snapshot>, generation: &Generation) -> Result<Snapshot, Failure> {
-    let found = recent.iter().find(|s| s.id() == generation.snapshot);
-    let found = found.ok_or_else(|| format!("no snapshot {} was kept", generation.snapshot))?;
-    Ok(found.clone())
+/// The snapshot that a generation names, if it is one of these.
+fn named(recent: &VecDeque<Snapshot>, generation: &Generation) -> Option<Snapshot> {
+    let mut found = recent.iter().filter(|s| s.id() == generation.snapshot);
+    found.next().cloned()
 }
 
 impl Sample {

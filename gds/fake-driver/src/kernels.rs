@@ -164,30 +164,57 @@ impl Launch {
         Ok(())
     }
 
+    /// Copies bytes of the device.
+    pub(crate) fn copy(&mut self, from: u64, to: u64, bytes: usize) -> Answer {
+        let source = self.place(from, Access::Read)?;
+        let target = self.place(to, Access::ReadWrite)?;
+        let (source, target) = (self.segment(source), self.segment(target));
+        let (skip, at) = (
+            (from - source.address) as usize,
+            (to - target.address) as usize,
+        );
+        if skip + bytes <= source.bytes && at + bytes <= target.bytes {
+            let (to, from) = (target.offset + at, source.offset + skip);
+            target.memory.copy_from(to, &source.memory, from, bytes);
+            return Ok(());
+        }
+        // It goes on in another memory.
+        let mut room = vec![0; bytes];
+        self.read(from, &mut room)?;
+        self.write(to, &room)
+    }
+
     /// The memory that an address is in, and how far.
     fn find(&mut self, address: u64, needed: Access) -> Result<(&Segment, usize), i32> {
-        let (list, number) = match self.known_at(address, needed) {
-            Some(found) => found,
-            None => {
-                let state = state::lock();
-                let found = state
-                    .space
-                    .segment_at(address, self.device)
-                    .filter(|(_, access)| *access >= needed);
-                let Some((whole, _)) = found else {
-                    violation(format!(
-                        "{} reaches {address:#x}: {}",
-                        self.name,
-                        state.space.explain(address)
-                    ));
-                    return Err(ILLEGAL_ADDRESS);
-                };
-                self.known.push((vec![whole], needed));
-                (self.known.len() - 1, 0)
-            }
-        };
-        let segment = &self.known[list].0[number];
+        let place = self.place(address, needed)?;
+        let segment = self.segment(place);
         Ok((segment, (address - segment.address) as usize))
+    }
+
+    fn segment(&self, (list, number): (usize, usize)) -> &Segment {
+        &self.known[list].0[number]
+    }
+
+    /// Where among the known ranges an address is; one that is not comes to be known.
+    fn place(&mut self, address: u64, needed: Access) -> Result<(usize, usize), i32> {
+        if let Some(found) = self.known_at(address, needed) {
+            return Ok(found);
+        }
+        let state = state::lock();
+        let found = state
+            .space
+            .segment_at(address, self.device)
+            .filter(|(_, access)| *access >= needed);
+        let Some((whole, _)) = found else {
+            violation(format!(
+                "{} reaches {address:#x}: {}",
+                self.name,
+                state.space.explain(address)
+            ));
+            return Err(ILLEGAL_ADDRESS);
+        };
+        self.known.push((vec![whole], needed));
+        Ok((self.known.len() - 1, 0))
     }
 
     /// Where among the known ranges an address is.

@@ -123,7 +123,6 @@ fn copy_rows(launch: &mut Launch) -> Answer {
     let limit = launch.params.u64(4).min(launch.params.u64(6));
     let packed = read_pack(launch, rows_pack_bytes(&launch.params))?;
     let (head, numbers) = packed.split_at(buffers * ENTRY);
-    let mut room = Vec::new();
     for buffer in head.chunks_exact(ENTRY) {
         let (offset, width) = (long(buffer, 0), long(buffer, 8));
         for number in numbers.chunks_exact(NUMBER) {
@@ -139,9 +138,7 @@ fn copy_rows(launch: &mut Launch) -> Answer {
                 ));
                 continue;
             };
-            room.resize(width as usize, 0);
-            launch.read(from + at, &mut room)?;
-            launch.write(to + at, &room)?;
+            launch.copy(from + at, to + at, width as usize)?;
         }
     }
     Ok(())
