@@ -167,6 +167,9 @@ impl Backend for BounceBackend {
         let target = CudaMemory::of(to, &self.device)?.range();
         RowBuffer::check_all(buffers, rows, from)?;
         RowBuffer::check_all(buffers, rows, to)?;
+        if rows.is_empty() || buffers.is_empty() {
+            return Ok(true);
+        }
         let mut lane = self.edit_lane(packed_rows_bytes(rows, buffers))?;
         let kernels = &self.kernels;
         let copied = kernels.copy_rows(&mut lane, rows, buffers, &source, &target)?;
