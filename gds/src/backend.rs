@@ -377,6 +377,13 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// `OutOfRange` before anything is written.
     fn write(&self, region: &Region, edits: &Edits) -> Result<(), GdsError>;
 
+    /// Sets a stretch to one byte.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange` before anything is written.
+    fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError>;
+
     /// Copies between two regions of this backend, which do not overlap.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ use crate::lane::{BLOCKS, Lane};
 use crate::pool::{PinnedBlock, PinnedPool, PoolLimits, Stretch};
 use crate::reads::{check_pieces, is_cached, read_all, spread_with};
 use crate::sys::map::PAGE_BYTES;
+use crate::sys::vmm::set_on_device;
 
 /// Blocks of a large load.
 const LOAD_BLOCK_BYTES: u64 = 16 << 20;
@@ -150,6 +151,13 @@ impl Backend for BounceBackend {
             send_edits(&mut lane, edits, &range)?;
         }
         lane.finish()
+    }
+
+    fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError> {
+        let range = CudaMemory::of(region, &self.device)?.range();
+        region.check(offset, bytes)?;
+        let stream = self.device.stream()?;
+        set_on_device(range.memory(), (offset, bytes), value, stream.shared())
     }
 
     fn copy(&self, from: &Region, to: &Region, pieces: &[CopyPiece]) -> Result<(), GdsError> {

@@ -163,6 +163,10 @@ impl Backend for DirectBackend {
         self.staged.write(region, edits)
     }
 
+    fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError> {
+        self.staged.set(region, offset, bytes, value)
+    }
+
     fn copy(&self, from: &Region, to: &Region, pieces: &[CopyPiece]) -> Result<(), GdsError> {
         cuda_region::copy(self.staged.cuda_device(), from, to, pieces)
     }

@@ -71,6 +71,7 @@ scenarios![
     later_edits_win,
     edits_outside_are_refused_before_anything_is_written,
     the_same_edits_leave_the_same_bytes_in_two_regions,
+    what_is_set_is_set_and_nothing_beside_it,
     copies_bring_stretches_over,
     copies_outside_are_refused_before_anything_is_copied,
     rows_come_to_the_same_places_and_nothing_else_does,
@@ -375,6 +376,25 @@ fn the_same_edits_leave_the_same_bytes_in_two_regions(
     Ok(())
 }
 
+fn what_is_set_is_set_and_nothing_beside_it(
+    backend: &dyn Backend,
+    scale: Scale,
+) -> Result<(), GdsError> {
+    let bytes = scale.pick(9 << 20, 9_000);
+    let region = backend.allocate(bytes)?;
+    let mut expected = vec![0; region.bytes() as usize];
+    for (offset, length, value) in [(0, bytes, 3), (5, 1, 4), (1001, bytes - 2002, 5), (7, 0, 6)] {
+        backend.set(&region, offset, length, value)?;
+        expected[offset as usize..(offset + length) as usize].fill(value);
+        assert_same(&contents(backend, &region)?, &expected);
+    }
+    for (offset, length) in [(region.bytes(), 1), (1, region.bytes()), (u64::MAX, 2)] {
+        refused(backend.set(&region, offset, length, 9), out_of_range)?;
+    }
+    assert_same(&contents(backend, &region)?, &expected);
+    Ok(())
+}
+
 fn copies_bring_stretches_over(backend: &dyn Backend, scale: Scale) -> Result<(), GdsError> {
     let (from, to) = (backend.allocate(1 << 20)?, backend.allocate(1 << 20)?);
     let mut source = vec![0; from.bytes() as usize];
@@ -559,6 +579,7 @@ fn regions_of_others_are_refused(backend: &dyn Backend, _: Scale) -> Result<(), 
         foreign,
     )?;
     refused(backend.write(&theirs, &edits), foreign)?;
+    refused(backend.set(&theirs, 0, 1, 1), foreign)?;
     refused(backend.copy(&theirs, &ours, &[]), foreign)?;
     refused(backend.copy(&ours, &theirs, &[]), foreign)?;
     refused(backend.copy_rows(&theirs, &ours, &[], &[]), foreign)?;

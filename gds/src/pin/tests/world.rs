@@ -145,6 +145,11 @@ impl Backend for Watched {
         failed
     }
 
+    fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError> {
+        self.call("set")?;
+        self.inner.set(region, offset, bytes, value)
+    }
+
     fn copy(&self, from: &Region, to: &Region, pieces: &[CopyPiece]) -> Result<(), GdsError> {
         self.call("copy")?;
         self.inner.copy(from, to, pieces)
