@@ -196,17 +196,16 @@ def fio(files, jobs, depth):
 
 def divided(files, jobs, block=1 << 20):
     """For each job the stretches (file, offset, bytes) that it reads: about equal shares, in whole blocks."""
-    blocks = [(file, at) for file in files for at in range(0, file.stat().st_size - 4095, block)]
+    blocks = [(file, at) for file in files for at in range(0, file.stat().st_size - block + 1, block)]
     share = -(-len(blocks) // jobs)
     found = []
     for first in range(0, len(blocks), share):
         stretches = []
         for file, at in blocks[first : first + share]:
-            size = min(block, (file.stat().st_size - at) // 4096 * 4096)
             if stretches and stretches[-1][0] == file:
-                stretches[-1][2] += size
+                stretches[-1][2] += block
             else:
-                stretches.append([file, at, size])
+                stretches.append([file, at, block])
         found.append(stretches)
     return found
 

@@ -49,7 +49,7 @@ def test_a_trial_of_the_loads_of_pins_measures_pin_files_copy_and_fio(tmp_path):
 @pytest.mark.parametrize("setting", ["host", "bounce, fake driver, late", "direct, fake driver"])
 def test_a_trial_of_fresh_pins_compares_generations_with_their_snapshots(tmp_path, setting):
     example_or_skip("pin_bench")
-    sizes = ("--keys", "2000", "--rate", "1000", "--seconds", "3", "--compare", "2")
+    sizes = ("--keys", "20000", "--rate", "1000", "--seconds", "3", "--compare", "2")
     said = trial(tmp_path, "pins.py", "fresh", *sizes, "--only", setting)
     [row] = [line for line in said.splitlines() if line.startswith(f"| {setting} |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
