@@ -11,7 +11,6 @@ Parts, each optional:
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -30,8 +29,10 @@ from harness import (
     Unmeasured,
     copy_store,
     cpu_seconds,
+    drop_pages,
     machine,
     median,
+    read_pages,
     rounds,
     save_part,
     show_part,
@@ -86,14 +87,7 @@ def main():
 
 def warm(data):
     """Everything into the page cache."""
-    for file in [*data.rglob("*"), *data.parent.glob("scan-*.arrow")]:
-        if file.is_file():
-            with open(file, "rb", buffering=0) as opened:
-                while opened.readinto(BUFFER):
-                    pass
-
-
-BUFFER = bytearray(4 << 20)
+    read_pages(file for file in [*data.rglob("*"), *data.parent.glob("scan-*.arrow")] if file.is_file())
 
 
 def gigabytes(sizes, columns=None, share=1.0):
@@ -378,7 +372,7 @@ def cold(sizes, data, count):
     paths = {"Flight, Unix socket": "flight"} | ({} if missing_lane() else {"local lane": "lane"})
     for number in range(min(count, 3)):
         for path, kind in paths.items():
-            dropped = drop_pages(data)
+            dropped = drop_pages([f for f in scan_table(data).rglob("*") if f.is_file() and f.stat().st_size])
             with Pinion(data, env=RAISED) as pinion, ExitStack() as stack:
                 where = {"url": pinion.unix} if kind == "flight" else {"socket": str(pinion.lane)}
                 lookups = Workers(kind, {**where, "table": "profile", "features": serving.FEATURES}, clients=1)
@@ -401,18 +395,6 @@ def cold(sizes, data, count):
                 | {"scan_seconds": scanned["seconds"]}
             )
     return {"gb": gigabytes(sizes), "runs": found}
-
-
-def drop_pages(data):
-    """Drops a table's files from the page cache; the share of them that stayed."""
-    files = [file for file in scan_table(data).rglob("*") if file.is_file() and file.stat().st_size]
-    subprocess.run(["sync"], check=True)
-    for file in files:
-        with open(file, "rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    done = subprocess.run(["fincore", "-b", "-n", "-o", "RES,SIZE", *files], capture_output=True, text=True, check=True)
-    pairs = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    return sum(resident for resident, _ in pairs) / sum(size for _, size in pairs)
 
 
 def scan_table(data):

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Compiles pinion/kernels/gather.cu to PTX text beside it, with NVIDIA's run-time compiler.
+"""Compiles the kernels to PTX text beside their sources, with NVIDIA's run-time compiler.
 
     pip install nvidia-cuda-nvrtc-cu12==12.0.140
-    python compile_kernels.py            # writes gather.ptx
-    python compile_kernels.py --check    # exit status 1 if it is not what the source compiles to
+    python compile_kernels.py            # writes gather.ptx and refresh.ptx
+    python compile_kernels.py --check    # exit status 1 if one is not what its source compiles to
 
 Needs no GPU and no toolkit. An old compiler on purpose: drivers refuse PTX that is newer than they are (error 222), and
 read older text for good. This one writes PTX 8.0, for compute capability 7.5 and all later ones: drivers from 525 on.
@@ -19,8 +19,9 @@ from pathlib import Path
 
 VERSION = (12, 0)
 OPTIONS = (b"--gpu-architecture=compute_75", b"--std=c++17")
-SOURCE = Path(__file__).resolve().parent / "pinion" / "kernels" / "gather.cu"
-PTX = SOURCE.with_suffix(".ptx")
+HERE = Path(__file__).resolve().parent
+# What a client gathers with, and what the server refreshes pins with.
+SOURCES = (HERE / "pinion" / "kernels" / "gather.cu", HERE.parent / "gds" / "src" / "kernels" / "refresh.cu")
 
 
 class NoCompiler(Exception):
@@ -60,24 +61,24 @@ def text_of(library, program, what):
     return room.value.decode()
 
 
-def compiled(library):
-    """What is written to gather.ptx."""
-    source = SOURCE.read_bytes()
+def compiled(library, path):
+    """What is written beside a source."""
+    source = path.read_bytes()
     program = c_void_p()
-    call(library, "nvrtcCreateProgram", byref(program), source, SOURCE.name.encode(), 0, None, None)
+    call(library, "nvrtcCreateProgram", byref(program), source, path.name.encode(), 0, None, None)
     try:
         call(library, "nvrtcCompileProgram", program, len(OPTIONS), (c_char_p * len(OPTIONS))(*OPTIONS))
     except RuntimeError as error:
         raise SystemExit(f"{error}\n{text_of(library, program, 'ProgramLog')}") from error
     lines = text_of(library, program, "PTX").splitlines(keepends=True)
     # Constants of NVRTC's own <nv/target>, which nothing refers to.
-    return heading(source) + "".join(line for line in lines if "2nv6target" not in line)
+    return heading(path) + "".join(line for line in lines if "2nv6target" not in line)
 
 
-def heading(source):
+def heading(path):
     """Says which source the text is of, so that a stale one is found without a compiler."""
-    digest = hashlib.sha256(source).hexdigest()
-    return f"// By compile_kernels.py from {SOURCE.name}, SHA-256 {digest}. Not to be edited.\n"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"// By compile_kernels.py from {path.name}, SHA-256 {digest}. Not to be edited.\n"
 
 
 def main():
@@ -86,13 +87,15 @@ def main():
     parser.add_argument("--nvrtc", metavar="PATH", help="libnvrtc.so.12, if not from a wheel of this Python")
     given = parser.parse_args()
     try:
-        text = compiled(compiler(given.nvrtc))
+        library = compiler(given.nvrtc)
     except NoCompiler as error:
         raise SystemExit(str(error)) from error
-    if not given.check:
-        PTX.write_text(text)
-    elif PTX.read_text() != text:
-        raise SystemExit(f"{PTX} is not what {SOURCE.name} compiles to: run compile_kernels.py")
+    for source in SOURCES:
+        text, ptx = compiled(library, source), source.with_suffix(".ptx")
+        if not given.check:
+            ptx.write_text(text)
+        elif ptx.read_text() != text:
+            raise SystemExit(f"{ptx} is not what {source.name} compiles to: run compile_kernels.py")
 
 
 if __name__ == "__main__":

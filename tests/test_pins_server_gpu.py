@@ -73,9 +73,21 @@ def test_a_table_on_a_gpu_is_read_equal_by_another_process_and_follows(store, gp
         assert {pin["device"]["kind"] for pin in pins(server)} == {"cuda"}
         [device] = [d for d in devices(server) if d["device"]["kind"] == "cuda"]
         assert f'pinion_device_used_bytes{{device="{device["device"]["uuid"]}"}}' in calls_metrics(server)
+        told = metric_values(server)
+        pinned = device["pinned"]
+        assert told[f'pinion_device_pinned_cap_bytes{{device="{device["device"]["uuid"]}"}}'] == pinned["cap_bytes"] > 0
+        assert told[f'pinion_device_pinned_waiting{{device="{device["device"]["uuid"]}"}}'] == 0
+        idle = told[f'pinion_device_pinned_bytes{{device="{device["device"]["uuid"]}",state="idle"}}']
+        assert 0 < idle == pinned["idle_bytes"] == pinned["pinned_bytes"]
+        assert [d["pinned"] for d in devices(server) if d["device"]["kind"] == "host"] == [None]
         for name in ("frozen", "fresh"):
             client.unpin(name)
         until(lambda: devices(server)[0]["used_bytes"] == 0)
+
+
+def metric_values(server):
+    lines = [line for line in calls_metrics(server).splitlines() if line and not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
 def newest(server, name):

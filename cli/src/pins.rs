@@ -171,6 +171,24 @@ fn record_device(device: &DeviceStatus) {
     gauge!("pinion_device_used_bytes", "device" => uuid()).set(device.used_bytes as f64);
     counter!("pinion_device_evictions_total", "device" => uuid()).absolute(device.evictions);
     counter!("pinion_device_refusals_total", "device" => uuid()).absolute(device.refusals);
+    let Some((cap_bytes, pool)) = device.pinned else {
+        return;
+    };
+    for (state, bytes) in [
+        ("in_use", pool.in_use_bytes),
+        ("in_flight", pool.in_flight_bytes),
+        ("idle", pool.idle_bytes),
+        ("leaked", pool.leaked_bytes),
+    ] {
+        gauge!("pinion_device_pinned_bytes", "device" => uuid(), "state" => state)
+            .set(bytes as f64);
+    }
+    gauge!("pinion_device_pinned_cap_bytes", "device" => uuid()).set(cap_bytes as f64);
+    gauge!("pinion_device_pinned_waiting", "device" => uuid()).set(pool.waiting as f64);
+    for (how, blocks) in [("new", pool.alloc_calls), ("reused", pool.reuse_hits)] {
+        counter!("pinion_device_pinned_blocks_total", "device" => uuid(), "from" => how)
+            .absolute(blocks);
+    }
 }
 
 /// Slots that a peer has mapped.

@@ -1,74 +1,118 @@
-//! Loads a file into a host region, cold and warm, beside what one could get at best.
+//! Loads into host memory, and what could be had at best: one measurement a run, printed as a
+//! line of JSON. `bench/run pins load` runs them in turn, and sees to the page cache.
 //!
-//! `cargo run --release -p pinion-gds --example host_load -- FILE [ROUNDS]` prints one line of
-//! JSON a round: GB/s of the load from the disk and of the load from the page cache, and of a
-//! plain memory copy of as many bytes by as many threads. Compare the cold figure with
-//! `fio --name=r --filename=FILE --rw=read --direct=1 --bs=4m --numjobs=1 --iodepth=8
-//! --ioengine=libaio`.
+//! - `host_load pin DATA TABLE frozen|fresh`: pins a table of the store in `DATA`; the figures are
+//!   those of the pin's own report
+//! - `host_load files FILE...`: loads whole files into one region, without a table
+//! - `host_load copy BYTES THREADS`: a plain memory copy, each thread its own part
+//!
+//! Memory that is written, and the source of a copy, have all their pages before.
 
 use std::path::Path;
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-use pinion_gds::{Backend, CopyPiece, DmaFile, GdsError, HostBackend, Piece};
+use pinion_feature_store::{Store, StoreOptions};
+use pinion_gds::{Backend, DmaFile, HostBackend, Piece, PinMode, PinOptions, PinRequest, Pins};
+use serde_json::{Value, json};
 
-fn main() -> Result<(), GdsError> {
-    let mut arguments = std::env::args().skip(1);
-    let Some(path) = arguments.next() else {
-        eprintln!("usage: host_load FILE [ROUNDS]");
-        std::process::exit(2);
+type Failure = Box<dyn std::error::Error>;
+
+fn main() -> Result<(), Failure> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let found = match arguments[..] {
+        ["pin", data, table, "frozen"] => pin(data, table, PinMode::Frozen)?,
+        ["pin", data, table, "fresh"] => pin(data, table, PinMode::Fresh)?,
+        ["files", ref files @ ..] if !files.is_empty() => load(files)?,
+        ["copy", bytes, threads] => copy(bytes.parse()?, threads.parse()?),
+        _ => {
+            eprintln!(
+                "usage: host_load pin DATA TABLE frozen|fresh | files FILE... | copy BYTES THREADS"
+            );
+            std::process::exit(2);
+        }
     };
-    let rounds: u32 = arguments.next().map_or(3, |n| n.parse().unwrap_or(3));
-    let file = DmaFile::open(Path::new(&path))?;
-    let bytes = file
-        .buffered()
-        .metadata()
-        .map_or(0, |metadata| metadata.len());
-    let backend = HostBackend::new("a measurement");
-    let region = backend.allocate(bytes)?;
-    let whole = [Piece {
-        file_offset: 0,
-        region_offset: 0,
-        bytes,
-    }];
-    for _ in 0..rounds {
-        let _ = rustix::fs::fadvise(file.buffered(), 0, None, rustix::fs::Advice::DontNeed);
-        let cold = backend.load(&file, &whole, &region)?.elapsed;
-        warm(&file);
-        let warm = backend.load(&file, &whole, &region)?.elapsed;
-        println!(
-            "{{\"bytes\": {bytes}, \"cold_gb_s\": {:.3}, \"warm_gb_s\": {:.3}, \"memcpy_gb_s\": {:.3}}}",
-            rate(bytes, cold),
-            rate(bytes, warm),
-            copy_rate(&backend, bytes)?,
-        );
-    }
+    println!("{found}");
     Ok(())
 }
 
-fn rate(bytes: u64, elapsed: Duration) -> f64 {
-    bytes as f64 / 1e9 / elapsed.as_secs_f64()
+fn backend() -> HostBackend {
+    HostBackend::new("a measurement")
 }
 
-/// Brings the whole file into the page cache: twice, since pages that were read once are the
-/// first to go.
-fn warm(file: &DmaFile) {
-    for _ in 0..2 {
-        let mut read = std::io::BufReader::with_capacity(1 << 20, file.buffered());
-        let _ = std::io::Seek::rewind(&mut read);
-        let _ = std::io::copy(&mut read, &mut std::io::sink());
+fn pin(data: &str, table: &str, mode: PinMode) -> Result<Value, Failure> {
+    let options = StoreOptions {
+        background: false,
+        ..StoreOptions::default()
+    };
+    let store = Store::open(Path::new(data), options)?;
+    let pins = Pins::new(
+        store,
+        vec![std::sync::Arc::new(backend())],
+        PinOptions::default(),
+    )?;
+    let started = Instant::now();
+    let status = pins.pin(&PinRequest {
+        table: table.to_owned(),
+        features: None,
+        device: None,
+        mode,
+        slots: None,
+        max_slots: None,
+        name: None,
+    })?;
+    let mut told = status.fill.to_json();
+    told["with_allocation_seconds"] = started.elapsed().as_secs_f64().into();
+    Ok(told)
+}
+
+fn load(files: &[&str]) -> Result<Value, Failure> {
+    let opened = files.iter().map(|file| {
+        let opened = DmaFile::open(Path::new(file))?;
+        let bytes = opened.buffered().metadata()?.len();
+        Ok((opened, bytes))
+    });
+    let opened: Vec<(DmaFile, u64)> = opened.collect::<Result<_, Failure>>()?;
+    // Each begins on a page, as the buffers of a pin do.
+    let room = |bytes: &u64| bytes.next_multiple_of(4096);
+    let backend = backend();
+    let region = backend.allocate(opened.iter().map(|(_, bytes)| room(bytes)).sum())?;
+    let (mut at, mut elapsed, mut all) = (0, Duration::ZERO, 0);
+    for (file, bytes) in &opened {
+        let whole = Piece {
+            file_offset: 0,
+            region_offset: at,
+            bytes: *bytes,
+        };
+        elapsed += backend.load(file, &[whole], &region)?.elapsed;
+        at += room(bytes);
+        all += bytes;
     }
+    Ok(figures(all, elapsed))
 }
 
-/// A copy between two regions, both with all their pages.
-fn copy_rate(backend: &HostBackend, bytes: u64) -> Result<f64, GdsError> {
-    let bytes = bytes.min(1 << 30);
-    let (from, to) = (backend.allocate(bytes)?, backend.allocate(bytes)?);
-    let whole = [CopyPiece {
-        from_offset: 0,
-        to_offset: 0,
-        bytes,
-    }];
-    let start = Instant::now();
-    backend.copy(&from, &to, &whole)?;
-    Ok(rate(bytes, start.elapsed()))
+fn copy(bytes: usize, threads: usize) -> Value {
+    // Not zero: pages that were never written are all the same one.
+    let (from, mut to) = (vec![1_u8; bytes], vec![2_u8; bytes]);
+    let part = bytes.div_ceil(threads.max(1)).max(1);
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        for (to, from) in to.chunks_mut(part).zip(from.chunks(part)) {
+            scope.spawn(move || to.copy_from_slice(from));
+        }
+    });
+    let elapsed = started.elapsed();
+    assert_eq!(to.last(), from.last());
+    figures(bytes as u64, elapsed)
+}
+
+fn figures(bytes: u64, elapsed: Duration) -> Value {
+    let seconds = elapsed.as_secs_f64();
+    json!({
+        "bytes": bytes,
+        "seconds": seconds,
+        "gb_per_second": bytes as f64 / 1e9 / seconds,
+        "cores": available_parallelism().map_or(1, |cores| cores.get()),
+    })
 }

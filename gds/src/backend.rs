@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::GdsError;
+use crate::pool::PinnedPool;
 
 /// How bytes reach a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -154,6 +155,38 @@ pub struct CopyPiece {
     pub to_offset: u64,
     /// How many.
     pub bytes: u64,
+}
+
+/// Where in a region every row has some bytes: row `n` has `row_bytes` from `offset + n * row_bytes`
+/// on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowBuffer {
+    /// Of row 0.
+    pub offset: u64,
+    /// Of each row.
+    pub row_bytes: u64,
+}
+
+impl RowBuffer {
+    /// Where a row's bytes are; what lies beyond all memory is at its end.
+    pub fn at(&self, row: u32) -> u64 {
+        let into = u64::from(row).saturating_mul(self.row_bytes);
+        self.offset.saturating_add(into)
+    }
+
+    /// Checks that the rows lie in a region.
+    pub(crate) fn check_all(
+        buffers: &[RowBuffer],
+        rows: &[u32],
+        region: &Region,
+    ) -> Result<(), GdsError> {
+        let Some(last) = rows.iter().max() else {
+            return Ok(());
+        };
+        buffers
+            .iter()
+            .try_for_each(|buffer| region.check(buffer.at(*last), buffer.row_bytes))
+    }
 }
 
 /// Small writes, kept as one run of bytes and where its stretches go. The same edits put into
@@ -311,6 +344,11 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// `Driver` or `Io`.
     fn memory(&self) -> Result<DeviceMemory, GdsError>;
 
+    /// The pinned host memory that bytes go through, where they do.
+    fn pinned_pool(&self) -> Option<&PinnedPool> {
+        None
+    }
+
     /// A new region of at least `bytes` bytes, zeroed.
     ///
     /// # Errors
@@ -339,12 +377,33 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// `OutOfRange` before anything is written.
     fn write(&self, region: &Region, edits: &Edits) -> Result<(), GdsError>;
 
+    /// Sets a stretch to one byte.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange` before anything is written.
+    fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError>;
+
     /// Copies between two regions of this backend, which do not overlap.
     ///
     /// # Errors
     ///
     /// `OutOfRange` before anything is copied.
     fn copy(&self, from: &Region, to: &Region, pieces: &[CopyPiece]) -> Result<(), GdsError>;
+
+    /// Copies all bytes of some rows, no row twice, from one region of this backend to the same
+    /// places in another. `false` where it cannot: copy or write them otherwise.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange` before anything is copied.
+    fn copy_rows(
+        &self,
+        from: &Region,
+        to: &Region,
+        rows: &[u32],
+        buffers: &[RowBuffer],
+    ) -> Result<bool, GdsError>;
 
     /// Reads bytes back to the host: for checks, not for speed.
     ///

@@ -6,15 +6,17 @@ use std::time::Instant;
 
 use crate::backend::{
     Backend, CopyPiece, DeviceInfo, DeviceMemory, DmaFile, Edits, LoadPath, LoadReport, Piece,
-    Region,
+    Region, RowBuffer,
 };
 use crate::cuda_region::{self, CudaMemory};
 use crate::device::{Device, DeviceRange};
 use crate::error::GdsError;
+use crate::kernels::{RefreshKernels, packed_bytes, packed_rows_bytes};
 use crate::lane::{BLOCKS, Lane};
 use crate::pool::{PinnedBlock, PinnedPool, PoolLimits, Stretch};
 use crate::reads::{check_pieces, is_cached, read_all, spread_with};
 use crate::sys::map::PAGE_BYTES;
+use crate::sys::vmm::set_on_device;
 
 /// Blocks of a large load.
 const LOAD_BLOCK_BYTES: u64 = 16 << 20;
@@ -30,6 +32,7 @@ pub(crate) const READ_THREADS: usize = 8;
 pub struct BounceBackend {
     device: Device,
     pool: PinnedPool,
+    kernels: RefreshKernels,
     reason: String,
 }
 
@@ -39,6 +42,7 @@ impl BounceBackend {
         BounceBackend {
             device: device.clone(),
             pool: PinnedPool::new(device, limits),
+            kernels: RefreshKernels::new(device),
             reason: reason.into(),
         }
     }
@@ -108,6 +112,10 @@ impl Backend for BounceBackend {
         self.device.memory()
     }
 
+    fn pinned_pool(&self) -> Option<&PinnedPool> {
+        Some(self.pool())
+    }
+
     fn allocate(&self, bytes: u64) -> Result<Region, GdsError> {
         CudaMemory::allocate(&self.device, bytes)
     }
@@ -138,13 +146,43 @@ impl Backend for BounceBackend {
         if edits.is_empty() {
             return Ok(());
         }
-        let mut lane = self.edit_lane(edits.bytes())?;
-        send_edits(&mut lane, edits, &range)?;
+        let mut lane = self.edit_lane(packed_bytes(edits))?;
+        if !self.kernels.write(&mut lane, edits, &range)? {
+            send_edits(&mut lane, edits, &range)?;
+        }
         lane.finish()
+    }
+
+    fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError> {
+        let range = CudaMemory::of(region, &self.device)?.range();
+        region.check(offset, bytes)?;
+        let stream = self.device.stream()?;
+        set_on_device(range.memory(), (offset, bytes), value, stream.shared())
     }
 
     fn copy(&self, from: &Region, to: &Region, pieces: &[CopyPiece]) -> Result<(), GdsError> {
         cuda_region::copy(&self.device, from, to, pieces)
+    }
+
+    fn copy_rows(
+        &self,
+        from: &Region,
+        to: &Region,
+        rows: &[u32],
+        buffers: &[RowBuffer],
+    ) -> Result<bool, GdsError> {
+        let source = CudaMemory::of(from, &self.device)?.range();
+        let target = CudaMemory::of(to, &self.device)?.range();
+        RowBuffer::check_all(buffers, rows, from)?;
+        RowBuffer::check_all(buffers, rows, to)?;
+        if rows.is_empty() || buffers.is_empty() {
+            return Ok(true);
+        }
+        let mut lane = self.edit_lane(packed_rows_bytes(rows, buffers))?;
+        let kernels = &self.kernels;
+        let copied = kernels.copy_rows(&mut lane, rows, buffers, &source, &target)?;
+        lane.finish()?;
+        Ok(copied)
     }
 
     fn read(&self, region: &Region, offset: u64, out: &mut [u8]) -> Result<(), GdsError> {

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use crate::backend::{
     Backend, CopyPiece, DeviceInfo, DeviceMemory, DmaFile, Edits, LoadPath, LoadReport, Piece,
-    Region,
+    Region, RowBuffer,
 };
 use crate::bounce::{BounceBackend, READ_THREADS};
 use crate::cuda_region::{self, CudaMemory};
@@ -109,6 +109,10 @@ impl Backend for DirectBackend {
         self.staged.memory()
     }
 
+    fn pinned_pool(&self) -> Option<&PinnedPool> {
+        Some(self.pool())
+    }
+
     fn allocate(&self, bytes: u64) -> Result<Region, GdsError> {
         self.staged.allocate(bytes)
     }
@@ -159,8 +163,22 @@ impl Backend for DirectBackend {
         self.staged.write(region, edits)
     }
 
+    fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError> {
+        self.staged.set(region, offset, bytes, value)
+    }
+
     fn copy(&self, from: &Region, to: &Region, pieces: &[CopyPiece]) -> Result<(), GdsError> {
         cuda_region::copy(self.staged.cuda_device(), from, to, pieces)
+    }
+
+    fn copy_rows(
+        &self,
+        from: &Region,
+        to: &Region,
+        rows: &[u32],
+        buffers: &[RowBuffer],
+    ) -> Result<bool, GdsError> {
+        self.staged.copy_rows(from, to, rows, buffers)
     }
 
     fn read(&self, region: &Region, offset: u64, out: &mut [u8]) -> Result<(), GdsError> {

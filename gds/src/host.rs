@@ -1,6 +1,7 @@
 //! The backend without a GPU: regions are sealed memfds, which other processes map read-only.
 
 use std::any::Any;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::available_parallelism;
@@ -8,15 +9,18 @@ use std::time::Instant;
 
 use crate::backend::{
     Backend, CopyPiece, DeviceInfo, DeviceKind, DeviceMemory, DmaFile, Edits, LoadPath, LoadReport,
-    Piece, Region, RegionMemory,
+    Piece, Region, RegionMemory, RowBuffer,
 };
 use crate::error::GdsError;
 use crate::host_memory::host_memory;
-use crate::reads::{Chunk, check_pieces, cut, is_cached, read_all, read_failed, spread};
+use crate::reads::{Chunk, check_pieces, cut, is_cached, read_all, spread};
 use crate::sys::map::{PAGE_BYTES, SharedMemory, Writer};
 
 /// What one thread reads at a time.
 const CHUNK_BYTES: u64 = 4 << 20;
+
+/// What is mapped of a file at a time: to map and to unmap costs something, whatever the length.
+const STRETCH_BYTES: u64 = 32 << 20;
 
 /// Threads of one load: enough to keep a disk busy, whatever the number of cores.
 const READ_THREADS: usize = 8;
@@ -126,9 +130,10 @@ impl Backend for HostBackend {
         let memory = self.ours(region)?;
         check_pieces(file, pieces, region)?;
         let chunks = cut(pieces, CHUNK_BYTES);
+        let stretches = together(&chunks);
         let writer = memory.writer();
-        spread(READ_THREADS, &chunks, |chunk| {
-            read_chunk(file, chunk, &writer)
+        spread(READ_THREADS, &stretches, |stretch| {
+            read_stretch(file, stretch, &writer)
         })?;
         Ok(LoadReport {
             path: LoadPath::Host,
@@ -148,6 +153,20 @@ impl Backend for HostBackend {
             writer.put(at as usize, bytes);
         }
         Ok(())
+    }
+
+    fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError> {
+        let memory = self.ours(region)?;
+        region.check(offset, bytes)?;
+        let all = offset as usize..(offset + bytes) as usize;
+        let starts: Vec<usize> = all.clone().step_by(CHUNK_BYTES as usize).collect();
+        let writer = memory.writer();
+        let threads = available_parallelism().map_or(1, |cores| cores.get());
+        spread(threads, &starts, |start| {
+            let end = all.end.min(start + CHUNK_BYTES as usize);
+            writer.set(*start..end, value);
+            Ok(())
+        })
     }
 
     fn copy(&self, from: &Region, to: &Region, pieces: &[CopyPiece]) -> Result<(), GdsError> {
@@ -173,6 +192,29 @@ impl Backend for HostBackend {
         Ok(())
     }
 
+    fn copy_rows(
+        &self,
+        from: &Region,
+        to: &Region,
+        rows: &[u32],
+        buffers: &[RowBuffer],
+    ) -> Result<bool, GdsError> {
+        let (source, target) = (self.ours(from)?, self.ours(to)?);
+        RowBuffer::check_all(buffers, rows, from)?;
+        RowBuffer::check_all(buffers, rows, to)?;
+        if std::ptr::eq(source, target) {
+            return Ok(true);
+        }
+        let (mut writer, reader) = target.writer_beside(source);
+        for buffer in buffers {
+            let bytes = buffer.row_bytes as usize;
+            for at in rows.iter().map(|row| buffer.at(*row) as usize) {
+                writer.put_from(at, &reader, at..at + bytes);
+            }
+        }
+        Ok(true)
+    }
+
     fn read(&self, region: &Region, offset: u64, out: &mut [u8]) -> Result<(), GdsError> {
         let memory = self.ours(region)?;
         region.check(offset, out.len() as u64)?;
@@ -191,34 +233,121 @@ fn populate(shared: &SharedMemory) -> std::io::Result<()> {
     spread(threads, &ranges, |range| shared.populate(range.clone()))
 }
 
-/// Brings one chunk in, by the way that is fastest for it.
-fn read_chunk(file: &DmaFile, chunk: &Chunk, writer: &Writer<'_>) -> Result<(), GdsError> {
+/// Chunks that lie side by side in the file, in whole pages, up to as much as is mapped at a time:
+/// a batch of a segment, say, whose columns go to places of their own.
+fn together(chunks: &[Chunk]) -> Vec<&[Chunk]> {
+    let mut stretches = Vec::new();
+    let mut rest = chunks;
+    while let Some(first) = rest.first() {
+        let joins = |pair: &&[Chunk]| {
+            let end = pair[0].file_offset + pair[0].bytes;
+            pair[1].whole_pages
+                && pair[1].file_offset == end
+                && end + pair[1].bytes - first.file_offset <= STRETCH_BYTES
+        };
+        let more = match first.whole_pages {
+            true => rest.windows(2).take_while(joins).count(),
+            false => 0,
+        };
+        let (stretch, after) = rest.split_at(1 + more);
+        stretches.push(stretch);
+        rest = after;
+    }
+    stretches
+}
+
+/// Brings chunks in that lie side by side: all at once from the page cache, if it has them, else
+/// one by one.
+fn read_stretch(file: &DmaFile, chunks: &[Chunk], writer: &Writer<'_>) -> Result<(), GdsError> {
+    let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else {
+        return Ok(());
+    };
+    let all = first.file_offset..last.file_offset + last.bytes;
+    if first.whole_pages && is_cached(file.buffered(), all.start, all.end - all.start) {
+        let copies: Vec<_> = chunks.iter().map(|c| (c.file_offset, place(c))).collect();
+        if writer.copy_cached(file.buffered(), all, &copies).is_ok() {
+            return Ok(());
+        }
+        // A file system that cannot be mapped.
+    }
+    chunks
+        .iter()
+        .try_for_each(|chunk| read_chunk(file, chunk, writer))
+}
+
+fn place(chunk: &Chunk) -> Range<usize> {
     let start = chunk.region_offset as usize;
+    start..start + chunk.bytes as usize
+}
+
+/// Brings one chunk in by reading, round the page cache where that can be.
+fn read_chunk(file: &DmaFile, chunk: &Chunk, writer: &Writer<'_>) -> Result<(), GdsError> {
+    let to = place(chunk);
     let read = |from: BorrowedFd<'_>| {
         read_all(
             file,
             chunk.file_offset,
             chunk.bytes,
             |offset, done, left| {
-                let at = start + done;
+                let at = to.start + done;
                 writer.read_file(from, offset, at..at + left)
             },
         )
     };
-    let quick = match (chunk.whole_pages, file.unbuffered()) {
-        (true, _) if is_cached(file.buffered(), chunk.file_offset, chunk.bytes) => {
-            let to = start..start + chunk.bytes as usize;
-            writer
-                .copy_cached(file.buffered(), chunk.file_offset, to)
-                .map_err(|source| read_failed(file, source))
+    // Some of it may be cached all the same.
+    let unbuffered = file.unbuffered().filter(|_| {
+        chunk.whole_pages && !is_cached(file.buffered(), chunk.file_offset, chunk.bytes)
+    });
+    match unbuffered.map(|unbuffered| read(unbuffered.as_fd())) {
+        // A file that ends in the chunk, or a file system that wants more than pages on pages: a
+        // plain read serves everything, or says what is wrong.
+        None | Some(Err(GdsError::Io { .. })) => read(file.buffered().as_fd()),
+        Some(done) => done,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chunk(file_offset: u64, bytes: u64, whole_pages: bool) -> Chunk {
+        Chunk {
+            file_offset,
+            region_offset: 7 * file_offset,
+            bytes,
+            whole_pages,
         }
-        (true, Some(unbuffered)) => read(unbuffered.as_fd()),
-        _ => return read(file.buffered().as_fd()),
-    };
-    match quick {
-        // A file that ends in the chunk, or a file system that wants more than pages on pages or
-        // cannot be mapped: a plain read serves everything, or says what is wrong.
-        Err(GdsError::Io { .. }) => read(file.buffered().as_fd()),
-        done => done,
+    }
+
+    /// How many chunks each stretch has.
+    fn lengths(chunks: &[Chunk]) -> Vec<usize> {
+        let stretches = together(chunks);
+        assert_eq!(stretches.concat(), chunks);
+        stretches.iter().map(|stretch| stretch.len()).collect()
+    }
+
+    #[test]
+    fn whole_pages_side_by_side_are_taken_together_up_to_a_stretch() {
+        assert_eq!(lengths(&[]), [0; 0]);
+        let quarter = STRETCH_BYTES / 4;
+        let row: Vec<Chunk> = (0..9).map(|n| chunk(n * quarter, quarter, true)).collect();
+        assert_eq!(lengths(&row), [4, 4, 1]);
+        assert_eq!(
+            lengths(&[chunk(0, 2 * STRETCH_BYTES, true), row[8]]),
+            [1, 1]
+        );
+    }
+
+    #[test]
+    fn gaps_and_ragged_ends_are_read_by_themselves() {
+        let chunks = [
+            chunk(0, 100, false),
+            chunk(4096, 4096, true),
+            chunk(8192, 4096, true),
+            chunk(12_288, 10, false),
+            chunk(20_480, 4096, true),
+            chunk(28_672, 4096, true),
+        ];
+        assert_eq!(lengths(&chunks), [1, 2, 1, 1, 1]);
     }
 }

@@ -33,6 +33,16 @@ impl Lane {
         })
     }
 
+    /// Bytes of each block.
+    pub(crate) fn block_bytes(&self) -> usize {
+        self.block_bytes
+    }
+
+    /// Where its copies are queued.
+    pub(crate) fn stream(&self) -> &WorkStream {
+        &self.stream
+    }
+
     /// A block to fill: a new one, or the oldest of this lane once its copy is done.
     pub(crate) fn block(&mut self) -> Result<PinnedBlock, GdsError> {
         if self.sent.len() < BLOCKS {

@@ -19,6 +19,7 @@ mod encode;
 mod error;
 mod host;
 mod host_memory;
+mod kernels;
 mod lane;
 mod layout;
 mod pin;
@@ -31,7 +32,7 @@ mod sys;
 
 pub use backend::{
     Backend, CopyPiece, DeviceInfo, DeviceKind, DeviceMemory, DmaFile, Edits, LoadPath, LoadReport,
-    Piece, Region, RegionMemory,
+    Piece, Region, RegionMemory, RowBuffer,
 };
 pub use bounce::BounceBackend;
 pub use decode::DecodeError;

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use serde_json::{Value, json};
 
 use crate::device::{Device, DeviceRange, WorkStream};
 use crate::error::GdsError;
@@ -68,6 +69,8 @@ pub struct PoolStats {
     /// Bytes given up because the driver could not say that they are unused. They stay pinned
     /// and are not in `pinned_bytes`.
     pub leaked_bytes: u64,
+    /// How many wait for a block, because the cap is reached.
+    pub waiting: u64,
     /// Blocks allocated from the driver.
     pub alloc_calls: u64,
     /// Blocks handed out again.
@@ -140,14 +143,19 @@ impl PinnedPool {
             if let Some(memory) = self.shared.get(&mut state, block_bytes)? {
                 return Ok(self.block(memory, bytes));
             }
-            if let Some(oldest) = state.in_flight.pop_front() {
-                MutexGuard::unlocked(&mut state, || self.shared.land(oldest));
-            } else if self
-                .shared
-                .returned
-                .wait_until(&mut state, deadline)
-                .timed_out()
-            {
+            state.stats.waiting += 1;
+            let timed_out = match state.in_flight.pop_front() {
+                Some(oldest) => {
+                    MutexGuard::unlocked(&mut state, || self.shared.land(oldest));
+                    false
+                }
+                None => {
+                    let returned = &self.shared.returned;
+                    returned.wait_until(&mut state, deadline).timed_out()
+                }
+            };
+            state.stats.waiting -= 1;
+            if timed_out {
                 return Err(self.shared.full(&state, block_bytes));
             }
         }
@@ -212,6 +220,24 @@ impl PinnedPool {
             bytes,
             pool: self.shared.clone(),
         }
+    }
+}
+
+impl PoolStats {
+    /// What other processes are told.
+    pub fn to_json(&self, cap_bytes: u64) -> Value {
+        json!({
+            "cap_bytes": cap_bytes,
+            "pinned_bytes": self.pinned_bytes,
+            "in_use_bytes": self.in_use_bytes,
+            "in_flight_bytes": self.in_flight_bytes,
+            "idle_bytes": self.idle_bytes,
+            "high_water_bytes": self.high_water_bytes,
+            "leaked_bytes": self.leaked_bytes,
+            "waiting": self.waiting,
+            "alloc_calls": self.alloc_calls,
+            "reuse_hits": self.reuse_hits,
+        })
     }
 }
 

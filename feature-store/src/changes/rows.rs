@@ -26,7 +26,7 @@ use crate::snapshot::Snapshot;
 pub struct KeyedRows {
     /// The wanted columns in their stored form.
     pub batch: RecordBatch,
-    /// The encoded key of each row.
+    /// The encoded key of each row; empty in [`crate::Snapshot::latest_values`].
     pub keys: EncodedKeys,
     /// The hash of each key, as [`pinion_schemas::key_hash`] makes it.
     pub hashes: Vec<u64>,
@@ -113,6 +113,8 @@ pub(super) struct Reader {
     pub(super) snapshot: Snapshot,
     pub(super) columns: Vec<usize>,
     pub(super) schema: SchemaRef,
+    /// Rows come with their keys.
+    pub(super) with_keys: bool,
     /// Versions of this sequence and later are new.
     pub(super) from: u64,
     /// Rows with an event time below it are gone.
@@ -173,6 +175,10 @@ impl Reader {
     ) -> Result<(), ReadError> {
         let columns = self.columns.iter().map(|&c| Arc::clone(batch.column(c)));
         let batch = self.batch(columns.collect(), batch.num_rows());
+        let keys = match self.with_keys {
+            true => keys,
+            false => EncodedKeys::default(),
+        };
         out.push_back(Changed::Rows(KeyedRows {
             batch: batch.map_err(|e| self.compute(&e))?,
             hashes: hashes(&keys),
@@ -191,8 +197,11 @@ impl Reader {
         out: &mut VecDeque<Changed>,
     ) -> Result<(), ReadError> {
         for pick in picks(&(0..at.rows), live) {
-            let keys = self.keys(from, &at.stored, &pick)?;
-            let (batch, ranges) = self.columns(from, &at.stored, &pick, keys.len())?;
+            let keys = match self.with_keys {
+                true => self.keys(from, &at.stored, &pick)?,
+                false => EncodedKeys::default(),
+            };
+            let (batch, ranges) = self.columns(from, &at.stored, &pick, picked(&pick))?;
             let mapped = match (&at.stored, pick) {
                 (Stored::Segment(level, number), Pick::Run(rows)) => Some(MappedRows {
                     file: SegmentFile(Arc::clone(level)),
@@ -259,6 +268,14 @@ fn stored_at(how: &ColumnFrom) -> Option<usize> {
     match how {
         ColumnFrom::Same(at) | ColumnFrom::Cast(at, _) => Some(*at),
         ColumnFrom::Absent(_) => None,
+    }
+}
+
+/// How many rows.
+fn picked(pick: &Pick) -> usize {
+    match pick {
+        Pick::Run(rows) => rows.len(),
+        Pick::Scattered(_, passed) => passed.true_count(),
     }
 }
 

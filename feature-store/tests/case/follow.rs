@@ -149,7 +149,22 @@ impl Follower {
                 assert!(latest.insert(key, row).is_none(), "a key comes twice");
             }
         }
+        self.compare_values(snapshot);
         latest
+    }
+
+    /// The same rows come in the same order without their keys.
+    fn compare_values(&self, snapshot: &Snapshot) {
+        let columns = self.columns.as_deref();
+        let with_keys = snapshot.latest_rows(columns).unwrap();
+        let without = snapshot.latest_values(columns).unwrap();
+        let with_keys: Vec<RecordBatch> = with_keys.map(|rows| rows.unwrap().batch).collect();
+        let without: Vec<RecordBatch> = without
+            .map(|rows| rows.unwrap())
+            .inspect(|rows| assert!(rows.keys.is_empty() && rows.hashes.is_empty()))
+            .map(|rows| rows.batch)
+            .collect();
+        assert_eq!(without, with_keys, "values of {snapshot:?}");
     }
 
     fn compare(&self, snapshot: &Snapshot) {

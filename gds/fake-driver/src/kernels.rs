@@ -6,6 +6,7 @@
 //! device does: error 700, for good, and a violation.
 
 mod gather;
+mod refresh;
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -44,6 +45,8 @@ pub(crate) const KERNELS: &[Kernel] = &[
     gather::kernel::<8>("pinion_gather_8"),
     gather::kernel::<16>("pinion_gather_16"),
     gather::FOUND,
+    refresh::SCATTER,
+    refresh::COPY_ROWS,
 ];
 
 /// For tests of the library itself.
@@ -139,11 +142,10 @@ impl Launch {
     pub(crate) fn read(&mut self, address: u64, out: &mut [u8]) -> Answer {
         let mut done = 0;
         while done < out.len() {
-            let segment = self.find(address + done as u64, Access::Read)?;
-            let bytes = segment.bytes.min(out.len() - done);
-            segment
-                .memory
-                .read(segment.offset, &mut out[done..done + bytes]);
+            let (segment, skip) = self.find(address + done as u64, Access::Read)?;
+            let bytes = (segment.bytes - skip).min(out.len() - done);
+            let to = &mut out[done..done + bytes];
+            segment.memory.read(segment.offset + skip, to);
             done += bytes;
         }
         Ok(())
@@ -153,33 +155,50 @@ impl Launch {
     pub(crate) fn write(&mut self, address: u64, source: &[u8]) -> Answer {
         let mut done = 0;
         while done < source.len() {
-            let segment = self.find(address + done as u64, Access::ReadWrite)?;
-            let bytes = segment.bytes.min(source.len() - done);
-            segment
-                .memory
-                .write(segment.offset, &source[done..done + bytes]);
+            let (segment, skip) = self.find(address + done as u64, Access::ReadWrite)?;
+            let bytes = (segment.bytes - skip).min(source.len() - done);
+            let from = &source[done..done + bytes];
+            segment.memory.write(segment.offset + skip, from);
             done += bytes;
         }
         Ok(())
     }
 
-    /// The memory from an address on, as far as it goes.
-    fn find(&mut self, address: u64, needed: Access) -> Result<Segment, i32> {
-        let known = self
-            .known
-            .iter()
-            .filter(|(_, access)| *access >= needed)
-            .flat_map(|(segments, _)| segments);
-        let hit = known.into_iter().find(|segment| {
-            (segment.address..segment.address + segment.bytes as u64).contains(&address)
-        });
-        if let Some(segment) = hit {
-            let skip = (address - segment.address) as usize;
-            let mut rest = segment.clone();
-            rest.offset += skip;
-            rest.bytes -= skip;
-            rest.address = address;
-            return Ok(rest);
+    /// Copies bytes of the device.
+    pub(crate) fn copy(&mut self, from: u64, to: u64, bytes: usize) -> Answer {
+        let source = self.place(from, Access::Read)?;
+        let target = self.place(to, Access::ReadWrite)?;
+        let (source, target) = (self.segment(source), self.segment(target));
+        let (skip, at) = (
+            (from - source.address) as usize,
+            (to - target.address) as usize,
+        );
+        if skip + bytes <= source.bytes && at + bytes <= target.bytes {
+            let (to, from) = (target.offset + at, source.offset + skip);
+            target.memory.copy_from(to, &source.memory, from, bytes);
+            return Ok(());
+        }
+        // It goes on in another memory.
+        let mut room = vec![0; bytes];
+        self.read(from, &mut room)?;
+        self.write(to, &room)
+    }
+
+    /// The memory that an address is in, and how far.
+    fn find(&mut self, address: u64, needed: Access) -> Result<(&Segment, usize), i32> {
+        let place = self.place(address, needed)?;
+        let segment = self.segment(place);
+        Ok((segment, (address - segment.address) as usize))
+    }
+
+    fn segment(&self, (list, number): (usize, usize)) -> &Segment {
+        &self.known[list].0[number]
+    }
+
+    /// Where among the known ranges an address is; one that is not comes to be known.
+    fn place(&mut self, address: u64, needed: Access) -> Result<(usize, usize), i32> {
+        if let Some(found) = self.known_at(address, needed) {
+            return Ok(found);
         }
         let state = state::lock();
         let found = state
@@ -194,7 +213,21 @@ impl Launch {
             ));
             return Err(ILLEGAL_ADDRESS);
         };
-        self.known.push((vec![whole.clone()], needed));
-        Ok(whole)
+        self.known.push((vec![whole], needed));
+        Ok((self.known.len() - 1, 0))
+    }
+
+    /// Where among the known ranges an address is.
+    fn known_at(&self, address: u64, needed: Access) -> Option<(usize, usize)> {
+        self.known
+            .iter()
+            .enumerate()
+            .filter(|(_, (_, access))| *access >= needed)
+            .find_map(|(list, (segments, _))| {
+                let number = segments.iter().position(|segment| {
+                    (segment.address..segment.address + segment.bytes as u64).contains(&address)
+                })?;
+                Some((list, number))
+            })
     }
 }

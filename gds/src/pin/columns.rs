@@ -131,7 +131,7 @@ impl Columns {
             parts: vec![0; Shape::count_parts(&fields)],
         };
         let shape = Shape::plan(&fields, &used)?;
-        for rows in snapshot.latest_rows(Some(&names))? {
+        for rows in snapshot.latest_values(Some(&names))? {
             let rows = rows?;
             let count = rows.batch.num_rows();
             let mut encoder = Encoder::new(&shape, &used, Measure);

@@ -6,6 +6,7 @@
 //! are compacted before the copy, rows of logs, nulls, texts, lists, booleans, and validity,
 //! which files hold as bits.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use arrow_array::cast::AsArray;
@@ -123,6 +124,7 @@ pub(crate) fn fill(
         index: with_index.then(|| KeyIndex::with_capacity(snapshot.rows() as usize)),
         file: None,
         pieces: Vec::new(),
+        valid: BTreeMap::new(),
         rows: 0,
         written_bytes: 0,
         report: FillReport {
@@ -134,10 +136,15 @@ pub(crate) fn fill(
             elapsed: Duration::ZERO,
         },
     };
-    for rows in snapshot.latest_rows(Some(&columns.names))? {
+    let rows = match with_index {
+        true => snapshot.latest_rows(Some(&columns.names))?,
+        false => snapshot.latest_values(Some(&columns.names))?,
+    };
+    for rows in rows {
         filling.add(&rows?)?;
     }
     filling.flush()?;
+    filling.set_valid()?;
     let used = Used {
         rows: filling.rows,
         parts: filling.encoder.parts,
@@ -162,6 +169,8 @@ struct Filling<'a> {
     /// The file that `pieces` are of.
     file: Option<(u64, DmaFile)>,
     pieces: Vec<Piece>,
+    /// Validity of loaded columns and of their elements, to be set: where, and how many bytes.
+    valid: BTreeMap<(usize, usize), (u64, u64)>,
     rows: u64,
     /// Bytes encoded and written; the encoder has more.
     written_bytes: u64,
@@ -189,14 +198,14 @@ impl Filling<'_> {
             );
             if let Way::Load(range, base, width) = way {
                 self.load(rows.mapped.as_ref(), range, base + first * width)?;
-                self.all_valid(at, &run);
+                self.all_valid(at, first, count as u64)?;
             } else {
                 self.encoder.column(at, array, &run)?;
             }
             let bytes = self.encoded_bytes() - before;
             let encoded = &mut self.report.encoded;
             match way {
-                Way::Load(..) => encoded.validity_bytes += bytes,
+                Way::Load(..) => {}
                 Way::Scattered => encoded.scattered_bytes += bytes,
                 Way::Nulls => encoded.nulls_bytes += bytes,
                 Way::Form => encoded.form_bytes += bytes,
@@ -238,18 +247,35 @@ impl Filling<'_> {
         Ok(())
     }
 
-    /// Says that rows of a loaded column, and its elements, are not null.
-    fn all_valid(&mut self, column: usize, rows: &Rows<'_>) {
+    /// Notes that rows of a loaded column, and its elements, are not null.
+    fn all_valid(&mut self, column: usize, first: u64, count: u64) -> Result<(), PinError> {
         let node = &self.shape.columns[column].node;
-        if let Some(validity) = node.validity() {
-            rows.put_same(&mut self.encoder.sink, validity, &[1]);
+        let mut found = Vec::with_capacity(2);
+        found.extend(node.validity().map(|at| (at + first, count)));
+        if let Node::FixedSizeList { size, child, .. } = node {
+            let size = u64::from(*size);
+            let validity = child.validity();
+            found.extend(validity.map(|at| (at + first * size, count * size)));
         }
-        if let Node::FixedSizeList { size, child, .. } = node
-            && let Some(validity) = child.validity()
-        {
-            rows.times(*size)
-                .put_same(&mut self.encoder.sink, validity, &[1]);
+        for (which, (at, bytes)) in found.into_iter().enumerate() {
+            self.report.encoded.validity_bytes += bytes;
+            let open = self.valid.entry((column, which)).or_insert((at, 0));
+            // A column's rows follow each other, batch by batch, while they are loaded.
+            if open.0 + open.1 == at {
+                open.1 += bytes;
+                continue;
+            }
+            let (start, length) = std::mem::replace(open, (at, bytes));
+            self.backend.set(self.region, start, length, 1)?;
         }
+        Ok(())
+    }
+
+    fn set_valid(&mut self) -> Result<(), PinError> {
+        for (at, bytes) in std::mem::take(&mut self.valid).into_values() {
+            self.backend.set(self.region, at, bytes, 1)?;
+        }
+        Ok(())
     }
 
     fn flush_if_full(&mut self) -> Result<(), PinError> {

@@ -13,6 +13,7 @@ use super::names::PinId;
 use super::pin::{Pin, Retired};
 use crate::backend::{DeviceInfo, DeviceKind};
 use crate::layout::PinMode;
+use crate::pool::PoolStats;
 
 /// One pin at one moment.
 #[derive(Debug, Clone)]
@@ -101,6 +102,8 @@ pub struct DeviceStatus {
     pub evictions: u64,
     /// Pins refused for want of memory.
     pub refusals: u64,
+    /// Pinned host memory that bytes go through on their way to it: what there may be, and is.
+    pub pinned: Option<(u64, PoolStats)>,
 }
 
 impl PinStatus {
@@ -224,6 +227,7 @@ impl DeviceStatus {
             "used_bytes": self.used_bytes,
             "evictions": self.evictions,
             "refusals": self.refusals,
+            "pinned": self.pinned.map(|(cap_bytes, stats)| stats.to_json(cap_bytes)),
         })
     }
 
@@ -235,6 +239,10 @@ impl DeviceStatus {
             used_bytes: device.budget.used_bytes(),
             evictions: device.evictions.load(Ordering::Relaxed),
             refusals: device.refusals.load(Ordering::Relaxed),
+            pinned: device
+                .backend
+                .pinned_pool()
+                .map(|pool| (pool.cap_bytes(), pool.stats())),
         }
     }
 }

@@ -84,6 +84,10 @@ functions! {
     pool_set = b"cuMemPoolSetAttribute\0" (Handle, i32, *mut c_void);
     pool_alloc = b"cuMemAllocFromPoolAsync\0" (*mut u64, usize, Handle, Handle);
     pool_free = b"cuMemFreeAsync\0" (u64, Handle);
+    module_load = b"cuModuleLoadData\0" (*mut Handle, *const c_void);
+    module_unload = b"cuModuleUnload\0" (Handle);
+    module_function = b"cuModuleGetFunction\0" (*mut Handle, Handle, *const c_char);
+    launch = b"cuLaunchKernel\0" (Handle, u32, u32, u32, u32, u32, u32, u32, Handle, *mut *mut c_void, *mut *mut c_void);
 }
 
 /// A loaded driver on which `cuInit` succeeded.

@@ -200,18 +200,26 @@ impl Writer<'_> {
     }
 
     /// Copies pages of a file that the page cache holds: faster than reading them, since the
-    /// copy goes round the processor's caches, and needs no second one. Offset and range lie on
-    /// pages.
+    /// copy goes round the processor's caches, and needs no second one. The stretch of the file is
+    /// mapped once for all of the copies out of it: where in it, and where to. All lies on pages.
     ///
     /// # Errors
     ///
-    /// `UnexpectedEof` when the file is shorter; of the system. Nothing is known of the range then.
-    pub(crate) fn copy_cached(&self, file: &File, offset: u64, to: Range<usize>) -> io::Result<()> {
-        let bytes = to.len();
-        let to = self.memory.at(to);
-        if file.metadata()?.len() < offset.saturating_add(bytes as u64) {
+    /// `UnexpectedEof` when the file is shorter; of the system. Nothing is known of the ranges then.
+    ///
+    /// # Panics
+    ///
+    /// When a copy is not of the stretch.
+    pub(crate) fn copy_cached(
+        &self,
+        file: &File,
+        stretch: Range<u64>,
+        copies: &[(u64, Range<usize>)],
+    ) -> io::Result<()> {
+        if file.metadata()?.len() < stretch.end || stretch.is_empty() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        let bytes = (stretch.end - stretch.start) as usize;
         let flags = MapFlags::SHARED | MapFlags::POPULATE;
         // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
         let pages = unsafe {
@@ -221,17 +229,32 @@ impl Writer<'_> {
                 ProtFlags::READ,
                 flags,
                 file,
-                offset,
+                stretch.start,
             )
         }?;
-        // SAFETY: both ranges have `bytes` bytes, one checked, one mapped above, and this guard
-        // keeps the target to itself. A file that is loaded is never written: should somebody
-        // do it, the copy takes either's bytes. Left over: a file truncated between the check and
-        // here raises SIGBUS, as it would under every map of the engine's.
-        unsafe { copy_past_caches(pages.cast(), to, bytes) };
+        for (from, to) in copies {
+            let skip = (from - stretch.start) as usize;
+            assert!(skip + to.len() <= bytes, "{to:?} is not of {stretch:?}");
+            let (length, to) = (to.len(), self.memory.at(to.clone()));
+            // SAFETY: both ranges have `length` bytes, one checked, one mapped above, and this guard
+            // keeps the target to itself. A file that is loaded is never written: should somebody
+            // do it, the copy takes either's bytes. Left over: a file truncated between the check
+            // and here raises SIGBUS, as it would under every map of the engine's.
+            unsafe { copy_past_caches(pages.cast::<u8>().add(skip), to, length) };
+        }
         // SAFETY: mapped above, and used by nobody else.
         unsafe { rustix::mm::munmap(pages, bytes) }?;
         Ok(())
+    }
+
+    /// Sets a range to one byte. Several threads may, each a range of its own.
+    pub(crate) fn set(&self, range: Range<usize>, value: u8) {
+        let bytes = range.len();
+        let to = self.memory.at(range);
+        // SAFETY: a checked range that this guard keeps to itself. No reference to these bytes is
+        // ever made; should two threads be given one range, as with `read_file`, each byte is one's
+        // or the other's.
+        unsafe { std::ptr::write_bytes(to, value, bytes) }
     }
 
     /// One read of a file straight into the memory: how many bytes came, 0 at the file's end.
@@ -422,7 +445,11 @@ mod tests {
         let memory = memory(16 * 4096);
         memory
             .writer()
-            .copy_cached(&file, 4096, 8192..8192 + 10 * 4096)
+            .copy_cached(
+                &file,
+                4096..11 * 4096,
+                &[(4096, 8192..6 * 4096), (5 * 4096, 6 * 4096..12 * 4096)],
+            )
             .unwrap();
         let mut out = vec![1; 16 * 4096];
         memory.reader().get(0, &mut out);
@@ -433,8 +460,18 @@ mod tests {
                 .all(|byte| *byte == 0)
         );
         assert_eq!(out[8192..12 * 4096], bytes[4096..]);
-        let beyond = memory.writer().copy_cached(&file, 4096, 0..11 * 4096);
+        let all = [(4096, 0..11 * 4096)];
+        let beyond = memory.writer().copy_cached(&file, 4096..12 * 4096, &all);
         assert_eq!(beyond.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn what_is_set_is_set_and_nothing_beside_it() {
+        let memory = memory(4096);
+        memory.writer().set(5..9, 7);
+        let mut out = [1; 12];
+        memory.reader().get(0, &mut out);
+        assert_eq!(out, [0, 0, 0, 0, 0, 7, 7, 7, 7, 0, 0, 0]);
     }
 
     #[test]

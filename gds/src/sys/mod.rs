@@ -8,6 +8,7 @@ pub(crate) mod context;
 pub(crate) mod cufile;
 pub(crate) mod cufile_trial;
 pub(crate) mod driver;
+pub(crate) mod kernels;
 pub(crate) mod map;
 pub(crate) mod pinned;
 pub(crate) mod scratch;

@@ -177,9 +177,41 @@ pub(crate) fn copy_on_device(
     settle(stream, vec![from.clone(), to.clone()], queued)
 }
 
+/// Sets a stretch of a memory to one byte, and waits for that.
+///
+/// # Errors
+///
+/// `OutOfRange` before anything is written, `Driver`.
+pub(crate) fn set_on_device(
+    to: &Arc<dyn DeviceBytes>,
+    (offset, bytes): (u64, u64),
+    value: u8,
+    stream: &Arc<Stream>,
+) -> Result<(), GdsError> {
+    may_use(to.as_ref(), stream)?;
+    check_range(to.as_ref(), offset, bytes)?;
+    if bytes == 0 {
+        return Ok(());
+    }
+    let context = stream.context();
+    let functions = context.enter()?;
+    // SAFETY: the range was checked, and the memory lives until the fill is done, which `settle`
+    // sees to.
+    let code = unsafe {
+        (functions.set_bytes)(
+            to.address() + offset,
+            value,
+            bytes as usize,
+            stream.handle(),
+        )
+    };
+    let queued = context.check("cuMemsetD8Async", code);
+    settle(stream, vec![to.clone()], queued)
+}
+
 /// Waits for what was queued on memory. If the driver cannot say that it is done, the memory is
 /// never given back: a copy may still run.
-fn settle(
+pub(super) fn settle(
     stream: &Stream,
     memory: Vec<Arc<dyn DeviceBytes>>,
     queued: Result<(), GdsError>,

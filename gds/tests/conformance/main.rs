@@ -217,6 +217,113 @@ fn direct_leaves_nothing_running() {
     leaves_nothing_running(direct);
 }
 
+/// A thousand small edits, none of which touches another.
+fn small_edits() -> pinion_gds::Edits {
+    let mut edits = pinion_gds::Edits::default();
+    for n in 0..1000_u64 {
+        edits.push(n * 97, &[n as u8; 9]);
+    }
+    edits
+}
+
+fn assert_edited(backend: &dyn Backend, region: &pinion_gds::Region) {
+    let mut found = vec![0; 97_000];
+    backend.read(region, 0, &mut found).unwrap();
+    for (n, bytes) in found.chunks(97).enumerate() {
+        assert_eq!(
+            (&bytes[..9], &bytes[9..]),
+            (&[n as u8; 9][..], &[0; 88][..])
+        );
+    }
+}
+
+#[test]
+fn small_edits_take_one_copy_and_one_launch() {
+    let fake = Fake::start();
+    let backend = bounce(&fake).unwrap();
+    let region = backend.allocate(100_000).unwrap();
+    for times in 1..=3 {
+        backend.write(&region, &small_edits()).unwrap();
+        assert_eq!(fake.calls_of("cuMemcpyHtoDAsync"), times);
+        assert_eq!(fake.calls_of("cuLaunchKernel"), times);
+    }
+    assert_eq!(fake.calls_of("cuModuleLoadData"), 1);
+    assert_edited(backend.as_ref(), &region);
+    drop((backend, region));
+    fake.assert_clean("small edits");
+}
+
+#[test]
+fn small_edits_are_copied_one_by_one_where_the_kernel_cannot_be_had() {
+    // PTX that the driver does not read, a module without the kernel, no memory pools, and a
+    // device without room for the pack.
+    for (rule, launches) in [
+        ("cuModuleLoadData@1=222", 0),
+        ("cuModuleGetFunction@1=500", 0),
+        ("cuMemPoolCreate@1=801", 0),
+        ("cuMemAllocFromPoolAsync@1+=2", 0),
+        // Only once: what the pool keeps is given back, and the driver asked again.
+        ("cuMemAllocFromPoolAsync@1=2", 1),
+    ] {
+        let fake = Fake::start();
+        let backend = bounce(&fake).unwrap();
+        let region = backend.allocate(100_000).unwrap();
+        fake.rules(rule);
+        backend.write(&region, &small_edits()).unwrap();
+        assert_eq!(fake.calls_of("cuLaunchKernel"), launches, "{rule}");
+        assert_edited(backend.as_ref(), &region);
+        drop((backend, region));
+        fake.assert_clean(rule);
+    }
+}
+
+#[test]
+fn rows_take_one_copy_and_one_launch_or_are_left_to_the_caller() {
+    let rows: Vec<u32> = (0..300_000).step_by(2).collect();
+    let buffers = [(0, 4), (2 << 20, 1)]
+        .map(|(offset, row_bytes)| pinion_gds::RowBuffer { offset, row_bytes });
+    for (rule, copied, launches) in [
+        ("", true, 1),
+        ("cuModuleLoadData@1=222", false, 0),
+        ("cuMemAllocFromPoolAsync@1+=2", false, 0),
+    ] {
+        let fake = Fake::start();
+        let backend = direct(&fake).unwrap();
+        let (from, to) = (
+            backend.allocate(4 << 20).unwrap(),
+            backend.allocate(4 << 20).unwrap(),
+        );
+        fake.rules(rule);
+        let done = backend.copy_rows(&from, &to, &rows, &buffers).unwrap();
+        let found = (done, fake.calls_of("cuLaunchKernel"));
+        assert_eq!(found, (copied, launches), "{rule}");
+        drop((backend, from, to));
+        fake.assert_clean(rule);
+    }
+}
+
+#[test]
+fn small_edits_that_take_more_than_a_block_are_scattered_block_by_block() {
+    let fake = Fake::start();
+    let backend = bounce(&fake).unwrap();
+    let region = backend.allocate(8 << 20).unwrap();
+    let mut edits = pinion_gds::Edits::default();
+    for n in 0..100_000_u64 {
+        edits.push(n * 40, &[(n % 251) as u8; 16]);
+    }
+    backend.write(&region, &edits).unwrap();
+    // 32 bytes of a pack each, in blocks of 1 MiB.
+    assert_eq!(fake.calls_of("cuLaunchKernel"), 4);
+    let mut found = vec![0; 4_000_000];
+    backend.read(&region, 0, &mut found).unwrap();
+    for (n, bytes) in found.chunks(40).enumerate() {
+        assert_eq!(bytes[..16], [(n % 251) as u8; 16]);
+        assert_eq!(bytes[16..], [0; 24]);
+    }
+    drop((backend, region));
+    fake.assert_clean("many small edits");
+}
+
 #[test]
 fn a_large_load_goes_directly_and_what_is_off_pages_is_named() {
     let fake = Fake::start();

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pinion_gds::{
     Backend, CopyPiece, DeviceKind, DmaFile, Edits, GdsError, LoadPath, LoadReport, Piece, Region,
-    RegionMemory,
+    RegionMemory, RowBuffer,
 };
 
 /// How much a scenario does.
@@ -71,8 +71,11 @@ scenarios![
     later_edits_win,
     edits_outside_are_refused_before_anything_is_written,
     the_same_edits_leave_the_same_bytes_in_two_regions,
+    what_is_set_is_set_and_nothing_beside_it,
     copies_bring_stretches_over,
     copies_outside_are_refused_before_anything_is_copied,
+    rows_come_to_the_same_places_and_nothing_else_does,
+    rows_outside_are_refused_before_anything_is_copied,
     reading_outside_is_refused,
     nothing_to_do_is_done,
     regions_of_others_are_refused,
@@ -373,6 +376,25 @@ fn the_same_edits_leave_the_same_bytes_in_two_regions(
     Ok(())
 }
 
+fn what_is_set_is_set_and_nothing_beside_it(
+    backend: &dyn Backend,
+    scale: Scale,
+) -> Result<(), GdsError> {
+    let bytes = scale.pick(9 << 20, 9_000);
+    let region = backend.allocate(bytes)?;
+    let mut expected = vec![0; region.bytes() as usize];
+    for (offset, length, value) in [(0, bytes, 3), (5, 1, 4), (1001, bytes - 2002, 5), (7, 0, 6)] {
+        backend.set(&region, offset, length, value)?;
+        expected[offset as usize..(offset + length) as usize].fill(value);
+        assert_same(&contents(backend, &region)?, &expected);
+    }
+    for (offset, length) in [(region.bytes(), 1), (1, region.bytes()), (u64::MAX, 2)] {
+        refused(backend.set(&region, offset, length, 9), out_of_range)?;
+    }
+    assert_same(&contents(backend, &region)?, &expected);
+    Ok(())
+}
+
 fn copies_bring_stretches_over(backend: &dyn Backend, scale: Scale) -> Result<(), GdsError> {
     let (from, to) = (backend.allocate(1 << 20)?, backend.allocate(1 << 20)?);
     let mut source = vec![0; from.bytes() as usize];
@@ -432,6 +454,84 @@ fn copies_outside_are_refused_before_anything_is_copied(
     Ok(())
 }
 
+/// Places of 200 rows: of all widths that a column has, on their multiples or not.
+const ROW_BUFFERS: [RowBuffer; 5] = [
+    RowBuffer {
+        offset: 0,
+        row_bytes: 1,
+    },
+    RowBuffer {
+        offset: 4096,
+        row_bytes: 4,
+    },
+    RowBuffer {
+        offset: 8192,
+        row_bytes: 16,
+    },
+    RowBuffer {
+        offset: 20_001,
+        row_bytes: 8,
+    },
+    RowBuffer {
+        offset: 32_768,
+        row_bytes: 12,
+    },
+];
+
+fn rows_come_to_the_same_places_and_nothing_else_does(
+    backend: &dyn Backend,
+    scale: Scale,
+) -> Result<(), GdsError> {
+    let (from, to) = (backend.allocate(40_960)?, backend.allocate(40_960)?);
+    let mut edits = Edits::default();
+    let source = pattern(40_960);
+    edits.push(0, &source);
+    backend.write(&from, &edits)?;
+    let rows: Vec<u32> = (0..200).step_by(scale.pick(3, 50)).collect();
+    // A driver that just failed may keep a device from it; then nothing is written.
+    if backend.copy_rows(&from, &to, &rows, &ROW_BUFFERS)? {
+        let mut expected = vec![0; to.bytes() as usize];
+        for buffer in ROW_BUFFERS {
+            for at in rows.iter().map(|row| buffer.at(*row) as usize) {
+                let row = at..at + buffer.row_bytes as usize;
+                expected[row.clone()].copy_from_slice(&source[row]);
+            }
+        }
+        assert_same(&contents(backend, &to)?, &expected);
+        assert!(backend.copy_rows(&from, &to, &[], &ROW_BUFFERS)?);
+        assert!(backend.copy_rows(&from, &to, &rows, &[])?);
+        assert_same(&contents(backend, &to)?, &expected);
+    }
+    assert_same(&contents(backend, &from)?[..source.len()], &source);
+    Ok(())
+}
+
+fn rows_outside_are_refused_before_anything_is_copied(
+    backend: &dyn Backend,
+    _: Scale,
+) -> Result<(), GdsError> {
+    let (small, large) = (backend.allocate(4096)?, backend.allocate(8 << 20)?);
+    let mut edits = Edits::default();
+    edits.push(0, &[1; 100]);
+    backend.write(&small, &edits)?;
+    backend.write(&large, &edits)?;
+    let beyond = RowBuffer {
+        offset: small.bytes() - 8,
+        row_bytes: 4,
+    };
+    let most = RowBuffer {
+        offset: u64::MAX - 1,
+        row_bytes: u64::MAX,
+    };
+    for (from, to) in [(&small, &large), (&large, &small)] {
+        for (rows, buffer) in [(&[0, 2], beyond), (&[0, 1], most)] {
+            let buffers = [ROW_BUFFERS[0], buffer];
+            refused(backend.copy_rows(from, to, rows, &buffers), out_of_range)?;
+        }
+    }
+    Ok(())
+}
+
 fn reading_outside_is_refused(backend: &dyn Backend, _: Scale) -> Result<(), GdsError> {
     let region = backend.allocate(4096)?;
     let mut out = [9; 8];
@@ -479,8 +579,11 @@ fn regions_of_others_are_refused(backend: &dyn Backend, _: Scale) -> Result<(), 
         foreign,
     )?;
     refused(backend.write(&theirs, &edits), foreign)?;
+    refused(backend.set(&theirs, 0, 1, 1), foreign)?;
     refused(backend.copy(&theirs, &ours, &[]), foreign)?;
     refused(backend.copy(&ours, &theirs, &[]), foreign)?;
+    refused(backend.copy_rows(&theirs, &ours, &[], &[]), foreign)?;
+    refused(backend.copy_rows(&ours, &theirs, &[], &[]), foreign)?;
     refused(backend.read(&theirs, 0, &mut [0]), foreign)
 }
 

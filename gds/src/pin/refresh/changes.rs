@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use pinion_feature_store::{Changed, ChangesSince, KeyedRows, Snapshot};
 
-use super::{Refill, Refresher};
+use super::{GenerationEdits, Refill, Refresher};
 use crate::backend::Edits;
 use crate::encode::{Encoder, Measure, Rows, Sink};
 use crate::layout::{Shape, Used};
@@ -67,14 +67,19 @@ impl Refresher {
         self.head.epoch.apply(number, &plan, &batch.present)?;
         self.head.number = number;
         self.head.snapshot = snapshot.clone();
-        self.head.used = Arc::new(used);
+        let used_before = std::mem::replace(&mut self.head.used, Arc::new(used));
         let counters = &self.pin.counters;
         let changed = (batch.present.len() + plan.removed.len()) as u64;
         counters.changed_rows.fetch_add(changed, Ordering::Relaxed);
         counters
             .edit_bytes
             .fetch_add(edits.bytes(), Ordering::Relaxed);
-        self.edits.push_back((number, Arc::new(edits)));
+        self.edits.push_back(GenerationEdits {
+            number,
+            edits,
+            rows: written(&plan),
+            used_before,
+        });
         Ok(())
     }
 
@@ -151,4 +156,13 @@ impl Refresher {
         }
         Ok(())
     }
+}
+
+/// The rows that a plan writes, ascending.
+fn written(plan: &Plan) -> Vec<u32> {
+    let moved = plan.moves.iter().map(|(_, to)| *to);
+    let mut rows: Vec<u32> = plan.targets.iter().copied().chain(moved).collect();
+    rows.sort_unstable();
+    rows.dedup();
+    rows
 }

@@ -2,9 +2,9 @@
 //!
 //! A generation is made in two parts. First the changes since the last one are planned against
 //! the key index and encoded, once, into [`Edits`]; this moves the head. Then a free slot is
-//! brought to the head by the edits that it lacks, or, where too many were made since, by a copy
-//! of the newest slot; and published. Edits are kept until every slot has them, up to a number of
-//! bytes. A part that fails leaves the pin at its generation, and is tried again.
+//! brought to the head by what it lacks (`catch_up`), and published. Edits are kept until every slot
+//! has them, up to a number of bytes. A part that fails leaves the pin at its generation, and is
+//! tried again.
 //!
 //! Where edits cannot do it (no room, another definition, more changes than a refill costs) the
 //! pin is filled anew: within its slots if that is enough, else in a new layout.
@@ -12,6 +12,7 @@
 //! One [`Refresher`] per pin, on a thread of its own (`worker`): a slow device or table holds up
 //! nobody else. Tests call [`Refresher::step`] themselves.
 
+mod catch_up;
 mod changes;
 mod refill;
 
@@ -22,7 +23,6 @@ use std::time::Instant;
 
 use pinion_feature_store::Snapshot;
 
-use super::claim::Claim;
 use super::columns::Columns;
 use super::error::PinError;
 use super::generation::Generation;
@@ -30,7 +30,7 @@ use super::keys::Epoch;
 use super::options::PinOptions;
 use super::pin::Pin;
 use super::ring::SlotMemory;
-use crate::backend::{CopyPiece, Edits};
+use crate::backend::Edits;
 use crate::layout::Used;
 
 /// What became of a step.
@@ -53,10 +53,20 @@ pub(crate) struct Refresher {
     pin: Arc<Pin>,
     options: Arc<PinOptions>,
     head: Head,
-    /// Of each generation since the oldest slot's, what it changed.
-    edits: VecDeque<(u64, Arc<Edits>)>,
+    /// Of each generation since the oldest slot's.
+    edits: VecDeque<GenerationEdits>,
     /// Edits cannot lead on from the head.
     refill: Option<Refill>,
+}
+
+/// What a generation changed.
+struct GenerationEdits {
+    number: u64,
+    edits: Edits,
+    /// The rows that it wrote, moved ones too; ascending, none twice.
+    rows: Vec<u32>,
+    /// What was in use before it.
+    used_before: Arc<Used>,
 }
 
 /// The state that the edits lead to; at least the newest generation.
@@ -176,9 +186,9 @@ impl Refresher {
     fn bring_to_head(&mut self) -> Result<Step, PinError> {
         let (newest, _) = self.pin.newest()?;
         if newest.number + 1 == self.head.number
-            && let Some((number, edits)) = self.edits.back()
-            && *number == self.head.number
-            && edits.is_empty()
+            && let Some(last) = self.edits.back()
+            && last.number == self.head.number
+            && last.edits.is_empty()
         {
             // The same bytes, or fewer of the rows: no slot is needed.
             let generation = self.generation(newest.layout, newest.slot, 0);
@@ -215,94 +225,6 @@ impl Refresher {
             published: Instant::now(),
             bytes_written,
             used: Arc::clone(&self.head.used),
-        }
-    }
-
-    /// Brings slots that fell behind to the newest generation, one after the other, so that the
-    /// next one has little to write.
-    fn catch_up(&mut self) -> Result<(), PinError> {
-        while let Some(claim) = self.pin.claim(true) {
-            self.write(&claim)?;
-            self.pin.holds(&claim, Some(self.head.number));
-        }
-        self.forget_edits();
-        Ok(())
-    }
-
-    /// Brings a claimed slot to the head; says how many bytes went into it. After an error the
-    /// slot's bytes are unknown.
-    fn write(&self, claim: &Claim) -> Result<u64, PinError> {
-        let backend = self.pin.backend();
-        let counters = &self.pin.counters;
-        let mut bytes = 0;
-        let from = match claim.held.filter(|held| self.has_edits_since(*held, claim)) {
-            Some(held) => held,
-            None => {
-                let copied = self.copy_newest(claim)?;
-                counters.whole_copies.fetch_add(1, Ordering::Relaxed);
-                counters.copied_bytes.fetch_add(copied, Ordering::Relaxed);
-                bytes += copied;
-                claim.newest.number
-            }
-        };
-        for (_, edits) in self.edits.iter().filter(|(number, _)| *number > from) {
-            backend.write(&claim.memory.region, edits)?;
-            bytes += edits.bytes();
-        }
-        counters.written_bytes.fetch_add(bytes, Ordering::Relaxed);
-        Ok(bytes)
-    }
-
-    /// Whether every edit that a slot lacks is still there, and costs less than a copy.
-    fn has_edits_since(&self, held: u64, claim: &Claim) -> bool {
-        let lacking = self.edits.iter().filter(|(number, _)| *number > held);
-        let (mut count, mut bytes) = (0, 0);
-        for (number, edits) in lacking {
-            count += 1;
-            if *number <= claim.newest.number {
-                bytes += edits.bytes();
-            }
-        }
-        let whole: u64 = claim
-            .layout
-            .shape
-            .used_buffers(&claim.newest.used)
-            .iter()
-            .map(|buffer| buffer.bytes)
-            .sum();
-        count == self.head.number - held && bytes <= whole.max(4096)
-    }
-
-    fn copy_newest(&self, claim: &Claim) -> Result<u64, PinError> {
-        let buffers = claim.layout.shape.used_buffers(&claim.newest.used);
-        let pieces: Vec<CopyPiece> = buffers
-            .iter()
-            .map(|buffer| CopyPiece {
-                from_offset: buffer.offset,
-                to_offset: buffer.offset,
-                bytes: buffer.bytes,
-            })
-            .collect();
-        let (from, to) = (&claim.newest_memory.region, &claim.memory.region);
-        self.pin.backend().copy(from, to, &pieces)?;
-        Ok(pieces.iter().map(|piece| piece.bytes).sum())
-    }
-
-    /// Drops edits that every slot has, and the oldest past the limit.
-    fn forget_edits(&mut self) {
-        let oldest = self.pin.ring().and_then(|(_, oldest)| oldest);
-        let Some(oldest) = oldest else {
-            self.edits.clear();
-            return;
-        };
-        let mut bytes: u64 = self.edits.iter().map(|(_, edits)| edits.bytes()).sum();
-        while let Some((number, edits)) = self.edits.front() {
-            let unpublished = *number == self.head.number;
-            if *number > oldest && (bytes <= self.options.edits_max_bytes || unpublished) {
-                return;
-            }
-            bytes -= edits.bytes();
-            self.edits.pop_front();
         }
     }
 }

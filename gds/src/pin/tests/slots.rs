@@ -1,5 +1,7 @@
 //! Slots and leases: what is written when, and who is in the way.
 
+use std::sync::atomic::Ordering;
+
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
@@ -129,6 +131,42 @@ fn a_slot_that_fell_far_behind_is_copied_whole() {
 }
 
 #[test]
+fn a_slot_that_was_leased_for_long_gets_the_changed_rows_once() {
+    let (world, mut rng) = pinned(by_hand(), 3, 3);
+    world.put(&mut rng, &keys(0..200));
+    world.refresh_and_compare();
+    let slow = world.lease(1);
+    for changed in 0..20 {
+        // Rows that change every time, that change once, that come and that go.
+        let now = [
+            keys(0..3),
+            keys(20 + changed..21 + changed),
+            keys(300 + changed..301 + changed),
+        ];
+        world.put(&mut rng, &now.concat());
+        world.delete(&keys(100 + changed..101 + changed));
+        world.refresh_and_compare();
+    }
+    let before = world.figures();
+    let rows_before = world.backend.copied_row_bytes.load(Ordering::Relaxed);
+    world.pins.release(slow.id(), 1).unwrap();
+    drop(slow);
+    // The first brings the slot up, the next ones are published in each slot in turn.
+    for _ in 0..4 {
+        world.put(&mut rng, &keys(0..1));
+        world.refresh_and_compare();
+    }
+    let after = world.figures();
+    let rows = world.backend.copied_row_bytes.load(Ordering::Relaxed) - rows_before;
+    assert_eq!(after.whole_copies, before.whole_copies);
+    // 3 rows that changed twenty times and 20 each that changed, came (into the place of one that
+    // went, or of one that moved there): by far less than the edits of twenty generations.
+    assert!(rows > 0 && after.copied_bytes - before.copied_bytes >= rows);
+    let row = before.edit_bytes as f64 / before.changed_rows as f64;
+    assert!((rows as f64) < 64.0 * row, "{rows} bytes, {row} a row");
+}
+
+#[test]
 fn what_is_written_follows_the_change_and_not_the_table() {
     let (world, mut rng) = pinned(
         PinOptions {
@@ -147,10 +185,7 @@ fn what_is_written_follows_the_change_and_not_the_table() {
     let row = world.figures().edit_bytes as f64 / world.figures().changed_rows as f64;
     for changed in [1, 10, 300] {
         let before = world.figures();
-        let device = world
-            .backend
-            .written_bytes
-            .load(std::sync::atomic::Ordering::Relaxed);
+        let device = world.backend.written_bytes.load(Ordering::Relaxed);
         let rounds = 600 / changed;
         for _ in 0..rounds {
             world.put(&mut rng, &keys(100..100 + changed));
@@ -164,11 +199,7 @@ fn what_is_written_follows_the_change_and_not_the_table() {
             (edits as f64) < 1.2 * row * 600.0,
             "{edits} bytes for 600 rows of {row}"
         );
-        let device = world
-            .backend
-            .written_bytes
-            .load(std::sync::atomic::Ordering::Relaxed)
-            - device;
+        let device = world.backend.written_bytes.load(Ordering::Relaxed) - device;
         assert_eq!(device, 2 * edits, "once for each slot");
         assert_eq!(after.whole_copies, before.whole_copies);
     }
@@ -178,10 +209,7 @@ fn what_is_written_follows_the_change_and_not_the_table() {
 fn a_commit_without_rows_makes_a_generation_without_a_byte() {
     let (world, _) = pinned(by_hand(), 2, 2);
     let held = world.lease(1);
-    let before = world
-        .backend
-        .written_bytes
-        .load(std::sync::atomic::Ordering::Relaxed);
+    let before = world.backend.written_bytes.load(Ordering::Relaxed);
     let position = pinion_feature_store::Position {
         topic: "t".to_owned(),
         topic_id: "1".to_owned(),
@@ -199,10 +227,7 @@ fn a_commit_without_rows_makes_a_generation_without_a_byte() {
     assert_eq!(newest.number, held.generation().number + 1);
     assert_eq!(newest.slot, held.generation().slot);
     assert_eq!(newest.to_json(None)["positions"]["t"]["3"], 42);
-    let after = world
-        .backend
-        .written_bytes
-        .load(std::sync::atomic::Ordering::Relaxed);
+    let after = world.backend.written_bytes.load(Ordering::Relaxed);
     assert_eq!(after, before);
 }
 

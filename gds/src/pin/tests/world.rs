@@ -22,7 +22,7 @@ use rand::rngs::StdRng;
 use super::super::*;
 use crate::backend::{
     Backend, CopyPiece, DeviceInfo, DeviceMemory, DmaFile, Edits, LoadPath, LoadReport, Piece,
-    Region,
+    Region, RowBuffer,
 };
 use crate::error::GdsError;
 use crate::host::HostBackend;
@@ -71,6 +71,7 @@ pub struct Watched {
     pub full_for: AtomicI64,
     pub calls: AtomicU64,
     pub written_bytes: AtomicU64,
+    pub copied_row_bytes: AtomicU64,
     free_bytes: u64,
 }
 
@@ -82,6 +83,7 @@ impl Watched {
             full_for: AtomicI64::new(0),
             calls: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
+            copied_row_bytes: AtomicU64::new(0),
             free_bytes,
         })
     }
@@ -143,9 +145,29 @@ impl Backend for Watched {
         failed
     }
 
+    fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError> {
+        self.call("set")?;
+        self.inner.set(region, offset, bytes, value)
+    }
+
     fn copy(&self, from: &Region, to: &Region, pieces: &[CopyPiece]) -> Result<(), GdsError> {
         self.call("copy")?;
         self.inner.copy(from, to, pieces)
+    }
+
+    fn copy_rows(
+        &self,
+        from: &Region,
+        to: &Region,
+        rows: &[u32],
+        buffers: &[RowBuffer],
+    ) -> Result<bool, GdsError> {
+        let failed = self.call("copy_rows");
+        let bytes: u64 = buffers.iter().map(|buffer| buffer.row_bytes).sum();
+        self.copied_row_bytes
+            .fetch_add(bytes * rows.len() as u64, Ordering::Relaxed);
+        let copied = self.inner.copy_rows(from, to, rows, buffers)?;
+        failed.map(|()| copied)
     }
 
     fn read(&self, region: &Region, offset: u64, out: &mut [u8]) -> Result<(), GdsError> {
