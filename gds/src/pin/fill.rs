@@ -120,7 +120,11 @@ pub(crate) fn fill(
         region,
         shape,
         encoder: Encoder::new(shape, &none, Edits::default()),
-        index: with_index.then(|| KeyIndex::with_capacity(snapshot.rows() as usize)),
+        index: with_index.then(|| {
+            // A snapshot with history counts events; the room is for their keys.
+            let rows = snapshot.rows().min(shape.capacity_rows);
+            KeyIndex::with_capacity(rows as usize)
+        }),
         file: None,
         pieces: Vec::new(),
         rows: 0,
