@@ -205,6 +205,13 @@ impl Epoch {
         })
     }
 
+    /// Does something while the index is being changed.
+    #[cfg(test)]
+    pub fn while_indexing<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _changed = self.indexed.get().map(RwLock::write);
+        work()
+    }
+
     /// Panics where the index contradicts itself.
     #[cfg(test)]
     pub fn check(&self) {

@@ -252,8 +252,11 @@ impl Pins {
     /// Every pin, and former ones that are leased or mapped still; by id.
     pub fn list(&self) -> Vec<PinStatus> {
         self.sweep();
-        let pins = self.pins.lock();
-        let pins: Vec<Arc<Pin>> = pins.values().map(|entry| Arc::clone(&entry.pin)).collect();
+        // The figures of a pin may have to wait for its key index: not with everybody else.
+        let pins: Vec<Arc<Pin>> = {
+            let pins = self.pins.lock();
+            pins.values().map(|entry| Arc::clone(&entry.pin)).collect()
+        };
         pins.iter().map(|pin| PinStatus::of(pin)).collect()
     }
 

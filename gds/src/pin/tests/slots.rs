@@ -1,5 +1,7 @@
 //! Slots and leases: what is written when, and who is in the way.
 
+use std::time::Duration;
+
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
@@ -325,4 +327,24 @@ fn keys_that_are_not_the_tables_are_refused_by_column() {
         lease.row_ids(&swapped).unwrap_err(),
         PinError::KeyType { .. }
     ));
+}
+
+#[test]
+fn a_list_that_waits_for_a_key_index_holds_up_no_lease() {
+    let (world, _) = pinned(by_hand(), 2, 2);
+    let held = world.lease(1);
+    let pins = &world.pins;
+    std::thread::scope(|scope| {
+        held.epoch.while_indexing(|| {
+            let listing = scope.spawn(|| pins.list());
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(!listing.is_finished(), "it waits for the index");
+            let (tell, told) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                let leased = pins.lease("items", 1, holder(2)).is_ok();
+                let _ = tell.send(leased);
+            });
+            assert_eq!(told.recv_timeout(Duration::from_secs(5)), Ok(true));
+        });
+    });
 }
