@@ -103,6 +103,36 @@ impl Refresher {
         Ok(encoder)
     }
 
+    /// Whether a slot must be written to get to a snapshot. Where none is (a commit of positions
+    /// only, the last rows gone), the newest one serves, whoever leases the others.
+    pub(super) fn needs_slot(&self, snapshot: &Snapshot) -> Result<bool, PinError> {
+        if snapshot.definition_version() != self.head.snapshot.definition_version() {
+            return Ok(true);
+        }
+        let names = &self.head.columns.names;
+        let since = snapshot.changes_since(&self.head.snapshot, Some(names))?;
+        let ChangesSince::Changes(changes) = since else {
+            return Ok(true);
+        };
+        let mut gone = Keys::default();
+        for changed in changes {
+            match changed? {
+                Changed::Rows(_) => return Ok(true),
+                Changed::Gone(some) => gone.append(&some.keys, &some.hashes),
+            }
+            if gone.len() as u64 > self.most_rows() {
+                return Ok(true);
+            }
+        }
+        let plan = self.head.epoch.plan(&Keys::default(), &gone)?;
+        Ok(!plan.moves.is_empty())
+    }
+
+    /// More changed rows than these are a reason to fill anew.
+    fn most_rows(&self) -> u64 {
+        (self.head.used.rows / 2).max(self.options.refill_over_rows)
+    }
+
     /// What changed since the head; `None` where a refill costs less, or is the only way.
     fn changes(&self, snapshot: &Snapshot) -> Result<Option<Batch>, PinError> {
         let names = &self.head.columns.names;
@@ -110,7 +140,7 @@ impl Refresher {
         let ChangesSince::Changes(changes) = since else {
             return Ok(None);
         };
-        let most = (self.head.used.rows / 2).max(self.options.refill_over_rows);
+        let most = self.most_rows();
         let mut batch = Batch::default();
         for changed in changes {
             match changed? {

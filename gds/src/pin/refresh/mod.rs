@@ -132,7 +132,11 @@ impl Refresher {
                 self.catch_up()?;
                 return Ok(Step::Idle);
             }
-            if self.refill.is_none() && !self.make_room() {
+            if self.refill.is_none()
+                && !self.pin.can_claim()
+                && self.needs_slot(&snapshot)?
+                && !self.make_room()
+            {
                 self.pin.stalled();
                 return Ok(Step::Stalled);
             }

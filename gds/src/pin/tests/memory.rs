@@ -241,6 +241,28 @@ fn a_refresh_that_fails_at_any_call_leaves_the_generation_and_is_made_up_for() {
     assert!(failures > 10, "{failures}");
 }
 
+#[test]
+fn a_problem_of_a_slot_that_catches_up_goes_when_it_has() {
+    let (world, mut rng, _) = room_for(40);
+    world.pins.pin(&request(PinMode::Fresh)).unwrap();
+    world.put(&mut rng, &keys(0..5));
+    let problem = || world.pins.status("items").unwrap().problem;
+    for nth in 0.. {
+        assert!(nth < 20);
+        world.backend.fail_in.store(nth, Ordering::Relaxed);
+        let failed = world.pins.refresh("items").is_err();
+        world.backend.fail_in.store(-1, Ordering::Relaxed);
+        let newest = world.pins.status("items").unwrap().newest.unwrap();
+        if newest.snapshot == world.table.snapshot().id() {
+            // It was published, and the other slot is what failed.
+            assert!(failed && problem().is_some());
+            break;
+        }
+    }
+    assert!(!world.pins.refresh("items").unwrap());
+    assert_eq!(problem(), None);
+}
+
 /// One pin of the thousand steps, as the test sees it.
 struct Consumer {
     lease: Arc<Lease>,

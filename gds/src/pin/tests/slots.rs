@@ -348,3 +348,48 @@ fn a_list_that_waits_for_a_key_index_holds_up_no_lease() {
         });
     });
 }
+
+#[test]
+fn leases_hold_up_no_commit_that_changes_no_row() {
+    let (world, mut rng) = pinned(by_hand(), 2, 3);
+    let slow = world.lease(1);
+    world.put(&mut rng, &keys(100..101));
+    world.refresh_and_compare();
+    let newest = || world.pins.status("items").unwrap().newest.unwrap().number;
+    let before = newest();
+    let position = pinion_feature_store::Position {
+        topic: "t".to_owned(),
+        topic_id: "1".to_owned(),
+        partition: 0,
+        next_offset: 7,
+        leader_epoch: None,
+    };
+    let commit = pinion_feature_store::Commit {
+        positions: vec![position],
+        ..Default::default()
+    };
+    world.table.commit(commit).unwrap();
+    world.refresh_and_compare();
+    assert_eq!(newest(), before + 1);
+    // The last row goes: the others stay as they are.
+    world.delete(&keys(100..101));
+    world.refresh_and_compare();
+    assert_eq!(newest(), before + 2);
+    let figures = world.figures();
+    assert_eq!((figures.stalls, figures.grown_slots), (0, 0));
+    assert_rows_found(&slow, &keys(0..102));
+}
+
+#[test]
+fn a_stall_ends_when_the_change_that_was_held_up_is_taken_back() {
+    let (world, mut rng) = pinned(by_hand(), 2, 2);
+    let _slow = world.lease(1);
+    world.put(&mut rng, &keys(0..1));
+    world.refresh_and_compare();
+    world.put(&mut rng, &keys(500..501));
+    world.pins.refresh("items").unwrap();
+    assert!(world.pins.status("items").unwrap().stall.is_some());
+    world.delete(&keys(500..501));
+    world.refresh_and_compare();
+    assert!(world.pins.status("items").unwrap().stall.is_none());
+}
