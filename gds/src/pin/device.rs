@@ -22,7 +22,7 @@ const EVICTION_WAIT: Duration = Duration::from_secs(10);
 pub(crate) struct Device {
     pub backend: Arc<dyn Backend>,
     pub budget: Arc<Budget>,
-    /// Pins that may be evicted; those that are gone are left out at the next look.
+    /// Pins that may be evicted.
     pins: Mutex<Vec<Arc<Pin>>>,
     /// One admission at a time: two would evict twice as much as needed.
     admission: Mutex<()>,
@@ -44,7 +44,16 @@ impl Device {
 
     /// Makes a pin a candidate for eviction.
     pub fn add(&self, pin: Arc<Pin>) {
+        self.forget_retired();
         self.pins.lock().push(pin);
+    }
+
+    /// Forgets pins that are out of use, and with them what they keep of their tables.
+    pub fn forget_retired(&self) {
+        let retired = |pin: &mut Arc<Pin>| pin.is_retired();
+        let gone: Vec<Arc<Pin>> = self.pins.lock().extract_if(.., retired).collect();
+        // Dropped without the lock.
+        drop(gone);
     }
 
     /// Regions for `count` slots of `bytes` bytes. Pins other than `keep` that nobody leases are
@@ -155,8 +164,8 @@ impl Device {
 
     /// Pins that nobody leases or maps, the one longest out of use first.
     fn candidates(&self, keep: Option<PinId>) -> Vec<Arc<Pin>> {
-        let mut pins = self.pins.lock();
-        pins.retain(|pin| !pin.is_retired());
+        self.forget_retired();
+        let pins = self.pins.lock();
         let mut found: Vec<_> = pins
             .iter()
             .filter(|pin| Some(pin.id()) != keep && !pin.is_held())

@@ -417,6 +417,9 @@ impl Pins {
             .collect();
         let gone: Vec<Entry> = ids.iter().filter_map(|id| pins.remove(id)).collect();
         drop(pins);
+        for entry in &gone {
+            entry.pin.device.forget_retired();
+        }
         drop(gone);
     }
 

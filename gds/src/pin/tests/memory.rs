@@ -263,6 +263,25 @@ fn a_problem_of_a_slot_that_catches_up_goes_when_it_has() {
     assert_eq!(problem(), None);
 }
 
+#[test]
+fn nothing_keeps_a_pin_that_is_out_of_use_and_not_held() {
+    let (world, _, _) = room_for(40);
+    for unpinned in [true, false] {
+        world.pins.pin(&named("a", PinMode::Fresh)).unwrap();
+        let lease = world.pins.lease("a", 1, holder(1)).unwrap();
+        let pin = Arc::downgrade(&lease.pin);
+        drop(lease);
+        world.pins.release_all(1);
+        if unpinned {
+            world.pins.unpin("a").unwrap();
+        } else {
+            assert!(pin.upgrade().unwrap().evict());
+            world.pins.list();
+        }
+        assert!(pin.upgrade().is_none());
+    }
+}
+
 /// One pin of the thousand steps, as the test sees it.
 struct Consumer {
     lease: Arc<Lease>,
