@@ -323,7 +323,8 @@ pub trait Backend: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     ///
-    /// `OutOfRange` before anything is read; `ShortRead` when the file is shorter.
+    /// `OutOfRange`, or `Overlap` for pieces that go to the same bytes, before anything is read;
+    /// `ShortRead` when the file is shorter.
     fn load(
         &self,
         file: &DmaFile,

@@ -203,11 +203,18 @@ impl Writer<'_> {
     /// copy goes round the processor's caches, and needs no second one. Offset and range lie on
     /// pages.
     ///
+    /// Several threads may copy into one writer, each into a range of its own: `check_pieces`
+    /// (`reads`) refuses pieces that overlap.
+    ///
     /// # Errors
     ///
-    /// `UnexpectedEof` when the file is shorter; of the system. Nothing is known of the range then.
+    /// `InvalidInput` for a range or an offset that is not on a page, `UnexpectedEof` when the
+    /// file is shorter; of the system. Nothing is known of the range then.
     pub(crate) fn copy_cached(&self, file: &File, offset: u64, to: Range<usize>) -> io::Result<()> {
         let bytes = to.len();
+        if !to.start.is_multiple_of(PAGE_BYTES as usize) || !offset.is_multiple_of(PAGE_BYTES) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let to = self.memory.at(to);
         if file.metadata()?.len() < offset.saturating_add(bytes as u64) {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -224,8 +231,9 @@ impl Writer<'_> {
                 offset,
             )
         }?;
-        // SAFETY: both ranges have `bytes` bytes, one checked, one mapped above, and this guard
-        // keeps the target to itself. A file that is loaded is never written: should somebody
+        // SAFETY: both ranges have `bytes` bytes, one checked, one mapped above, and start on
+        // pages: the memory does, and the range was checked to. The guard keeps all others from
+        // the memory, and those that share it have ranges of their own (above). A file that is loaded is never written: should somebody
         // do it, the copy takes either's bytes. Left over: a file truncated between the check and
         // here raises SIGBUS, as it would under every map of the engine's.
         unsafe { copy_past_caches(pages.cast(), to, bytes) };
@@ -236,7 +244,8 @@ impl Writer<'_> {
 
     /// One read of a file straight into the memory: how many bytes came, 0 at the file's end.
     ///
-    /// Several threads may read into one writer, each into a range of its own.
+    /// Several threads may read into one writer, each into a range of its own: `check_pieces`
+    /// (`reads`) refuses pieces that overlap.
     pub(crate) fn read_file(
         &self,
         file: BorrowedFd<'_>,
@@ -249,8 +258,8 @@ impl Writer<'_> {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         // SAFETY: the kernel writes at most `bytes` bytes to a checked range that this guard
-        // keeps to itself. Should two threads read into one range, the kernel's writes race, not
-        // Rust's: what is left is one's bytes or the other's.
+        // keeps all others from; those that share it have ranges of their own (above), and no
+        // reference to these bytes is ever made.
         let came = unsafe { libc::pread(file.as_raw_fd(), to.cast(), bytes, offset) };
         usize::try_from(came).map_err(|_| io::Error::last_os_error())
     }
@@ -433,6 +442,8 @@ mod tests {
                 .all(|byte| *byte == 0)
         );
         assert_eq!(out[8192..12 * 4096], bytes[4096..]);
+        let askew = memory.writer().copy_cached(&file, 4096, 8..8 + 4096);
+        assert_eq!(askew.unwrap_err().kind(), io::ErrorKind::InvalidInput);
         let beyond = memory.writer().copy_cached(&file, 4096, 0..11 * 4096);
         assert_eq!(beyond.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
