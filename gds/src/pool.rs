@@ -138,10 +138,14 @@ impl PinnedPool {
         let mut state = self.shared.state.lock();
         loop {
             let got = self.shared.get(&mut state, block_bytes);
-            // What was kept goes now, also where it is this call that waits for it.
+            // What was kept goes now, without the lock.
             let released = mem::take(&mut state.released);
             if !released.is_empty() {
                 MutexGuard::unlocked(&mut state, || drop(released));
+                if matches!(got, Ok(None)) {
+                    // A block may have come back meanwhile.
+                    continue;
+                }
             }
             if let Some(memory) = got? {
                 return Ok(self.block(memory, bytes));
