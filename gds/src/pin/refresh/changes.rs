@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use arrow_array::{Array, ArrayRef, RecordBatch};
 use pinion_feature_store::{Changed, ChangesSince, KeyedRows, Snapshot};
 
 use super::{Refill, Refresher};
@@ -18,6 +19,30 @@ struct Batch {
     rows: Vec<KeyedRows>,
     present: Keys,
     gone: Keys,
+}
+
+/// A change may take so many bytes of the host whatever the limit: less than is worth a refill.
+const LEAST_MOST_BYTES: u64 = 1 << 20;
+
+/// Bytes of the edits that write one row, without texts and elements of lists.
+fn row_bytes(shape: &Shape) -> u64 {
+    let mut buffers = Vec::new();
+    for column in &shape.columns {
+        column.node.row_buffers(1, &mut buffers);
+    }
+    let each = buffers.iter().map(|(_, width)| width + Edits::WRITE_BYTES);
+    each.sum()
+}
+
+/// Bytes of rows as they lie on the host; of texts and lists, as many again go into edits.
+fn batch_bytes(rows: &RecordBatch) -> u64 {
+    let column = |column: &ArrayRef| {
+        let data = column.to_data();
+        // What cannot be told of a slice is at most what it shares.
+        let bytes = data.get_slice_memory_size();
+        bytes.unwrap_or_else(|_| data.get_buffer_memory_size()) as u64
+    };
+    rows.columns().iter().map(column).sum()
 }
 
 impl Refresher {
@@ -133,24 +158,31 @@ impl Refresher {
         (self.head.used.rows / 2).max(self.options.refill_over_rows)
     }
 
-    /// What changed since the head; `None` where a refill costs less, or is the only way.
+    /// What changed since the head; `None` where a refill costs less, would take less memory of
+    /// the host, or is the only way.
     fn changes(&self, snapshot: &Snapshot) -> Result<Option<Batch>, PinError> {
         let names = &self.head.columns.names;
         let since = snapshot.changes_since(&self.head.snapshot, Some(names))?;
         let ChangesSince::Changes(changes) = since else {
             return Ok(None);
         };
-        let most = self.most_rows();
+        let (layout, _) = self.pin.ring().ok_or_else(|| self.pin.gone())?;
+        let row_bytes = row_bytes(&layout.shape);
+        let most_bytes = self.options.edits_max_bytes.max(LEAST_MOST_BYTES);
         let mut batch = Batch::default();
+        let mut bytes = 0;
         for changed in changes {
             match changed? {
                 Changed::Rows(rows) => {
                     batch.present.append(&rows.keys, &rows.hashes);
+                    bytes += batch_bytes(&rows.batch);
                     batch.rows.push(rows);
                 }
                 Changed::Gone(gone) => batch.gone.append(&gone.keys, &gone.hashes),
             }
-            if batch.present.len() as u64 > most {
+            // A row that is gone is written too, with what was the last one.
+            let rows = (batch.present.len() + batch.gone.len()) as u64;
+            if rows > self.most_rows() || bytes + rows * row_bytes > most_bytes {
                 return Ok(None);
             }
         }
