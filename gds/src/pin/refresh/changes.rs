@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef, RecordBatch};
+use arrow_schema::DataType;
 use pinion_feature_store::{Changed, ChangesSince, KeyedRows, Snapshot};
 
 use super::{Refill, Refresher};
@@ -36,13 +38,33 @@ fn row_bytes(shape: &Shape) -> u64 {
 
 /// Bytes of rows as they lie on the host; of texts and lists, as many again go into edits.
 fn batch_bytes(rows: &RecordBatch) -> u64 {
-    let column = |column: &ArrayRef| {
-        let data = column.to_data();
-        // What cannot be told of a slice is at most what it shares.
-        let bytes = data.get_slice_memory_size();
-        bytes.unwrap_or_else(|_| data.get_buffer_memory_size()) as u64
+    rows.columns().iter().map(array_bytes).sum()
+}
+
+/// Bytes of an array's own elements, not of those that it shares memory with.
+fn array_bytes(array: &ArrayRef) -> u64 {
+    let between = |values: &ArrayRef, first: usize, last: usize| {
+        array_bytes(&values.slice(first, last - first)) + array.len() as u64 * 8
     };
-    rows.columns().iter().map(column).sum()
+    match array.data_type() {
+        DataType::List(_) => {
+            let list = array.as_list::<i32>();
+            let ends = list.value_offsets();
+            between(list.values(), ends[0] as usize, ends[list.len()] as usize)
+        }
+        DataType::LargeList(_) => {
+            let list = array.as_list::<i64>();
+            let ends = list.value_offsets();
+            between(list.values(), ends[0] as usize, ends[list.len()] as usize)
+        }
+        DataType::Struct(_) => array.as_struct().columns().iter().map(array_bytes).sum(),
+        // Of a slice that does not say so itself, no more than what it shares.
+        _ => {
+            let data = array.to_data();
+            let bytes = data.get_slice_memory_size();
+            bytes.unwrap_or_else(|_| data.get_buffer_memory_size()) as u64
+        }
+    }
 }
 
 impl Refresher {
@@ -212,5 +234,31 @@ impl Refresher {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow_array::builder::{ListBuilder, StringBuilder};
+
+    use super::*;
+
+    #[test]
+    fn a_few_rows_of_a_large_batch_count_as_few() {
+        let mut tags = ListBuilder::new(StringBuilder::new());
+        for row in 0..1000 {
+            for _ in 0..row % 5 {
+                tags.values().append_value("x".repeat(100));
+            }
+            tags.append(true);
+        }
+        let tags: ArrayRef = Arc::new(tags.finish());
+        let all = array_bytes(&tags);
+        assert!((200_000..250_000).contains(&all), "{all}");
+        let few = array_bytes(&tags.slice(500, 10));
+        assert!((2000..2500).contains(&few), "{few}");
+        assert_eq!(array_bytes(&tags.slice(10, 0)), 0);
     }
 }
