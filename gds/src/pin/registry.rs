@@ -111,9 +111,9 @@ impl Pins {
     /// differs; `Crowded` comes from many who wait for the same pin.
     pub fn pin(&self, request: &PinRequest) -> Result<PinStatus, PinError> {
         let spec = self.spec(request)?;
-        self.check_open(&spec.name)?;
         let device = self.device(request.device.as_ref())?;
         let _making = self.make(&spec.name)?;
+        self.check_open(&spec.name)?;
         if let Some(found) = self.named(&spec.name) {
             let differs = found.differs(&spec, &device);
             return if differs.is_empty() {
