@@ -28,10 +28,7 @@ impl Drop for Watch {
 }
 
 /// Starts the thread; it ends with the pin.
-pub(crate) fn start(
-    refresher: Refresher,
-    options: Arc<PinOptions>,
-) -> io::Result<JoinHandle<()>> {
+pub(crate) fn start(refresher: Refresher, options: Arc<PinOptions>) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name("pin-refresh".to_owned())
         .spawn(move || {
