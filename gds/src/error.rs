@@ -78,6 +78,12 @@ pub enum GdsError {
         /// Length of the region.
         region_bytes: u64,
     },
+    /// Two pieces of one load go to the same bytes. Nothing was touched.
+    #[error("two pieces of a load overlap: both go to byte {offset} of the region")]
+    Overlap {
+        /// The first such byte of the second piece.
+        offset: u64,
+    },
     /// The region belongs to another backend.
     #[error("a region of {theirs} was given to the backend {ours}")]
     ForeignRegion {

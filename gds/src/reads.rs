@@ -65,11 +65,12 @@ pub(crate) fn cut(pieces: &[Piece], chunk_bytes: u64) -> Vec<Chunk> {
     chunks
 }
 
-/// Checks pieces before anything is read: they lie in the region, and in the file.
+/// Checks pieces before anything is read: they lie in the region, apart from each other, and in
+/// the file. Several threads write what they name, without asking each other.
 ///
 /// # Errors
 ///
-/// `OutOfRange`, then `ShortRead`, for the first that does not; `Io`.
+/// `OutOfRange`, then `Overlap`, then `ShortRead`, for the first that does not; `Io`.
 pub(crate) fn check_pieces(
     file: &DmaFile,
     pieces: &[Piece],
@@ -78,6 +79,7 @@ pub(crate) fn check_pieces(
     for piece in pieces {
         region.check(piece.region_offset, piece.bytes)?;
     }
+    check_apart(pieces)?;
     let metadata = file.buffered().metadata();
     let file_bytes = metadata.map_err(|source| read_failed(file, source))?.len();
     let end = |piece: &Piece| piece.file_offset.saturating_add(piece.bytes);
@@ -91,6 +93,23 @@ pub(crate) fn check_pieces(
             file_bytes.saturating_sub(piece.file_offset),
         )),
     }
+}
+
+fn check_apart(pieces: &[Piece]) -> Result<(), GdsError> {
+    let mut targets: Vec<(u64, u64)> = pieces
+        .iter()
+        .filter(|piece| piece.bytes > 0)
+        .map(|piece| (piece.region_offset, piece.bytes))
+        .collect();
+    targets.sort_unstable();
+    for pair in targets.windows(2) {
+        let ((start, bytes), (next, _)) = (pair[0], pair[1]);
+        // Inside the region, so no sum passes its end.
+        if start + bytes > next {
+            return Err(GdsError::Overlap { offset: next });
+        }
+    }
+    Ok(())
 }
 
 /// Whether copying a stretch from the page cache is faster than asking the disk again: when the
@@ -260,6 +279,18 @@ mod tests {
         assert_eq!(cuts(piece(4096, 0, 0)), []);
         assert_eq!(cuts(piece(10, 10, 20)), [(10, 20, false)]);
         assert_eq!(cuts(piece(8192, 4096, 4096)), [(8192, 4096, true)]);
+    }
+
+    #[test]
+    fn pieces_that_go_to_the_same_bytes_are_refused_in_any_order() {
+        let apart = [piece(0, 100, 50), piece(0, 0, 100), piece(9, 120, 0)];
+        check_apart(&apart).unwrap();
+        check_apart(&[piece(0, 150, 1), piece(0, 100, 50)]).unwrap();
+        let overlap = check_apart(&[piece(0, 149, 10), piece(500, 0, 7), piece(0, 100, 50)]);
+        assert!(
+            matches!(overlap, Err(GdsError::Overlap { offset: 149 })),
+            "{overlap:?}"
+        );
     }
 
     #[test]

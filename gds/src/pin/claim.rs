@@ -66,6 +66,7 @@ impl Pin {
             && live.ring.id == claim.ring
         {
             live.ring.slots[claim.slot as usize].holds = number;
+            state.problem = None;
         }
     }
 
@@ -88,6 +89,7 @@ impl Pin {
     /// Publishes a generation whose bytes are those of the newest one: in the same slot.
     pub fn republish(&self, generation: Generation, epoch: &Arc<Epoch>) -> bool {
         let mut state = self.state.lock();
+        state.stall = None;
         state.problem = None;
         let Some(live) = &mut state.live else {
             return false;

@@ -22,7 +22,7 @@ const EVICTION_WAIT: Duration = Duration::from_secs(10);
 pub(crate) struct Device {
     pub backend: Arc<dyn Backend>,
     pub budget: Arc<Budget>,
-    /// Pins that may be evicted; those that are gone are left out at the next look.
+    /// Pins that may be evicted.
     pins: Mutex<Vec<Arc<Pin>>>,
     /// One admission at a time: two would evict twice as much as needed.
     admission: Mutex<()>,
@@ -44,7 +44,16 @@ impl Device {
 
     /// Makes a pin a candidate for eviction.
     pub fn add(&self, pin: Arc<Pin>) {
+        self.forget_retired();
         self.pins.lock().push(pin);
+    }
+
+    /// Forgets pins that are out of use, and with them what they keep of their tables.
+    pub fn forget_retired(&self) {
+        let retired = |pin: &mut Arc<Pin>| pin.is_retired();
+        let gone: Vec<Arc<Pin>> = self.pins.lock().extract_if(.., retired).collect();
+        // Dropped without the lock.
+        drop(gone);
     }
 
     /// Regions for `count` slots of `bytes` bytes. Pins other than `keep` that nobody leases are
@@ -71,9 +80,19 @@ impl Device {
         }
     }
 
+    /// Evicts the pin longest out of use, and waits until its memory has come back: what is
+    /// just being written comes a moment later.
     fn evict_one(&self, keep: Option<PinId>) -> bool {
-        let mut candidates = self.candidates(keep).into_iter();
-        candidates.any(|pin| self.evict(&pin, "the device has no room"))
+        self.candidates(keep).into_iter().any(|pin| {
+            let bytes = pin.bytes();
+            let before = self.budget.used_bytes();
+            let evicted = self.evict(&pin, "the device has no room");
+            if evicted {
+                let after = before.saturating_sub(bytes);
+                self.budget.wait_until_used(after, EVICTION_WAIT);
+            }
+            evicted
+        })
     }
 
     fn evict(&self, pin: &Pin, cause: &str) -> bool {
@@ -128,11 +147,18 @@ impl Device {
         if evictable < missing {
             return Err(self.refusal(needed, evictable));
         }
+        let mut coming = 0;
         for pin in candidates {
-            if self.evict(&pin, "the budget has no room")
-                && let Ok(reservations) = self.reserve(count, bytes)
-            {
+            let freed = pin.bytes();
+            if !self.evict(&pin, "the budget has no room") {
+                continue;
+            }
+            if let Ok(reservations) = self.reserve(count, bytes) {
                 return Ok(reservations);
+            }
+            coming += freed;
+            if coming >= missing {
+                break;
             }
         }
         // Some of it is being written and comes back in a moment.
@@ -155,8 +181,8 @@ impl Device {
 
     /// Pins that nobody leases or maps, the one longest out of use first.
     fn candidates(&self, keep: Option<PinId>) -> Vec<Arc<Pin>> {
-        let mut pins = self.pins.lock();
-        pins.retain(|pin| !pin.is_retired());
+        self.forget_retired();
+        let pins = self.pins.lock();
         let mut found: Vec<_> = pins
             .iter()
             .filter(|pin| Some(pin.id()) != keep && !pin.is_held())

@@ -98,11 +98,11 @@ pub(crate) struct Filled {
 }
 
 /// Fills a region with all latest rows of a snapshot, in the order of
-/// [`Snapshot::latest_rows`], from row 0 on.
+/// [`Snapshot::latest_rows`], from row 0 on. Asks `go_on` before each batch of rows.
 ///
 /// # Errors
 ///
-/// After any the region holds anything.
+/// Those of `go_on` too. After any the region holds anything.
 pub(crate) fn fill(
     backend: &dyn Backend,
     region: &Region,
@@ -110,6 +110,7 @@ pub(crate) fn fill(
     snapshot: &Snapshot,
     columns: &Columns,
     with_index: bool,
+    go_on: &dyn Fn() -> Result<(), PinError>,
 ) -> Result<Filled, PinError> {
     let started = Instant::now();
     let none = Used {
@@ -121,7 +122,11 @@ pub(crate) fn fill(
         region,
         shape,
         encoder: Encoder::new(shape, &none, Edits::default()),
-        index: with_index.then(|| KeyIndex::with_capacity(snapshot.rows() as usize)),
+        index: with_index.then(|| {
+            // A snapshot with history counts events; the room is for their keys.
+            let rows = snapshot.rows().min(shape.capacity_rows);
+            KeyIndex::with_capacity(rows as usize)
+        }),
         file: None,
         pieces: Vec::new(),
         valid: BTreeMap::new(),
@@ -141,6 +146,7 @@ pub(crate) fn fill(
         false => snapshot.latest_values(Some(&columns.names))?,
     };
     for rows in rows {
+        go_on()?;
         filling.add(&rows?)?;
     }
     filling.flush()?;
@@ -279,7 +285,7 @@ impl Filling<'_> {
     }
 
     fn flush_if_full(&mut self) -> Result<(), PinError> {
-        if self.encoder.sink.bytes() >= WRITE_AT_BYTES || self.pieces.len() >= LOAD_AT_PIECES {
+        if self.encoder.sink.held_bytes() >= WRITE_AT_BYTES || self.pieces.len() >= LOAD_AT_PIECES {
             self.flush()?;
         }
         Ok(())

@@ -120,7 +120,7 @@ impl Epoch {
     pub fn apply(&self, number: u64, plan: &Plan, present: &Keys) -> Result<(), PinError> {
         let mut indexed = self.indexed()?.write();
         let Indexed { index, journal } = &mut *indexed;
-        journal.note(number, index, plan, present);
+        journal.note(number, index, plan, present, self.journal_max_bytes);
         index.apply(plan, present);
         Ok(())
     }
@@ -203,6 +203,13 @@ impl Epoch {
             let indexed = indexed.read();
             indexed.index.bytes() + indexed.journal.bytes() as u64
         })
+    }
+
+    /// Does something while the index is being changed.
+    #[cfg(test)]
+    pub fn while_indexing<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _changed = self.indexed.get().map(RwLock::write);
+        work()
     }
 
     /// Panics where the index contradicts itself.

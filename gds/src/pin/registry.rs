@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use pinion_feature_store::Store;
@@ -35,15 +36,29 @@ pub struct Pins {
     devices: Vec<Arc<Device>>,
     pins: Mutex<BTreeMap<PinId, Entry>>,
     leases: Mutex<HashMap<u64, Arc<Lease>>>,
-    /// Names of pins that are being made.
-    making: Mutex<BTreeSet<String>>,
+    turns: Mutex<Turns>,
     /// Signalled when one is made, or is not.
     made: Condvar,
+    /// Set for good: no pin is made any more.
+    stopping: AtomicBool,
+    /// Of fresh pins; some may have ended.
+    threads: Mutex<Vec<JoinHandle<()>>>,
     run: u32,
     next_pin: AtomicU64,
     next_lease: AtomicU64,
     next_mapping: AtomicU64,
 }
+
+/// Who makes pins, by their names.
+#[derive(Default)]
+struct Turns {
+    making: BTreeSet<String>,
+    /// How many wait for each of them; none of them is 0.
+    waiting: BTreeMap<String, usize>,
+}
+
+/// Requests that wait for a pin that is being made, at most.
+pub(super) const MOST_WAITING: usize = 64;
 
 struct Entry {
     pin: Arc<Pin>,
@@ -76,8 +91,10 @@ impl Pins {
             devices,
             pins: Mutex::default(),
             leases: Mutex::default(),
-            making: Mutex::default(),
+            turns: Mutex::default(),
             made: Condvar::new(),
+            stopping: AtomicBool::new(false),
+            threads: Mutex::default(),
             run: random_run(),
             next_pin: AtomicU64::new(1),
             next_lease: AtomicU64::new(1),
@@ -91,11 +108,12 @@ impl Pins {
     /// # Errors
     ///
     /// See [`PinError`]; nothing is pinned then. `Budget` names the figures, `NameTaken` what
-    /// differs.
+    /// differs; `Crowded` comes from many who wait for the same pin.
     pub fn pin(&self, request: &PinRequest) -> Result<PinStatus, PinError> {
         let spec = self.spec(request)?;
         let device = self.device(request.device.as_ref())?;
-        let _making = self.make(&spec.name);
+        let _making = self.make(&spec.name)?;
+        self.check_open(&spec.name)?;
         if let Some(found) = self.named(&spec.name) {
             let differs = found.differs(&spec, &device);
             return if differs.is_empty() {
@@ -111,15 +129,36 @@ impl Pins {
     }
 
     /// Waits until nobody else makes a pin of this name.
-    fn make(&self, name: &str) -> Making<'_> {
-        let mut making = self.making.lock();
-        while !making.insert(name.to_owned()) {
-            self.made.wait(&mut making);
+    ///
+    /// # Errors
+    ///
+    /// `Crowded`: each that waits is a thread that waits.
+    pub(super) fn make(&self, name: &str) -> Result<Making<'_>, PinError> {
+        let mut turns = self.turns.lock();
+        if turns.making.contains(name) {
+            let waiting = turns.waiting.entry(name.to_owned()).or_default();
+            if *waiting >= MOST_WAITING {
+                return Err(PinError::Crowded {
+                    name: name.to_owned(),
+                    waiting: *waiting,
+                });
+            }
+            *waiting += 1;
+            while turns.making.contains(name) {
+                self.made.wait(&mut turns);
+            }
+            if let Some(waiting) = turns.waiting.get_mut(name) {
+                *waiting -= 1;
+                if *waiting == 0 {
+                    turns.waiting.remove(name);
+                }
+            }
         }
-        Making {
+        turns.making.insert(name.to_owned());
+        Ok(Making {
             pins: self,
             name: name.to_owned(),
-        }
+        })
     }
 
     fn pin_new(&self, spec: Spec, device: Arc<Device>) -> Result<PinStatus, PinError> {
@@ -136,7 +175,8 @@ impl Pins {
         let memory = device.allocate(spec.slots, shape.slot_bytes, None)?;
         let region = &first(&memory)?.region;
         let backend = device.backend.as_ref();
-        let filled = fill(backend, region, &shape, &snapshot, &columns, fresh)?;
+        let go_on = || self.check_open(&spec.name);
+        let filled = fill(backend, region, &shape, &snapshot, &columns, fresh, &go_on)?;
         let epoch = match filled.index {
             Some(index) => {
                 let journal_max_bytes = self.options.journal_max_bytes;
@@ -199,15 +239,20 @@ impl Pins {
     /// Lists a pin that is in place, and starts what keeps it fresh.
     fn enter(&self, pin: Arc<Pin>, head: Head) -> Result<PinStatus, PinError> {
         let mut pins = self.pins.lock();
+        // Under the lock, which `stop` takes after it has said so.
+        self.check_open(pin.name())?;
         let mut refresher = None;
         if pin.spec.mode == PinMode::Fresh {
             let made = Refresher::new(Arc::clone(&pin), Arc::clone(&self.options), head);
             if self.options.background {
                 let options = Arc::clone(&self.options);
-                worker::start(made, options).map_err(|source| PinError::Io {
+                let thread = worker::start(made, options).map_err(|source| PinError::Io {
                     action: "start the thread of a pin".to_owned(),
                     source,
                 })?;
+                let mut threads = self.threads.lock();
+                threads.retain(|thread| !thread.is_finished());
+                threads.push(thread);
             } else {
                 refresher = Some(Arc::new(Mutex::new(made)));
             }
@@ -249,11 +294,47 @@ impl Pins {
         Ok(PinStatus::of(&found))
     }
 
+    /// Takes every pin out of use, for good: pins that are being made are given up, and new ones
+    /// refused with `Gone`. Waits for what is at work on a device, but at most so long; says
+    /// whether nothing is any more.
+    pub fn stop(&self, at_most: Duration) -> bool {
+        let deadline = Instant::now() + at_most;
+        self.stopping.store(true, Ordering::SeqCst);
+        let pins: Vec<Arc<Pin>> = {
+            let pins = self.pins.lock();
+            pins.values().map(|entry| Arc::clone(&entry.pin)).collect()
+        };
+        for pin in pins {
+            pin.unpin();
+        }
+        self.sweep();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        let ended = worker::join_all(threads, deadline);
+        let mut turns = self.turns.lock();
+        while !turns.making.is_empty() {
+            if self.made.wait_until(&mut turns, deadline).timed_out() {
+                return false;
+            }
+        }
+        ended
+    }
+
+    fn check_open(&self, pin: &str) -> Result<(), PinError> {
+        if self.stopping.load(Ordering::SeqCst) {
+            let pin = pin.to_owned();
+            return Err(PinError::Gone { pin });
+        }
+        Ok(())
+    }
+
     /// Every pin, and former ones that are leased or mapped still; by id.
     pub fn list(&self) -> Vec<PinStatus> {
         self.sweep();
-        let pins = self.pins.lock();
-        let pins: Vec<Arc<Pin>> = pins.values().map(|entry| Arc::clone(&entry.pin)).collect();
+        // The figures of a pin may have to wait for its key index: not with everybody else.
+        let pins: Vec<Arc<Pin>> = {
+            let pins = self.pins.lock();
+            pins.values().map(|entry| Arc::clone(&entry.pin)).collect()
+        };
         pins.iter().map(|pin| PinStatus::of(pin)).collect()
     }
 
@@ -414,7 +495,16 @@ impl Pins {
             .collect();
         let gone: Vec<Entry> = ids.iter().filter_map(|id| pins.remove(id)).collect();
         drop(pins);
+        for entry in &gone {
+            entry.pin.device.forget_retired();
+        }
         drop(gone);
+    }
+
+    /// How many wait for a pin of this name that is being made.
+    #[cfg(test)]
+    pub(super) fn waiting(&self, name: &str) -> usize {
+        self.turns.lock().waiting.get(name).copied().unwrap_or(0)
     }
 
     /// Panics where a rule does not hold.
@@ -445,14 +535,15 @@ impl Drop for Pins {
 }
 
 /// The name of a pin that is being made.
-struct Making<'a> {
+#[must_use = "dropping it lets the next one make it"]
+pub(super) struct Making<'a> {
     pins: &'a Pins,
     name: String,
 }
 
 impl Drop for Making<'_> {
     fn drop(&mut self) {
-        self.pins.making.lock().remove(&self.name);
+        self.pins.turns.lock().making.remove(&self.name);
         self.pins.made.notify_all();
     }
 }

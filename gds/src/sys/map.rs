@@ -203,9 +203,13 @@ impl Writer<'_> {
     /// copy goes round the processor's caches, and needs no second one. The stretch of the file is
     /// mapped once for all of the copies out of it: where in it, and where to. All lies on pages.
     ///
+    /// Several threads may copy into one writer, each into a range of its own: `check_pieces`
+    /// (`reads`) refuses pieces that overlap.
+    ///
     /// # Errors
     ///
-    /// `UnexpectedEof` when the file is shorter; of the system. Nothing is known of the ranges then.
+    /// `InvalidInput` for a range or an offset that is not on a page, `UnexpectedEof` when the
+    /// file is shorter; of the system. Nothing is known of the ranges then.
     ///
     /// # Panics
     ///
@@ -216,6 +220,13 @@ impl Writer<'_> {
         stretch: Range<u64>,
         copies: &[(u64, Range<usize>)],
     ) -> io::Result<()> {
+        let on_pages = stretch.start.is_multiple_of(PAGE_BYTES)
+            && copies.iter().all(|(from, to)| {
+                from.is_multiple_of(PAGE_BYTES) && to.start.is_multiple_of(PAGE_BYTES as usize)
+            });
+        if !on_pages {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         if file.metadata()?.len() < stretch.end || stretch.is_empty() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -236,8 +247,9 @@ impl Writer<'_> {
             let skip = (from - stretch.start) as usize;
             assert!(skip + to.len() <= bytes, "{to:?} is not of {stretch:?}");
             let (length, to) = (to.len(), self.memory.at(to.clone()));
-            // SAFETY: both ranges have `length` bytes, one checked, one mapped above, and this guard
-            // keeps the target to itself. A file that is loaded is never written: should somebody
+            // SAFETY: both ranges have `length` bytes, one checked, one mapped above, and start on
+            // pages: the memory does, and the ranges were checked to. The guard keeps all others
+            // from the memory, and those that share it have ranges of their own (above). A file that is loaded is never written: should somebody
             // do it, the copy takes either's bytes. Left over: a file truncated between the check
             // and here raises SIGBUS, as it would under every map of the engine's.
             unsafe { copy_past_caches(pages.cast::<u8>().add(skip), to, length) };
@@ -259,7 +271,8 @@ impl Writer<'_> {
 
     /// One read of a file straight into the memory: how many bytes came, 0 at the file's end.
     ///
-    /// Several threads may read into one writer, each into a range of its own.
+    /// Several threads may read into one writer, each into a range of its own: `check_pieces`
+    /// (`reads`) refuses pieces that overlap.
     pub(crate) fn read_file(
         &self,
         file: BorrowedFd<'_>,
@@ -272,8 +285,8 @@ impl Writer<'_> {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         // SAFETY: the kernel writes at most `bytes` bytes to a checked range that this guard
-        // keeps to itself. Should two threads read into one range, the kernel's writes race, not
-        // Rust's: what is left is one's bytes or the other's.
+        // keeps all others from; those that share it have ranges of their own (above), and no
+        // reference to these bytes is ever made.
         let came = unsafe { libc::pread(file.as_raw_fd(), to.cast(), bytes, offset) };
         usize::try_from(came).map_err(|_| io::Error::last_os_error())
     }
@@ -460,6 +473,9 @@ mod tests {
                 .all(|byte| *byte == 0)
         );
         assert_eq!(out[8192..12 * 4096], bytes[4096..]);
+        let askew = [(4096, 8..8 + 4096)];
+        let askew = memory.writer().copy_cached(&file, 4096..8192, &askew);
+        assert_eq!(askew.unwrap_err().kind(), io::ErrorKind::InvalidInput);
         let all = [(4096, 0..11 * 4096)];
         let beyond = memory.writer().copy_cached(&file, 4096..12 * 4096, &all);
         assert_eq!(beyond.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);

@@ -124,13 +124,13 @@ impl Refresher {
             self.edits.clear();
             return;
         };
-        let mut bytes: u64 = self.edits.iter().map(|one| one.edits.bytes()).sum();
+        let mut bytes: u64 = self.edits.iter().map(|one| one.edits.held_bytes()).sum();
         while let Some(first) = self.edits.front() {
             let unpublished = first.number == self.head.number;
             if first.number > oldest && (bytes <= self.options.edits_max_bytes || unpublished) {
                 return;
             }
-            bytes -= first.edits.bytes();
+            bytes -= first.edits.held_bytes();
             self.edits.pop_front();
         }
     }

@@ -23,6 +23,8 @@ use std::time::Instant;
 
 use pinion_feature_store::Snapshot;
 
+use self::refill::Measured;
+
 use super::columns::Columns;
 use super::error::PinError;
 use super::generation::Generation;
@@ -57,6 +59,8 @@ pub(crate) struct Refresher {
     edits: VecDeque<GenerationEdits>,
     /// Edits cannot lead on from the head.
     refill: Option<Refill>,
+    /// What a refill that could not go on was measured to take.
+    measured: Measured,
 }
 
 /// What a generation changed.
@@ -106,6 +110,7 @@ impl Refresher {
             head,
             edits: VecDeque::new(),
             refill: None,
+            measured: Measured::default(),
         }
     }
 
@@ -142,7 +147,11 @@ impl Refresher {
                 self.catch_up()?;
                 return Ok(Step::Idle);
             }
-            if self.refill.is_none() && !self.make_room() {
+            if self.refill.is_none()
+                && !self.pin.can_claim()
+                && self.needs_slot(&snapshot)?
+                && !self.make_room()
+            {
                 self.pin.stalled();
                 return Ok(Step::Stalled);
             }

@@ -187,45 +187,52 @@ fn each_generation_is_a_snapshot_and_leased_bytes_never_change() {
     assert_eq!(total(|f| f.failures), 0);
 }
 
+/// Keys, event times and prices, with a history.
+fn timed_definition(history: &str) -> String {
+    format!(
+        r#"
+        [table]
+        name = "items"
+        entity = [{{ name = "item", type = "int64" }}, {{ name = "shop", type = "string" }}]
+        event_time = {{ name = "at", type = "timestamp[s]" }}
+        history = "{history}"
+        [features]
+        price = "float64"
+        "#
+    )
+}
+
+/// Puts rows of a table of [`timed_definition`].
+fn put_at(world: &World, rng: &mut StdRng, keys: &[Key], times: Vec<i64>) {
+    let rows = world.rows(rng, keys);
+    let mut fields = rows.schema().fields().to_vec();
+    fields.push(Arc::new(arrow_schema::Field::new(
+        "at",
+        arrow_schema::DataType::Timestamp(arrow_schema::TimeUnit::Second, None),
+        false,
+    )));
+    let mut columns = rows.columns().to_vec();
+    columns.push(Arc::new(arrow_array::TimestampSecondArray::from(times)));
+    let schema = Arc::new(arrow_schema::Schema::new(fields));
+    let rows = arrow_array::RecordBatch::try_new(schema, columns).unwrap();
+    world.commit(Change::Upsert(rows));
+}
+
 #[test]
 fn tables_with_history_are_followed_too() {
-    let definition = |history: &str| {
-        format!(
-            r#"
-            [table]
-            name = "items"
-            entity = [{{ name = "item", type = "int64" }}, {{ name = "shop", type = "string" }}]
-            event_time = {{ name = "at", type = "timestamp[s]" }}
-            history = "{history}"
-            [features]
-            price = "float64"
-            "#
-        )
-    };
     for history in ["all", "1h"] {
-        let world = World::with(&definition(history), by_hand(), Watched::new(1 << 40));
+        let world = World::with(&timed_definition(history), by_hand(), Watched::new(1 << 40));
         let mut rng = StdRng::seed_from_u64(4);
         world.pins.pin(&request(PinMode::Fresh)).unwrap();
         for step in 0..40_i64 {
             let keys: Vec<Key> = (0..rng.random_range(1..30))
                 .map(|_| (rng.random_range(0..50), SHOPS[rng.random_range(0..3)]))
                 .collect();
-            let rows = world.rows(&mut rng, &keys);
-            let times: arrow_array::TimestampSecondArray = keys
+            let times = keys
                 .iter()
-                .map(|_| Some(step * 300 + rng.random_range(-900..900)))
+                .map(|_| step * 300 + rng.random_range(-900..900))
                 .collect();
-            let mut fields = rows.schema().fields().to_vec();
-            fields.push(Arc::new(arrow_schema::Field::new(
-                "at",
-                arrow_schema::DataType::Timestamp(arrow_schema::TimeUnit::Second, None),
-                false,
-            )));
-            let mut columns = rows.columns().to_vec();
-            columns.push(Arc::new(times));
-            let schema = Arc::new(arrow_schema::Schema::new(fields));
-            let rows = arrow_array::RecordBatch::try_new(schema, columns).unwrap();
-            world.commit(Change::Upsert(rows));
+            put_at(&world, &mut rng, &keys, times);
             match step % 7 {
                 3 => world.table.flush().unwrap(),
                 6 => world.table.merge().unwrap(),
@@ -234,6 +241,24 @@ fn tables_with_history_are_followed_too() {
             world.refresh_and_compare();
         }
     }
+}
+
+#[test]
+fn the_key_index_of_a_table_with_history_has_room_for_its_keys_not_its_events() {
+    let definition = timed_definition("all");
+    let world = World::with(&definition, by_hand(), Watched::new(1 << 40));
+    let mut rng = StdRng::seed_from_u64(5);
+    let events = 50_000;
+    put_at(
+        &world,
+        &mut rng,
+        &vec![(7, "north"); events],
+        (0..events as i64).collect(),
+    );
+    let made = world.pins.pin(&request(PinMode::Fresh)).unwrap();
+    assert_eq!(made.newest.unwrap().rows(), 1);
+    assert!(made.host_bytes < 64 << 10, "{} bytes", made.host_bytes);
+    world.compare();
 }
 
 #[test]

@@ -130,6 +130,46 @@ fn a_device_that_is_full_of_other_things_evicts_too_and_then_refuses() {
     assert_eq!(world.pins.devices()[0].used_bytes, status.device_bytes);
 }
 
+/// Holds a pin's memory for a moment, as a write that is under way does.
+fn being_written(world: &World, name: &str, millis: u64) -> std::thread::JoinHandle<()> {
+    let lease = world.pins.lease(name, 1, holder(9)).unwrap();
+    let (_, memory) = lease.pin.newest().unwrap();
+    drop(lease);
+    assert_eq!(world.pins.release_all(9), 1);
+    std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(millis));
+        drop(memory);
+    })
+}
+
+#[test]
+fn memory_of_an_evicted_pin_that_comes_a_moment_later_is_waited_for() {
+    let (world, _, _) = room_for(2);
+    for name in ["a", "b"] {
+        world.pins.pin(&named(name, PinMode::Frozen)).unwrap();
+    }
+    let writing = being_written(&world, "a", 200);
+    // It was used last; now it is longest out of use again.
+    drop(world.pins.lease("b", 1, holder(1)).unwrap());
+    world.pins.release_all(1);
+    world.pins.pin(&named("c", PinMode::Frozen)).unwrap();
+    assert!(world.pins.status("a").is_err());
+    assert!(world.pins.status("b").is_ok(), "one pin was enough");
+    assert_eq!(world.pins.devices()[0].evictions, 1);
+    writing.join().unwrap();
+}
+
+#[test]
+fn a_full_device_is_asked_again_once_the_evicted_pins_memory_is_back() {
+    let (world, _, bytes) = room_for(10);
+    world.pins.pin(&named("a", PinMode::Frozen)).unwrap();
+    let writing = being_written(&world, "a", 200);
+    world.backend.full_for.store(1, Ordering::Relaxed);
+    world.pins.pin(&named("b", PinMode::Frozen)).unwrap();
+    assert_eq!(world.pins.devices()[0].used_bytes, bytes);
+    writing.join().unwrap();
+}
+
 #[test]
 fn an_unpinned_pins_memory_goes_with_its_last_lease() {
     let (world, mut rng, _) = room_for(40);
@@ -239,6 +279,95 @@ fn a_refresh_that_fails_at_any_call_leaves_the_generation_and_is_made_up_for() {
         assert!(world.pins.status("items").unwrap().problem.is_none());
     }
     assert!(failures > 10, "{failures}");
+}
+
+#[test]
+fn a_problem_of_a_slot_that_catches_up_goes_when_it_has() {
+    let (world, mut rng, _) = room_for(40);
+    world.pins.pin(&request(PinMode::Fresh)).unwrap();
+    world.put(&mut rng, &keys(0..5));
+    let problem = || world.pins.status("items").unwrap().problem;
+    for nth in 0.. {
+        assert!(nth < 20);
+        world.backend.fail_in.store(nth, Ordering::Relaxed);
+        let failed = world.pins.refresh("items").is_err();
+        world.backend.fail_in.store(-1, Ordering::Relaxed);
+        let newest = world.pins.status("items").unwrap().newest.unwrap();
+        if newest.snapshot == world.table.snapshot().id() {
+            // It was published, and the other slot is what failed.
+            assert!(failed && problem().is_some());
+            break;
+        }
+    }
+    assert!(!world.pins.refresh("items").unwrap());
+    assert_eq!(problem(), None);
+}
+
+#[test]
+fn nothing_keeps_a_pin_that_is_out_of_use_and_not_held() {
+    let (world, _, _) = room_for(40);
+    for unpinned in [true, false] {
+        world.pins.pin(&named("a", PinMode::Fresh)).unwrap();
+        let lease = world.pins.lease("a", 1, holder(1)).unwrap();
+        let pin = Arc::downgrade(&lease.pin);
+        drop(lease);
+        world.pins.release_all(1);
+        if unpinned {
+            world.pins.unpin("a").unwrap();
+        } else {
+            assert!(pin.upgrade().unwrap().evict());
+            world.pins.list();
+        }
+        assert!(pin.upgrade().is_none());
+    }
+}
+
+#[test]
+fn as_many_as_may_wait_for_a_pin_that_is_being_made_get_it_and_others_are_refused() {
+    use super::super::registry::MOST_WAITING;
+    let (world, _, _) = room_for(40);
+    let pins = &world.pins;
+    let same = named("a", PinMode::Frozen);
+    let ids = std::thread::scope(|scope| {
+        let making = pins.make("a").unwrap();
+        let waiters: Vec<_> = (0..MOST_WAITING)
+            .map(|_| scope.spawn(|| pins.pin(&same)))
+            .collect();
+        while pins.waiting("a") < MOST_WAITING {
+            std::thread::yield_now();
+        }
+        let refused = pins.pin(&same).unwrap_err();
+        assert!(matches!(refused, PinError::Crowded { .. }), "{refused}");
+        // One of another name waits for nobody.
+        pins.pin(&named("b", PinMode::Frozen)).unwrap();
+        drop(making);
+        let made = waiters
+            .into_iter()
+            .map(|one| one.join().unwrap().unwrap().id);
+        made.collect::<Vec<PinId>>()
+    });
+    assert!(ids.iter().all(|id| *id == ids[0]));
+    assert_eq!(pins.waiting("a"), 0);
+    assert_eq!(pins.list().len(), 2);
+}
+
+#[test]
+fn checksums_end_as_soon_as_nobody_wants_them() {
+    let (world, _, _) = room_for(40);
+    world.pins.pin(&request(PinMode::Frozen)).unwrap();
+    let lease = world.lease(1);
+    let all = lease.checksums().unwrap();
+    let asked = std::cell::Cell::new(0);
+    let up_to = |most| {
+        asked.set(0);
+        lease.checksums_while(&|| {
+            asked.set(asked.get() + 1);
+            asked.get() <= most
+        })
+    };
+    assert_eq!(up_to(1_000_000).unwrap(), Some(all));
+    assert_eq!(up_to(2).unwrap(), None);
+    assert_eq!(asked.get(), 3);
 }
 
 /// One pin of the thousand steps, as the test sees it.

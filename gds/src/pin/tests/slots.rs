@@ -1,6 +1,7 @@
 //! Slots and leases: what is written when, and who is in the way.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -350,4 +351,115 @@ fn keys_that_are_not_the_tables_are_refused_by_column() {
         lease.row_ids(&swapped).unwrap_err(),
         PinError::KeyType { .. }
     ));
+}
+
+#[test]
+fn a_list_that_waits_for_a_key_index_holds_up_no_lease() {
+    let (world, _) = pinned(by_hand(), 2, 2);
+    let held = world.lease(1);
+    let pins = &world.pins;
+    std::thread::scope(|scope| {
+        held.epoch.while_indexing(|| {
+            let listing = scope.spawn(|| pins.list());
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(!listing.is_finished(), "it waits for the index");
+            let (tell, told) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                let leased = pins.lease("items", 1, holder(2)).is_ok();
+                let _ = tell.send(leased);
+            });
+            assert_eq!(told.recv_timeout(Duration::from_secs(5)), Ok(true));
+        });
+    });
+}
+
+#[test]
+fn leases_hold_up_no_commit_that_changes_no_row() {
+    let (world, mut rng) = pinned(by_hand(), 2, 3);
+    let slow = world.lease(1);
+    world.put(&mut rng, &keys(100..101));
+    world.refresh_and_compare();
+    let newest = || world.pins.status("items").unwrap().newest.unwrap().number;
+    let before = newest();
+    let position = pinion_feature_store::Position {
+        topic: "t".to_owned(),
+        topic_id: "1".to_owned(),
+        partition: 0,
+        next_offset: 7,
+        leader_epoch: None,
+    };
+    let commit = pinion_feature_store::Commit {
+        positions: vec![position],
+        ..Default::default()
+    };
+    world.table.commit(commit).unwrap();
+    world.refresh_and_compare();
+    assert_eq!(newest(), before + 1);
+    // The last row goes: the others stay as they are.
+    world.delete(&keys(100..101));
+    world.refresh_and_compare();
+    assert_eq!(newest(), before + 2);
+    let figures = world.figures();
+    assert_eq!((figures.stalls, figures.grown_slots), (0, 0));
+    assert_rows_found(&slow, &keys(0..102));
+}
+
+#[test]
+fn a_stall_ends_when_the_change_that_was_held_up_is_taken_back() {
+    let (world, mut rng) = pinned(by_hand(), 2, 2);
+    let _slow = world.lease(1);
+    world.put(&mut rng, &keys(0..1));
+    world.refresh_and_compare();
+    world.put(&mut rng, &keys(500..501));
+    world.pins.refresh("items").unwrap();
+    assert!(world.pins.status("items").unwrap().stall.is_some());
+    world.delete(&keys(500..501));
+    world.refresh_and_compare();
+    assert!(world.pins.status("items").unwrap().stall.is_none());
+}
+
+#[test]
+fn more_rows_gone_than_a_refill_costs_fill_the_pin_anew() {
+    let options = PinOptions {
+        refill_over_rows: 10,
+        ..by_hand()
+    };
+    let (world, _) = pinned(options, 2, 2);
+    world.delete(&keys(0..40));
+    world.refresh_and_compare();
+    assert_eq!(world.figures().compactions, 0);
+    world.delete(&keys(40..90));
+    world.refresh_and_compare();
+    assert_eq!(world.figures().compactions, 1);
+}
+
+#[test]
+fn a_change_that_takes_too_much_of_the_host_fills_the_pin_anew() {
+    let options = PinOptions {
+        edits_max_bytes: 2 << 20,
+        headroom: Headroom {
+            rows: 10_000,
+            parts: 8 << 20,
+            ..Headroom::default()
+        },
+        ..by_hand()
+    };
+    let (world, mut rng) = pinned(options, 2, 2);
+    // About 700 bytes a row.
+    world.put(&mut rng, &keys(0..500));
+    world.refresh_and_compare();
+    assert_eq!(world.figures().compactions, 0);
+    world.put(&mut rng, &keys(0..8000));
+    world.refresh_and_compare();
+    assert_eq!(world.figures().compactions, 1);
+    // Few rows, long texts.
+    let names = vec![Some("n".repeat(100_000)); 30];
+    let rows = world.rows(&mut rng, &keys(0..30));
+    let mut columns = rows.columns().to_vec();
+    let (at, _) = rows.schema().fields().find("name").unwrap();
+    columns[at] = std::sync::Arc::new(arrow_array::StringArray::from(names));
+    let rows = arrow_array::RecordBatch::try_new(rows.schema(), columns).unwrap();
+    world.commit(pinion_feature_store::Change::Upsert(rows));
+    world.refresh_and_compare();
+    assert_eq!(world.figures().compactions, 2);
 }
