@@ -137,7 +137,17 @@ impl PinnedPool {
         let block_bytes = self.block_bytes(bytes)?;
         let mut state = self.shared.state.lock();
         loop {
-            if let Some(memory) = self.shared.get(&mut state, block_bytes)? {
+            let got = self.shared.get(&mut state, block_bytes);
+            // What was kept goes now, without the lock.
+            let released = mem::take(&mut state.released);
+            if !released.is_empty() {
+                MutexGuard::unlocked(&mut state, || drop(released));
+                if matches!(got, Ok(None)) {
+                    // A block may have come back meanwhile.
+                    continue;
+                }
+            }
+            if let Some(memory) = got? {
                 return Ok(self.block(memory, bytes));
             }
             if let Some(oldest) = state.in_flight.pop_front() {
@@ -148,7 +158,10 @@ impl PinnedPool {
                 .wait_until(&mut state, deadline)
                 .timed_out()
             {
-                return Err(self.shared.full(&state, block_bytes));
+                // It may have come back in the last moment.
+                let last = self.shared.get(&mut state, block_bytes)?;
+                let full = self.shared.full(&state, block_bytes);
+                return last.map(|memory| self.block(memory, bytes)).ok_or(full);
             }
         }
     }
@@ -162,7 +175,7 @@ impl PinnedPool {
         let block_bytes = self.block_bytes(bytes)?;
         let memory = self
             .shared
-            .get(&mut self.shared.state.lock(), block_bytes)?;
+            .locked(|state| self.shared.get(state, block_bytes))?;
         Ok(memory.map(|memory| self.block(memory, bytes)))
     }
 
@@ -301,7 +314,8 @@ impl Shared {
                 state.stats.leaked_bytes += bytes as u64;
             }
         }
-        self.returned.notify_one();
+        // All: blocks have lengths, and it may be of use to any one who waits.
+        self.returned.notify_all();
     }
 
     fn full(&self, state: &State, wanted_bytes: usize) -> GdsError {
@@ -518,6 +532,6 @@ impl Drop for Transfer {
             since: Instant::now(),
             kept: mem::take(&mut self.kept),
         });
-        self.pool.returned.notify_one();
+        self.pool.returned.notify_all();
     }
 }

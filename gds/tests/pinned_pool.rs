@@ -191,6 +191,43 @@ fn a_block_that_comes_back_wakes_one_who_waits() {
 }
 
 #[test]
+fn a_block_that_comes_back_wakes_the_one_it_is_enough_for() {
+    let fake = Fake::start();
+    let device = fake.device();
+    let pool = PinnedPool::new(&device, limits(MIB, 3_000));
+    let mut held: Vec<_> = (0..2).map(|_| pool.take(MIB / 2).unwrap()).collect();
+    std::thread::scope(|scope| {
+        // It waits for both.
+        let all = scope.spawn(|| pool.take(MIB).map(|block| block.len()));
+        std::thread::sleep(Duration::from_millis(50));
+        let half = scope.spawn(|| pool.take(MIB / 2).map(|block| block.len()));
+        std::thread::sleep(Duration::from_millis(50));
+        held.pop();
+        assert_eq!(half.join().unwrap().unwrap(), MIB / 2);
+        held.pop();
+        assert_eq!(all.join().unwrap().unwrap(), MIB);
+    });
+}
+
+#[test]
+fn what_a_transfer_kept_goes_with_the_next_block_that_is_taken() {
+    let fake = Fake::start();
+    let bench = Bench::new(&fake, 8 * MIB);
+    for waits in [true, false] {
+        let kept = Arc::new("table");
+        drop(bench.send(0, 1).unwrap().keeping(kept.clone()));
+        bench.stream.synchronize().unwrap();
+        let block = if waits {
+            bench.pool.take(MIB).unwrap()
+        } else {
+            bench.pool.try_take(MIB).unwrap().unwrap()
+        };
+        assert_eq!(Arc::strong_count(&kept), 1);
+        drop(block);
+    }
+}
+
+#[test]
 fn a_slow_stream_does_not_hold_back_blocks_of_others() {
     let fake = Fake::start();
     let bench = Bench::new(&fake, 8 * MIB);
