@@ -57,10 +57,16 @@ impl Budget {
 impl Budget {
     /// Waits until so many bytes could be reserved; false if they cannot in time.
     pub fn wait_for(&self, bytes: u64, at_most: Duration) -> bool {
+        let most = self.total_bytes.checked_sub(bytes);
+        most.is_some_and(|most| self.wait_until_used(most, at_most))
+    }
+
+    /// Waits until no more than so many bytes are in use; false if that takes longer.
+    pub fn wait_until_used(&self, at_most_bytes: u64, at_most: Duration) -> bool {
         let deadline = Instant::now() + at_most;
         let mut used = self.used_bytes.lock();
         loop {
-            if used.saturating_add(bytes) <= self.total_bytes {
+            if *used <= at_most_bytes {
                 return true;
             }
             if self.freed.wait_until(&mut used, deadline).timed_out() {

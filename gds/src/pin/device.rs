@@ -80,9 +80,19 @@ impl Device {
         }
     }
 
+    /// Evicts the pin longest out of use, and waits until its memory has come back: what is
+    /// just being written comes a moment later.
     fn evict_one(&self, keep: Option<PinId>) -> bool {
-        let mut candidates = self.candidates(keep).into_iter();
-        candidates.any(|pin| self.evict(&pin, "the device has no room"))
+        self.candidates(keep).into_iter().any(|pin| {
+            let bytes = pin.bytes();
+            let before = self.budget.used_bytes();
+            let evicted = self.evict(&pin, "the device has no room");
+            if evicted {
+                let after = before.saturating_sub(bytes);
+                self.budget.wait_until_used(after, EVICTION_WAIT);
+            }
+            evicted
+        })
     }
 
     fn evict(&self, pin: &Pin, cause: &str) -> bool {
@@ -137,11 +147,18 @@ impl Device {
         if evictable < missing {
             return Err(self.refusal(needed, evictable));
         }
+        let mut coming = 0;
         for pin in candidates {
-            if self.evict(&pin, "the budget has no room")
-                && let Ok(reservations) = self.reserve(count, bytes)
-            {
+            let freed = pin.bytes();
+            if !self.evict(&pin, "the budget has no room") {
+                continue;
+            }
+            if let Ok(reservations) = self.reserve(count, bytes) {
                 return Ok(reservations);
+            }
+            coming += freed;
+            if coming >= missing {
+                break;
             }
         }
         // Some of it is being written and comes back in a moment.

@@ -130,6 +130,46 @@ fn a_device_that_is_full_of_other_things_evicts_too_and_then_refuses() {
     assert_eq!(world.pins.devices()[0].used_bytes, status.device_bytes);
 }
 
+/// Holds a pin's memory for a moment, as a write that is under way does.
+fn being_written(world: &World, name: &str, millis: u64) -> std::thread::JoinHandle<()> {
+    let lease = world.pins.lease(name, 1, holder(9)).unwrap();
+    let (_, memory) = lease.pin.newest().unwrap();
+    drop(lease);
+    assert_eq!(world.pins.release_all(9), 1);
+    std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(millis));
+        drop(memory);
+    })
+}
+
+#[test]
+fn memory_of_an_evicted_pin_that_comes_a_moment_later_is_waited_for() {
+    let (world, _, _) = room_for(2);
+    for name in ["a", "b"] {
+        world.pins.pin(&named(name, PinMode::Frozen)).unwrap();
+    }
+    let writing = being_written(&world, "a", 200);
+    // It was used last; now it is longest out of use again.
+    drop(world.pins.lease("b", 1, holder(1)).unwrap());
+    world.pins.release_all(1);
+    world.pins.pin(&named("c", PinMode::Frozen)).unwrap();
+    assert!(world.pins.status("a").is_err());
+    assert!(world.pins.status("b").is_ok(), "one pin was enough");
+    assert_eq!(world.pins.devices()[0].evictions, 1);
+    writing.join().unwrap();
+}
+
+#[test]
+fn a_full_device_is_asked_again_once_the_evicted_pins_memory_is_back() {
+    let (world, _, bytes) = room_for(10);
+    world.pins.pin(&named("a", PinMode::Frozen)).unwrap();
+    let writing = being_written(&world, "a", 200);
+    world.backend.full_for.store(1, Ordering::Relaxed);
+    world.pins.pin(&named("b", PinMode::Frozen)).unwrap();
+    assert_eq!(world.pins.devices()[0].used_bytes, bytes);
+    writing.join().unwrap();
+}
+
 #[test]
 fn an_unpinned_pins_memory_goes_with_its_last_lease() {
     let (world, mut rng, _) = room_for(40);
