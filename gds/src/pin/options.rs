@@ -20,7 +20,8 @@ pub struct PinOptions {
     pub refill_over_rows: u64,
     /// Least time between two generations of a pin.
     pub min_interval: Duration,
-    /// How long to wait after a failure before the next try.
+    /// How long to wait after a failure before the next try; twice as long after each further one
+    /// in a row, up to a minute.
     pub retry_after: Duration,
     /// Refresh on threads. Without them the caller does, with [`super::Pins::refresh`].
     pub background: bool,

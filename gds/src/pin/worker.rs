@@ -11,6 +11,9 @@ use super::refresh::{Refresher, Step};
 /// How long a thread sleeps when nothing wakes it: bounds how long one of a retired pin lives.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
+/// How long to wait at most after one failure of several: each try may read the whole table.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
 /// Says so when the thread of a pin ends by a panic: the pin stays where it is.
 struct Watch(Arc<Pin>);
 
@@ -36,17 +39,20 @@ pub(crate) fn start(refresher: Refresher, options: Arc<PinOptions>) -> io::Resul
 
 fn run(mut refresher: Refresher, options: &PinOptions) {
     let pin = Arc::clone(refresher.pin());
+    let mut patience = Patience::new(options.retry_after);
     loop {
         let started = Instant::now();
         match refresher.step() {
             Step::Over => return,
             Step::Published => {
+                patience = Patience::new(options.retry_after);
                 let rest = options.min_interval.saturating_sub(started.elapsed());
                 if !rest.is_zero() {
                     pin.wait_retired(rest);
                 }
             }
             Step::Idle => {
+                patience = Patience::new(options.retry_after);
                 let table = &pin.spec.table;
                 table.wait_for(
                     |snapshot| pin.is_retired() || refresher.is_behind(snapshot),
@@ -57,8 +63,38 @@ fn run(mut refresher: Refresher, options: &PinOptions) {
             Step::Failed(error) => {
                 tracing::warn!(pin = pin.name(), %error, "a pin could not be refreshed");
                 pin.failed(error.to_string());
-                pin.wait_retired(options.retry_after);
+                pin.wait_retired(patience.wait());
             }
         }
+    }
+}
+
+/// How long to wait after failures: twice as long after each in a row.
+struct Patience {
+    next: Duration,
+}
+
+impl Patience {
+    fn new(first: Duration) -> Patience {
+        Patience { next: first }
+    }
+
+    fn wait(&mut self) -> Duration {
+        let now = self.next;
+        self.next = (now * 2).min(LONGEST_WAIT).max(now);
+        now
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_failure_in_a_row_waits_twice_as_long_up_to_a_minute() {
+        let mut patience = Patience::new(Duration::from_millis(500));
+        let waits: Vec<u128> = (0..9).map(|_| patience.wait().as_millis()).collect();
+        let expected = [500, 1000, 2000, 4000, 8000, 16_000, 32_000, 60_000, 60_000];
+        assert_eq!(waits, expected);
     }
 }

@@ -22,6 +22,8 @@ use std::time::Instant;
 
 use pinion_feature_store::Snapshot;
 
+use self::refill::Measured;
+
 use super::claim::Claim;
 use super::columns::Columns;
 use super::error::PinError;
@@ -57,6 +59,8 @@ pub(crate) struct Refresher {
     edits: VecDeque<(u64, Arc<Edits>)>,
     /// Edits cannot lead on from the head.
     refill: Option<Refill>,
+    /// What a refill that could not go on was measured to take.
+    measured: Measured,
 }
 
 /// The state that the edits lead to; at least the newest generation.
@@ -96,6 +100,7 @@ impl Refresher {
             head,
             edits: VecDeque::new(),
             refill: None,
+            measured: Measured::default(),
         }
     }
 

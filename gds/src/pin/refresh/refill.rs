@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use pinion_feature_store::Snapshot;
+use pinion_feature_store::{Snapshot, SnapshotId};
 
 use super::{Head, Refill, Refresher, Step, first, next_ring};
 use crate::backend::CopyPiece;
@@ -17,6 +17,28 @@ use crate::pin::index::MAX_ROWS;
 use crate::pin::keys::Epoch;
 use crate::pin::ring::{Ring, SlotMemory};
 
+/// What one snapshot takes, so that a refill that is tried again does not read it again.
+#[derive(Debug, Default)]
+pub(super) struct Measured(Option<((SnapshotId, u32), Used)>);
+
+impl Measured {
+    /// Of a snapshot and the version of its definition: as it was measured last, or by `measure`.
+    fn of(
+        &mut self,
+        snapshot: (SnapshotId, u32),
+        measure: impl FnOnce() -> Result<Used, PinError>,
+    ) -> Result<Used, PinError> {
+        if let Some((of, used)) = &self.0
+            && *of == snapshot
+        {
+            return Ok(used.clone());
+        }
+        let used = measure()?;
+        self.0 = Some((snapshot, used.clone()));
+        Ok(used)
+    }
+}
+
 impl Refresher {
     /// Fills the pin from the snapshot: a free slot if its layout has the room, else new slots.
     /// Where only rows are too many, new slots get a copy of the newest one.
@@ -27,18 +49,21 @@ impl Refresher {
             return self.more_rows(rows);
         }
         let columns = self.columns_of(snapshot)?;
-        let needed = columns.measure(snapshot)?;
+        let may_fit = columns == self.head.columns && why != Refill::Definition;
+        // Before the table is read to measure it.
+        if may_fit && !self.make_room() {
+            self.pin.stalled();
+            return Ok(Step::Stalled);
+        }
+        let of = (snapshot.id(), snapshot.definition_version());
+        let needed = self.measured.of(of, || columns.measure(snapshot))?;
         let (layout, _) = self.pin.ring().ok_or_else(|| self.pin.gone())?;
         let comfortable = self.options.refill_headroom().over(&needed);
-        let fits = columns == self.head.columns && layout.shape.fits(&comfortable);
-        if fits && why != Refill::Definition {
-            if !self.make_room() {
-                self.pin.stalled();
-                return Ok(Step::Stalled);
-            }
-            if let Some(claim) = self.pin.claim(false) {
-                return self.fill_slot(snapshot, columns, &claim);
-            }
+        if may_fit
+            && layout.shape.fits(&comfortable)
+            && let Some(claim) = self.pin.claim(false)
+        {
+            return self.fill_slot(snapshot, columns, &claim);
         }
         self.new_layout(snapshot, columns, &needed, &layout)
     }
@@ -196,5 +221,35 @@ impl Refresher {
         self.edits.clear();
         self.refill = None;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_is_measured_once_and_another_one_anew() {
+        let mut measured = Measured::default();
+        let snapshot = |sequence| SnapshotId { log: 1, sequence };
+        let failed = measured.of((snapshot(1), 1), || {
+            Err(PinError::Inconsistent {
+                problem: "told to fail".to_owned(),
+            })
+        });
+        assert!(failed.is_err());
+        let mut times = 0;
+        let asked = [(1, 1), (1, 1), (2, 1), (2, 2), (2, 2), (1, 1)];
+        for (sequence, version) in asked {
+            let used = measured.of((snapshot(sequence), version), || {
+                times += 1;
+                Ok(Used {
+                    rows: sequence * 10 + u64::from(version),
+                    parts: Vec::new(),
+                })
+            });
+            assert_eq!(used.unwrap().rows, sequence * 10 + u64::from(version));
+        }
+        assert_eq!(times, 4);
     }
 }
