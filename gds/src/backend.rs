@@ -202,6 +202,15 @@ impl Edits {
         self.bytes.len() as u64
     }
 
+    /// Bytes of host memory that they take, where each write goes too: small ones take more for
+    /// that than for what they write.
+    pub fn held_bytes(&self) -> u64 {
+        self.bytes() + self.writes.len() as u64 * Edits::WRITE_BYTES
+    }
+
+    /// What a write takes beside its bytes.
+    pub(crate) const WRITE_BYTES: u64 = size_of::<(u64, u32)>() as u64;
+
     /// Number of writes.
     pub fn len(&self) -> usize {
         self.writes.len()

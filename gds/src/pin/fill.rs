@@ -257,7 +257,7 @@ impl Filling<'_> {
     }
 
     fn flush_if_full(&mut self) -> Result<(), PinError> {
-        if self.encoder.sink.bytes() >= WRITE_AT_BYTES || self.pieces.len() >= LOAD_AT_PIECES {
+        if self.encoder.sink.held_bytes() >= WRITE_AT_BYTES || self.pieces.len() >= LOAD_AT_PIECES {
             self.flush()?;
         }
         Ok(())

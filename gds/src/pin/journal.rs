@@ -33,12 +33,36 @@ pub(crate) enum Before {
     Row(Option<u32>),
 }
 
+/// What the notes of a change take.
+fn note_bytes(index: &KeyIndex, plan: &Plan, present: &Keys) -> usize {
+    let removed = plan.removed.iter().map(|row| index.key(*row));
+    let moved = plan.moves.iter().map(|(from, _)| index.key(*from));
+    let added = plan.added.iter().map(|at| present.get(*at).0);
+    let keys = removed.chain(moved).chain(added);
+    keys.map(|key| 2 * key.len() + NOTE_BYTES).sum()
+}
+
 /// Bytes of a note beside its key: entries of the two maps.
 const NOTE_BYTES: usize = 96;
 
 impl Journal {
-    /// Notes what generation `number` is about to do to `index`.
-    pub fn note(&mut self, number: u64, index: &KeyIndex, plan: &Plan, present: &Keys) {
+    /// Notes what generation `number` is about to do to `index`. Where that alone takes more than
+    /// `max_bytes`, nothing older than it is answered for.
+    pub fn note(
+        &mut self,
+        number: u64,
+        index: &KeyIndex,
+        plan: &Plan,
+        present: &Keys,
+        max_bytes: usize,
+    ) {
+        if note_bytes(index, plan, present) > max_bytes {
+            *self = Journal {
+                forgotten_below: number,
+                ..Journal::default()
+            };
+            return;
+        }
         let mut noted = Vec::new();
         let mut note = |key: &[u8], before: Option<u32>| {
             let notes = self.notes.entry(key.into()).or_default();
@@ -133,6 +157,7 @@ mod tests {
         index: KeyIndex,
         journal: Journal,
         number: u64,
+        max_bytes: usize,
     }
 
     impl World {
@@ -140,7 +165,9 @@ mod tests {
             self.number += 1;
             let present = keys(present);
             let plan = self.index.plan(&present, &keys(gone));
-            self.journal.note(self.number, &self.index, &plan, &present);
+            let max_bytes = self.max_bytes;
+            self.journal
+                .note(self.number, &self.index, &plan, &present, max_bytes);
             self.index.apply(&plan, &present);
         }
 
@@ -157,6 +184,7 @@ mod tests {
             index: KeyIndex::default(),
             journal: Journal::default(),
             number: 0,
+            max_bytes: usize::MAX,
         };
         world.change(&["a", "b", "c", "d"], &[]);
         world
@@ -203,5 +231,22 @@ mod tests {
         world.journal.trim(4, usize::MAX);
         assert_eq!(world.journal.bytes(), 0);
         assert!(world.journal.notes.is_empty());
+    }
+
+    #[test]
+    fn a_change_that_alone_is_past_the_cap_leaves_no_note_and_no_answer() {
+        let mut world = world();
+        world.change(&["x"], &["a"]);
+        world.max_bytes = 3 * NOTE_BYTES;
+        let many = ["k1", "k2", "k3", "k4"];
+        world.change(&many, &[]);
+        assert_eq!(world.journal.bytes(), 0);
+        for older in [1, 2] {
+            assert_eq!(world.journal.at(older, b"b"), Err(Forgotten));
+        }
+        assert_eq!(world.row(3, "k4"), Some(7));
+        world.change(&[], &["k1"]);
+        assert_eq!(world.row(3, "k1"), Some(4), "later notes answer again");
+        assert_eq!(world.row(4, "k1"), None);
     }
 }

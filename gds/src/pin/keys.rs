@@ -120,7 +120,7 @@ impl Epoch {
     pub fn apply(&self, number: u64, plan: &Plan, present: &Keys) -> Result<(), PinError> {
         let mut indexed = self.indexed()?.write();
         let Indexed { index, journal } = &mut *indexed;
-        journal.note(number, index, plan, present);
+        journal.note(number, index, plan, present, self.journal_max_bytes);
         index.apply(plan, present);
         Ok(())
     }

@@ -12,11 +12,14 @@ pub struct PinOptions {
     pub budget_bytes: Option<u64>,
     /// Room of fresh pins beyond what they hold.
     pub headroom: Headroom,
-    /// Changes of rows that are kept per pin to answer for older generations that are leased.
+    /// Changes of rows that are kept per pin to answer for older generations that are leased. A
+    /// change that alone takes more is not kept, and no generation before it answered for.
     pub journal_max_bytes: usize,
-    /// Edits that are kept per pin for slots that are leased; slots further behind are copied.
+    /// Edits that are kept per pin for slots that are leased; slots further behind are copied. A
+    /// change whose rows and edits take more of the host fills the pin anew.
     pub edits_max_bytes: u64,
-    /// A change of more rows than this, and than half of the table, fills the pin anew.
+    /// A change of more rows than this, gone ones too, and than half of the table, fills the pin
+    /// anew.
     pub refill_over_rows: u64,
     /// Least time between two generations of a pin.
     pub min_interval: Duration,

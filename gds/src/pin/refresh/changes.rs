@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use arrow_array::cast::AsArray;
+use arrow_array::{Array, ArrayRef, RecordBatch};
+use arrow_schema::DataType;
 use pinion_feature_store::{Changed, ChangesSince, KeyedRows, Snapshot};
 
 use super::{Refill, Refresher};
@@ -18,6 +21,50 @@ struct Batch {
     rows: Vec<KeyedRows>,
     present: Keys,
     gone: Keys,
+}
+
+/// A change may take so many bytes of the host whatever the limit: less than is worth a refill.
+const LEAST_MOST_BYTES: u64 = 1 << 20;
+
+/// Bytes of the edits that write one row, without texts and elements of lists.
+fn row_bytes(shape: &Shape) -> u64 {
+    let mut buffers = Vec::new();
+    for column in &shape.columns {
+        column.node.row_buffers(1, &mut buffers);
+    }
+    let each = buffers.iter().map(|(_, width)| width + Edits::WRITE_BYTES);
+    each.sum()
+}
+
+/// Bytes of rows as they lie on the host; of texts and lists, as many again go into edits.
+fn batch_bytes(rows: &RecordBatch) -> u64 {
+    rows.columns().iter().map(array_bytes).sum()
+}
+
+/// Bytes of an array's own elements, not of those that it shares memory with.
+fn array_bytes(array: &ArrayRef) -> u64 {
+    let between = |values: &ArrayRef, first: usize, last: usize| {
+        array_bytes(&values.slice(first, last - first)) + array.len() as u64 * 8
+    };
+    match array.data_type() {
+        DataType::List(_) => {
+            let list = array.as_list::<i32>();
+            let ends = list.value_offsets();
+            between(list.values(), ends[0] as usize, ends[list.len()] as usize)
+        }
+        DataType::LargeList(_) => {
+            let list = array.as_list::<i64>();
+            let ends = list.value_offsets();
+            between(list.values(), ends[0] as usize, ends[list.len()] as usize)
+        }
+        DataType::Struct(_) => array.as_struct().columns().iter().map(array_bytes).sum(),
+        // Of a slice that does not say so itself, no more than what it shares.
+        _ => {
+            let data = array.to_data();
+            let bytes = data.get_slice_memory_size();
+            bytes.unwrap_or_else(|_| data.get_buffer_memory_size()) as u64
+        }
+    }
 }
 
 impl Refresher {
@@ -133,24 +180,31 @@ impl Refresher {
         (self.head.used.rows / 2).max(self.options.refill_over_rows)
     }
 
-    /// What changed since the head; `None` where a refill costs less, or is the only way.
+    /// What changed since the head; `None` where a refill costs less, would take less memory of
+    /// the host, or is the only way.
     fn changes(&self, snapshot: &Snapshot) -> Result<Option<Batch>, PinError> {
         let names = &self.head.columns.names;
         let since = snapshot.changes_since(&self.head.snapshot, Some(names))?;
         let ChangesSince::Changes(changes) = since else {
             return Ok(None);
         };
-        let most = self.most_rows();
+        let (layout, _) = self.pin.ring().ok_or_else(|| self.pin.gone())?;
+        let row_bytes = row_bytes(&layout.shape);
+        let most_bytes = self.options.edits_max_bytes.max(LEAST_MOST_BYTES);
         let mut batch = Batch::default();
+        let mut bytes = 0;
         for changed in changes {
             match changed? {
                 Changed::Rows(rows) => {
                     batch.present.append(&rows.keys, &rows.hashes);
+                    bytes += batch_bytes(&rows.batch);
                     batch.rows.push(rows);
                 }
                 Changed::Gone(gone) => batch.gone.append(&gone.keys, &gone.hashes),
             }
-            if batch.present.len() as u64 > most {
+            // A row that is gone is written too, with what was the last one.
+            let rows = (batch.present.len() + batch.gone.len()) as u64;
+            if rows > self.most_rows() || bytes + rows * row_bytes > most_bytes {
                 return Ok(None);
             }
         }
@@ -180,5 +234,31 @@ impl Refresher {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow_array::builder::{ListBuilder, StringBuilder};
+
+    use super::*;
+
+    #[test]
+    fn a_few_rows_of_a_large_batch_count_as_few() {
+        let mut tags = ListBuilder::new(StringBuilder::new());
+        for row in 0..1000 {
+            for _ in 0..row % 5 {
+                tags.values().append_value("x".repeat(100));
+            }
+            tags.append(true);
+        }
+        let tags: ArrayRef = Arc::new(tags.finish());
+        let all = array_bytes(&tags);
+        assert!((200_000..250_000).contains(&all), "{all}");
+        let few = array_bytes(&tags.slice(500, 10));
+        assert!((2000..2500).contains(&few), "{few}");
+        assert_eq!(array_bytes(&tags.slice(10, 0)), 0);
     }
 }

@@ -304,13 +304,13 @@ impl Refresher {
             self.edits.clear();
             return;
         };
-        let mut bytes: u64 = self.edits.iter().map(|(_, edits)| edits.bytes()).sum();
+        let mut bytes: u64 = self.edits.iter().map(|(_, edits)| edits.held_bytes()).sum();
         while let Some((number, edits)) = self.edits.front() {
             let unpublished = *number == self.head.number;
             if *number > oldest && (bytes <= self.options.edits_max_bytes || unpublished) {
                 return;
             }
-            bytes -= edits.bytes();
+            bytes -= edits.held_bytes();
             self.edits.pop_front();
         }
     }

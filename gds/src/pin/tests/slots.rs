@@ -393,3 +393,49 @@ fn a_stall_ends_when_the_change_that_was_held_up_is_taken_back() {
     world.refresh_and_compare();
     assert!(world.pins.status("items").unwrap().stall.is_none());
 }
+
+#[test]
+fn more_rows_gone_than_a_refill_costs_fill_the_pin_anew() {
+    let options = PinOptions {
+        refill_over_rows: 10,
+        ..by_hand()
+    };
+    let (world, _) = pinned(options, 2, 2);
+    world.delete(&keys(0..40));
+    world.refresh_and_compare();
+    assert_eq!(world.figures().compactions, 0);
+    world.delete(&keys(40..90));
+    world.refresh_and_compare();
+    assert_eq!(world.figures().compactions, 1);
+}
+
+#[test]
+fn a_change_that_takes_too_much_of_the_host_fills_the_pin_anew() {
+    let options = PinOptions {
+        edits_max_bytes: 2 << 20,
+        headroom: Headroom {
+            rows: 10_000,
+            parts: 8 << 20,
+            ..Headroom::default()
+        },
+        ..by_hand()
+    };
+    let (world, mut rng) = pinned(options, 2, 2);
+    // About 700 bytes a row.
+    world.put(&mut rng, &keys(0..500));
+    world.refresh_and_compare();
+    assert_eq!(world.figures().compactions, 0);
+    world.put(&mut rng, &keys(0..8000));
+    world.refresh_and_compare();
+    assert_eq!(world.figures().compactions, 1);
+    // Few rows, long texts.
+    let names = vec![Some("n".repeat(100_000)); 30];
+    let rows = world.rows(&mut rng, &keys(0..30));
+    let mut columns = rows.columns().to_vec();
+    let (at, _) = rows.schema().fields().find("name").unwrap();
+    columns[at] = std::sync::Arc::new(arrow_array::StringArray::from(names));
+    let rows = arrow_array::RecordBatch::try_new(rows.schema(), columns).unwrap();
+    world.commit(pinion_feature_store::Change::Upsert(rows));
+    world.refresh_and_compare();
+    assert_eq!(world.figures().compactions, 2);
+}
