@@ -207,9 +207,9 @@ impl PinLease for Leased {
         self.lease.row_ids(keys).map_err(refusal)
     }
 
-    fn checksums(&self) -> Result<Value, PinRefused> {
-        let checksums = self.lease.checksums().map_err(refusal)?;
-        Ok(checksums.iter().map(|buffer| buffer.to_json()).collect())
+    fn checksums(&self, go_on: &dyn Fn() -> bool) -> Result<Option<Value>, PinRefused> {
+        let checksums = self.lease.checksums_while(go_on).map_err(refusal)?;
+        Ok(checksums.map(|all| all.iter().map(|buffer| buffer.to_json()).collect()))
     }
 }
 
@@ -270,6 +270,10 @@ fn refusal(error: PinError) -> PinRefused {
         PinError::NameTaken { name, differs } => (
             PinRefusal::Differs,
             json!({"pin": name, "differs": differs}),
+        ),
+        PinError::Crowded { name, waiting } => (
+            PinRefusal::Crowded,
+            json!({"pin": name, "waiting": waiting}),
         ),
         PinError::BadName { name, .. } => (PinRefusal::Request, json!({"name": name})),
         PinError::Slots {

@@ -257,6 +257,7 @@ impl From<PinRefused> for Failure {
             PinRefusal::UnknownDevice => (Code::InvalidArgument, "UNKNOWN_DEVICE"),
             PinRefusal::Request => (Code::InvalidArgument, "PIN_REQUEST"),
             PinRefusal::Differs => (Code::FailedPrecondition, "PIN_DIFFERS"),
+            PinRefusal::Crowded => (Code::ResourceExhausted, "TOO_MANY_WAITERS"),
             PinRefusal::LayoutChanged => (Code::FailedPrecondition, "LAYOUT_CHANGED"),
             PinRefusal::Budget => (Code::ResourceExhausted, "PIN_BUDGET"),
             PinRefusal::DeviceMemory => (Code::ResourceExhausted, "DEVICE_MEMORY"),

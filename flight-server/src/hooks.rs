@@ -176,12 +176,13 @@ pub trait PinLease: Send + Sync {
     /// `Keys`, or `RowsForgotten`.
     fn row_ids(&self, keys: &RecordBatch) -> Result<Vec<i64>, PinRefused>;
 
-    /// The checksum of each buffer: a list of objects. Reads the whole pin back.
+    /// The checksum of each buffer: a list of objects. Reads the whole pin back, and asks
+    /// `go_on` every few MiB: `None` as soon as that says no.
     ///
     /// # Errors
     ///
     /// `Device`.
-    fn checksums(&self) -> Result<Value, PinRefused>;
+    fn checksums(&self, go_on: &dyn Fn() -> bool) -> Result<Option<Value>, PinRefused>;
 }
 
 /// Why something could not be done with a pin.
@@ -209,6 +210,8 @@ pub enum PinRefusal {
     Request,
     /// A pin of that name is there and differs.
     Differs,
+    /// It is being made, and many wait for it already.
+    Crowded,
     /// The layout that is mapped is not the pin's any more.
     LayoutChanged,
     /// The device's budget for pins is spent.

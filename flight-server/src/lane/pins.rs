@@ -15,6 +15,7 @@ use arrow_buffer::Buffer;
 use arrow_schema::SchemaRef;
 use parking_lot::Mutex;
 use pinion_feature_store::ipc_gate::{Admitted, Gate, GateLimits};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -269,13 +270,16 @@ impl Pins {
         Ok(lease.row_ids(&keys)?)
     }
 
-    /// CHECKSUM: what the server reads in a leased generation.
+    /// CHECKSUM: what the server reads in a leased generation. Ends early, and lets go of the
+    /// lease, when nobody waits for it any more.
     pub(super) fn checksums(&self, payload: &[u8]) -> Result<Value, Failure> {
         self.admit()?;
         let ChecksumBody {
             checksum: OneLease { lease },
         } = parse(payload, r#"CHECKSUM takes {"checksum": {"lease": NUMBER}}"#)?;
-        let checksums = self.lease(lease)?.checksums()?;
+        let go_on = || !self.book.lock().is_closed && !has_hung_up(&self.socket);
+        let checksums = self.lease(lease)?.checksums(&go_on)?;
+        let checksums = checksums.ok_or_else(peer_ended)?;
         Ok(json!({"buffers": checksums}))
     }
 
@@ -358,6 +362,13 @@ impl Pins {
     }
 }
 
+/// Whether the peer has closed the connection, or this side has.
+fn has_hung_up(socket: &UnixStream) -> bool {
+    let mut asked = [PollFd::new(socket, PollFlags::empty())];
+    let gone = PollFlags::HUP | PollFlags::ERR;
+    poll(&mut asked, Some(&Timespec::default())).is_ok() && asked[0].revents().intersects(gone)
+}
+
 /// Ends everything in a book, for good. Says how much there was.
 fn close(book: &Mutex<Book>) -> usize {
     let (mappings, leases) = {
@@ -415,16 +426,16 @@ mod tests {
     use std::sync::atomic::{AtomicI64, Ordering};
     use std::time::Duration;
 
-    /// Counts what is held; knows one pin, `p`.
+    /// Counts what is held; knows one pin, `p`, whose checksum takes so many steps.
     #[derive(Default)]
-    struct Counted(Arc<AtomicI64>);
+    struct Counted(Arc<AtomicI64>, Arc<AtomicI64>);
 
-    struct Guard(Arc<AtomicI64>);
+    struct Guard(Arc<AtomicI64>, Arc<AtomicI64>);
 
     impl Guard {
-        fn new(count: &Arc<AtomicI64>) -> Guard {
+        fn new(count: &Arc<AtomicI64>, steps: &Arc<AtomicI64>) -> Guard {
             count.fetch_add(1, Ordering::SeqCst);
-            Guard(Arc::clone(count))
+            Guard(Arc::clone(count), Arc::clone(steps))
         }
     }
 
@@ -458,14 +469,14 @@ mod tests {
                 schema: Arc::new(Schema::empty()),
                 bytes: 1,
                 descriptors: Vec::new(),
-                mapping: Box::new(Guard::new(&self.0)),
+                mapping: Box::new(Guard::new(&self.0, &self.1)),
             })
         }
     }
 
     impl PinMapping for Guard {
         fn lease(&self) -> Result<Box<dyn PinLease>, PinRefused> {
-            Ok(Box::new(Guard::new(&self.0)))
+            Ok(Box::new(Guard::new(&self.0, &self.1)))
         }
     }
 
@@ -476,8 +487,14 @@ mod tests {
         fn row_ids(&self, keys: &RecordBatch) -> Result<Vec<i64>, PinRefused> {
             Ok(vec![-1; keys.num_rows()])
         }
-        fn checksums(&self) -> Result<Value, PinRefused> {
-            Ok(json!([]))
+        fn checksums(&self, go_on: &dyn Fn() -> bool) -> Result<Option<Value>, PinRefused> {
+            for _ in 0..self.1.load(Ordering::SeqCst) {
+                if !go_on() {
+                    return Ok(None);
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Ok(Some(json!([])))
         }
     }
 
@@ -571,6 +588,35 @@ mod tests {
             assert_eq!(count.load(Ordering::SeqCst), 0);
         }
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_checksum_ends_when_its_peer_hangs_up() {
+        let runtime = runtime();
+        let control = Counted::default();
+        let (count, steps) = (Arc::clone(&control.0), Arc::clone(&control.1));
+        let control: Arc<dyn PinControl> = Arc::new(control);
+        let (mut pins, other) = pins(&runtime, None);
+        let mapped = pins.map(&control, PIN).unwrap();
+        let latest = format!(r#"{{"latest": {{"mapping": {}}}}}"#, mapped.mapping);
+        let lease = pins.latest(latest.as_bytes()).unwrap()["lease"]["id"].clone();
+        let command = format!(r#"{{"checksum": {{"lease": {lease}}}}}"#);
+        steps.store(3, Ordering::SeqCst);
+        assert_eq!(
+            pins.checksums(command.as_bytes()).unwrap()["buffers"],
+            json!([])
+        );
+        // Far longer than a test may take.
+        steps.store(600_000, Ordering::SeqCst);
+        std::thread::scope(|scope| {
+            let summing = scope.spawn(|| pins.checksums(command.as_bytes()));
+            std::thread::sleep(Duration::from_millis(30));
+            assert!(!summing.is_finished());
+            drop(other);
+            assert_eq!(word(summing.join().unwrap().unwrap_err()), "CANCELLED");
+        });
+        drop(pins);
+        assert_eq!(count.load(Ordering::SeqCst), 0);
     }
 
     #[test]

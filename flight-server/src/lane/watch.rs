@@ -2,7 +2,9 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::Interest;
@@ -50,11 +52,29 @@ pub(super) fn watch(
     let process: AsyncFd<OwnedFd> = AsyncFd::with_interest(process, Interest::READABLE)?;
     let task = runtime.spawn(async move {
         if process.readable().await.is_ok() {
-            // Memory that comes back may take a device's time.
-            tokio::task::spawn_blocking(ended);
+            on_a_thread(ended);
         }
     });
     Ok(Watched::Yes(Watch(task.abort_handle())))
+}
+
+/// Memory that comes back may take a device's time, and the runtime's own threads may all be busy
+/// with requests.
+fn on_a_thread(ended: impl FnOnce() + Send + 'static) {
+    let ended = Arc::new(Mutex::new(Some(ended)));
+    let later = Arc::clone(&ended);
+    let run = move || {
+        let ended = later.lock().take();
+        if let Some(ended) = ended {
+            ended();
+        }
+    };
+    let thread = std::thread::Builder::new().name("lane-ended".to_owned());
+    if thread.spawn(run).is_err()
+        && let Some(ended) = ended.lock().take()
+    {
+        tokio::task::spawn_blocking(ended);
+    }
 }
 
 impl Drop for Watch {
@@ -69,6 +89,27 @@ mod tests {
     use std::process::Command;
     use std::sync::mpsc;
     use std::time::Duration;
+
+    #[test]
+    fn the_end_of_a_process_is_told_though_the_runtimes_threads_are_busy() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (_hold, held) = mpsc::channel::<()>();
+        runtime.spawn_blocking(move || held.recv());
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let (tell, told) = mpsc::channel();
+        let watched = watch(runtime.handle(), child.id(), move || tell.send(()).unwrap()).unwrap();
+        child.kill().unwrap();
+        if matches!(watched, Watched::Yes(_)) {
+            told.recv_timeout(Duration::from_secs(5)).unwrap();
+        }
+        child.wait().unwrap();
+        drop(_hold);
+    }
 
     #[test]
     fn the_end_of_a_process_is_told_and_one_that_ended_is_known() {

@@ -40,6 +40,14 @@ pub enum PinError {
         /// Which members of the request differ: `mode`, `slots`, …
         differs: Vec<&'static str>,
     },
+    /// The pin is being made, and as many wait for it already as may.
+    #[error("pin {name:?} is being made, and {waiting} others wait for it; ask again later")]
+    Crowded {
+        /// The name.
+        name: String,
+        /// How many wait.
+        waiting: usize,
+    },
     /// A name that cannot be one.
     #[error("{name:?} is no name for a pin: {problem}")]
     BadName {

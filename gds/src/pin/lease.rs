@@ -125,6 +125,19 @@ impl Lease {
     ///
     /// The device's.
     pub fn checksums(&self) -> Result<Vec<BufferChecksum>, PinError> {
+        Ok(self.checksums_while(&|| true)?.unwrap_or_default())
+    }
+
+    /// The same as long as `go_on` says yes, which is asked every few MiB; `None` once it does
+    /// not.
+    ///
+    /// # Errors
+    ///
+    /// The device's.
+    pub fn checksums_while(
+        &self,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<Option<Vec<BufferChecksum>>, PinError> {
         let buffers = self.layout.shape.buffers(&self.generation.used);
         let mut found = Vec::with_capacity(buffers.len());
         let mut room = Vec::new();
@@ -132,6 +145,9 @@ impl Lease {
             let mut hash = crc32fast::Hasher::new();
             let mut done = 0;
             while done < buffer.bytes {
+                if !go_on() {
+                    return Ok(None);
+                }
                 let bytes = READ_BYTES.min(buffer.bytes - done);
                 room.resize(bytes as usize, 0);
                 self.read_bytes(buffer.offset + done, &mut room)?;
@@ -146,7 +162,7 @@ impl Lease {
                 crc32: hash.finalize(),
             });
         }
-        Ok(found)
+        Ok(Some(found))
     }
 
     /// The leased rows as Arrow, read back from the device; dictionaries as their plain values.

@@ -35,8 +35,7 @@ pub struct Pins {
     devices: Vec<Arc<Device>>,
     pins: Mutex<BTreeMap<PinId, Entry>>,
     leases: Mutex<HashMap<u64, Arc<Lease>>>,
-    /// Names of pins that are being made.
-    making: Mutex<BTreeSet<String>>,
+    turns: Mutex<Turns>,
     /// Signalled when one is made, or is not.
     made: Condvar,
     run: u32,
@@ -44,6 +43,17 @@ pub struct Pins {
     next_lease: AtomicU64,
     next_mapping: AtomicU64,
 }
+
+/// Who makes pins, by their names.
+#[derive(Default)]
+struct Turns {
+    making: BTreeSet<String>,
+    /// How many wait for each of them; none of them is 0.
+    waiting: BTreeMap<String, usize>,
+}
+
+/// Requests that wait for a pin that is being made, at most.
+pub(super) const MOST_WAITING: usize = 64;
 
 struct Entry {
     pin: Arc<Pin>,
@@ -76,7 +86,7 @@ impl Pins {
             devices,
             pins: Mutex::default(),
             leases: Mutex::default(),
-            making: Mutex::default(),
+            turns: Mutex::default(),
             made: Condvar::new(),
             run: random_run(),
             next_pin: AtomicU64::new(1),
@@ -91,11 +101,11 @@ impl Pins {
     /// # Errors
     ///
     /// See [`PinError`]; nothing is pinned then. `Budget` names the figures, `NameTaken` what
-    /// differs.
+    /// differs; `Crowded` comes from many who wait for the same pin.
     pub fn pin(&self, request: &PinRequest) -> Result<PinStatus, PinError> {
         let spec = self.spec(request)?;
         let device = self.device(request.device.as_ref())?;
-        let _making = self.make(&spec.name);
+        let _making = self.make(&spec.name)?;
         if let Some(found) = self.named(&spec.name) {
             let differs = found.differs(&spec, &device);
             return if differs.is_empty() {
@@ -111,15 +121,36 @@ impl Pins {
     }
 
     /// Waits until nobody else makes a pin of this name.
-    fn make(&self, name: &str) -> Making<'_> {
-        let mut making = self.making.lock();
-        while !making.insert(name.to_owned()) {
-            self.made.wait(&mut making);
+    ///
+    /// # Errors
+    ///
+    /// `Crowded`: each that waits is a thread that waits.
+    pub(super) fn make(&self, name: &str) -> Result<Making<'_>, PinError> {
+        let mut turns = self.turns.lock();
+        if turns.making.contains(name) {
+            let waiting = turns.waiting.entry(name.to_owned()).or_default();
+            if *waiting >= MOST_WAITING {
+                return Err(PinError::Crowded {
+                    name: name.to_owned(),
+                    waiting: *waiting,
+                });
+            }
+            *waiting += 1;
+            while turns.making.contains(name) {
+                self.made.wait(&mut turns);
+            }
+            if let Some(waiting) = turns.waiting.get_mut(name) {
+                *waiting -= 1;
+                if *waiting == 0 {
+                    turns.waiting.remove(name);
+                }
+            }
         }
-        Making {
+        turns.making.insert(name.to_owned());
+        Ok(Making {
             pins: self,
             name: name.to_owned(),
-        }
+        })
     }
 
     fn pin_new(&self, spec: Spec, device: Arc<Device>) -> Result<PinStatus, PinError> {
@@ -423,6 +454,12 @@ impl Pins {
         drop(gone);
     }
 
+    /// How many wait for a pin of this name that is being made.
+    #[cfg(test)]
+    pub(super) fn waiting(&self, name: &str) -> usize {
+        self.turns.lock().waiting.get(name).copied().unwrap_or(0)
+    }
+
     /// Panics where a rule does not hold.
     #[cfg(test)]
     pub(crate) fn check(&self) {
@@ -451,14 +488,15 @@ impl Drop for Pins {
 }
 
 /// The name of a pin that is being made.
-struct Making<'a> {
+#[must_use = "dropping it lets the next one make it"]
+pub(super) struct Making<'a> {
     pins: &'a Pins,
     name: String,
 }
 
 impl Drop for Making<'_> {
     fn drop(&mut self) {
-        self.pins.making.lock().remove(&self.name);
+        self.pins.turns.lock().making.remove(&self.name);
         self.pins.made.notify_all();
     }
 }

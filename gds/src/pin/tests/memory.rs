@@ -322,6 +322,52 @@ fn nothing_keeps_a_pin_that_is_out_of_use_and_not_held() {
     }
 }
 
+#[test]
+fn as_many_as_may_wait_for_a_pin_that_is_being_made_get_it_and_others_are_refused() {
+    use super::super::registry::MOST_WAITING;
+    let (world, _, _) = room_for(40);
+    let pins = &world.pins;
+    let same = named("a", PinMode::Frozen);
+    let ids = std::thread::scope(|scope| {
+        let making = pins.make("a").unwrap();
+        let waiters: Vec<_> = (0..MOST_WAITING)
+            .map(|_| scope.spawn(|| pins.pin(&same)))
+            .collect();
+        while pins.waiting("a") < MOST_WAITING {
+            std::thread::yield_now();
+        }
+        let refused = pins.pin(&same).unwrap_err();
+        assert!(matches!(refused, PinError::Crowded { .. }), "{refused}");
+        // One of another name waits for nobody.
+        pins.pin(&named("b", PinMode::Frozen)).unwrap();
+        drop(making);
+        let made = waiters.into_iter().map(|one| one.join().unwrap().unwrap().id);
+        made.collect::<Vec<PinId>>()
+    });
+    assert!(ids.iter().all(|id| *id == ids[0]));
+    assert_eq!(pins.waiting("a"), 0);
+    assert_eq!(pins.list().len(), 2);
+}
+
+#[test]
+fn checksums_end_as_soon_as_nobody_wants_them() {
+    let (world, _, _) = room_for(40);
+    world.pins.pin(&request(PinMode::Frozen)).unwrap();
+    let lease = world.lease(1);
+    let all = lease.checksums().unwrap();
+    let asked = std::cell::Cell::new(0);
+    let up_to = |most| {
+        asked.set(0);
+        lease.checksums_while(&|| {
+            asked.set(asked.get() + 1);
+            asked.get() <= most
+        })
+    };
+    assert_eq!(up_to(1_000_000).unwrap(), Some(all));
+    assert_eq!(up_to(2).unwrap(), None);
+    assert_eq!(asked.get(), 3);
+}
+
 /// One pin of the thousand steps, as the test sees it.
 struct Consumer {
     lease: Arc<Lease>,
