@@ -311,7 +311,10 @@ fn memfd_works() -> bool {
     )
     .and_then(|file| {
         ftruncate(&file, 4096)?;
-        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
+        // What keeps other processes from writing: kernels before 5.1 do not have it.
+        fcntl_add_seals(&file, SealFlags::FUTURE_WRITE)?;
+        fcntl_add_seals(&file, SealFlags::SEAL)
     })
     .is_ok()
 }
