@@ -1,7 +1,7 @@
 //! The pins of this process as the server sees them: requests in, what is lent and typed refusals
 //! out, and the metrics of pins.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use pinion_flight_server::{
 };
 use pinion_gds::{
     DeviceName, DeviceStatus, EncodeError, GdsError, Holder, LayoutError, Lease, Mapping, PinError,
-    PinRequest, PinStatus, Pins,
+    PinFigures, PinId, PinRequest, PinStatus, Pins,
 };
 use serde_json::{Map, Value, json};
 
@@ -24,6 +24,8 @@ pub struct DevicePins {
     pins: Arc<Pins>,
     /// Labels of gauges that were shown: those of pins that went are shown as 0.
     shown: Mutex<BTreeSet<(String, String)>>,
+    /// Of each labels' counters, what pins of before counted.
+    totals: Mutex<BTreeMap<(String, String), Totals>>,
 }
 
 impl DevicePins {
@@ -31,6 +33,7 @@ impl DevicePins {
         DevicePins {
             pins: Arc::new(pins),
             shown: Mutex::default(),
+            totals: Mutex::default(),
         }
     }
 
@@ -110,7 +113,14 @@ impl PinControl for DevicePins {
         }
         *shown = live;
         gauge!("pinion_pins").set(pins.iter().filter(|pin| pin.retired.is_none()).count() as f64);
-        pins.iter().for_each(record_pin);
+        let mut totals = self.totals.lock();
+        for pin in &pins {
+            record_pin(pin);
+            let totals = totals.entry(labels(pin)).or_insert(Totals::new(pin.id));
+            if totals.count(pin.id, pin.figures) {
+                record_figures(pin, totals);
+            }
+        }
         self.pins.devices().iter().for_each(record_device);
     }
 }
@@ -151,17 +161,54 @@ fn record_pin(pin: &PinStatus) {
     let stalled = pin.stall.as_ref();
     let stalled = stalled.map_or(0.0, |stall| stall.since.elapsed().as_secs_f64());
     set("pinion_pin_stalled_seconds", stalled);
-    let figures = &pin.figures;
+}
+
+fn record_figures(pin: &PinStatus, totals: &Totals) {
+    let (name, table) = labels(pin);
+    let total = |of: fn(&PinFigures) -> u64| of(&totals.before) + of(&totals.last);
     for (what, value) in [
-        ("pinion_pin_generations_total", figures.generations),
-        ("pinion_pin_rebuilds_total", figures.rebuilds),
-        ("pinion_pin_whole_copies_total", figures.whole_copies),
-        ("pinion_pin_stalls_total", figures.stalls),
-        ("pinion_pin_failures_total", figures.failures),
-        ("pinion_pin_changed_rows_total", figures.changed_rows),
-        ("pinion_pin_written_bytes_total", figures.written_bytes),
+        ("pinion_pin_generations_total", total(|f| f.generations)),
+        ("pinion_pin_rebuilds_total", total(|f| f.rebuilds)),
+        ("pinion_pin_whole_copies_total", total(|f| f.whole_copies)),
+        ("pinion_pin_stalls_total", total(|f| f.stalls)),
+        ("pinion_pin_failures_total", total(|f| f.failures)),
+        ("pinion_pin_changed_rows_total", total(|f| f.changed_rows)),
+        ("pinion_pin_written_bytes_total", total(|f| f.written_bytes)),
     ] {
         counter!(what, "pin" => name.clone(), "table" => table.clone()).absolute(value);
+    }
+}
+
+/// The counters of pins of one name, one after the other: each begins at 0, what is shown goes on.
+struct Totals {
+    /// Of all before this one.
+    before: PinFigures,
+    pin: PinId,
+    /// Of this one.
+    last: PinFigures,
+}
+
+impl Totals {
+    fn new(pin: PinId) -> Totals {
+        Totals {
+            before: PinFigures::default(),
+            pin,
+            last: PinFigures::default(),
+        }
+    }
+
+    /// Takes the figures of a pin. False for one that is held still after another has its name:
+    /// its figures are in `before`.
+    fn count(&mut self, pin: PinId, figures: PinFigures) -> bool {
+        if pin < self.pin {
+            return false;
+        }
+        if pin > self.pin {
+            self.before += self.last;
+            self.pin = pin;
+        }
+        self.last = figures;
+        true
     }
 }
 
@@ -379,6 +426,28 @@ mod tests {
         let host: Arc<dyn pinion_gds::Backend> = Arc::new(HostBackend::new("a test"));
         let pins = Pins::new(store.clone(), vec![host], options).unwrap();
         (store, DevicePins::new(pins))
+    }
+
+    #[test]
+    fn counters_of_a_pin_that_is_made_anew_go_on() {
+        let id = |number: u64| format!("p{number}-0000000a").parse::<PinId>().unwrap();
+        let figures = |generations| PinFigures {
+            generations,
+            ..PinFigures::default()
+        };
+        let mut totals = Totals::new(id(1));
+        let mut total = |pin, generations| {
+            totals.count(id(pin), figures(generations)).then(|| {
+                assert_eq!(totals.before.changed_rows, 0);
+                totals.before.generations + totals.last.generations
+            })
+        };
+        assert_eq!(total(1, 5), Some(5));
+        assert_eq!(total(1, 7), Some(7));
+        assert_eq!(total(2, 0), Some(7));
+        assert_eq!(total(1, 7), None, "a mapping of the former one is left");
+        assert_eq!(total(2, 3), Some(10));
+        assert_eq!(total(9, 1), Some(11));
     }
 
     #[test]

@@ -168,6 +168,22 @@ impl PinStatus {
     }
 }
 
+impl std::ops::AddAssign for PinFigures {
+    fn add_assign(&mut self, other: PinFigures) {
+        self.generations += other.generations;
+        self.rebuilds += other.rebuilds;
+        self.compactions += other.compactions;
+        self.whole_copies += other.whole_copies;
+        self.grown_slots += other.grown_slots;
+        self.stalls += other.stalls;
+        self.failures += other.failures;
+        self.changed_rows += other.changed_rows;
+        self.edit_bytes += other.edit_bytes;
+        self.written_bytes += other.written_bytes;
+        self.copied_bytes += other.copied_bytes;
+    }
+}
+
 impl PinFigures {
     fn of(pin: &Pin) -> PinFigures {
         let counters = &pin.counters;
