@@ -173,10 +173,7 @@ fn in_time<T: Send + 'static>(
 /// # Errors
 ///
 /// The first one, if nothing is left.
-fn usable<T>(
-    count: u32,
-    make: impl Fn(u32) -> Result<T, GdsError>,
-) -> Result<Vec<T>, GdsError> {
+fn usable<T>(count: u32, make: impl Fn(u32) -> Result<T, GdsError>) -> Result<Vec<T>, GdsError> {
     let (mut made, mut first_error) = (Vec::new(), None);
     for ordinal in 0..count {
         match make(ordinal) {

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow_array::RecordBatch;
 use metrics::{counter, gauge};
@@ -18,6 +19,9 @@ use pinion_gds::{
     PinFigures, PinId, PinRequest, PinStatus, Pins,
 };
 use serde_json::{Map, Value, json};
+
+/// How long the end of the process waits for devices.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
 
 /// The pins as the Flight server sees them.
 pub struct DevicePins {
@@ -37,11 +41,10 @@ impl DevicePins {
         }
     }
 
-    /// Takes every pin out of use.
+    /// Takes every pin out of use. Waits a few seconds for what is at work on a device.
     pub fn stop(&self) {
-        for pin in self.pins.list() {
-            // One that went meanwhile is gone as well.
-            let _ = self.pins.unpin(&pin.id.to_string());
+        if !self.pins.stop(STOP_LIMIT) {
+            tracing::warn!(limit = ?STOP_LIMIT, "a device is still at work on a pin; it is not waited for");
         }
     }
 }

@@ -98,7 +98,7 @@ mod tests {
             .enable_all()
             .build()
             .unwrap();
-        let (_hold, held) = mpsc::channel::<()>();
+        let (hold, held) = mpsc::channel::<()>();
         runtime.spawn_blocking(move || held.recv());
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let (tell, told) = mpsc::channel();
@@ -108,7 +108,7 @@ mod tests {
             told.recv_timeout(Duration::from_secs(5)).unwrap();
         }
         child.wait().unwrap();
-        drop(_hold);
+        drop(hold);
     }
 
     #[test]

@@ -97,11 +97,11 @@ pub(crate) struct Filled {
 }
 
 /// Fills a region with all latest rows of a snapshot, in the order of
-/// [`Snapshot::latest_rows`], from row 0 on.
+/// [`Snapshot::latest_rows`], from row 0 on. Asks `go_on` before each batch of rows.
 ///
 /// # Errors
 ///
-/// After any the region holds anything.
+/// Those of `go_on` too. After any the region holds anything.
 pub(crate) fn fill(
     backend: &dyn Backend,
     region: &Region,
@@ -109,6 +109,7 @@ pub(crate) fn fill(
     snapshot: &Snapshot,
     columns: &Columns,
     with_index: bool,
+    go_on: &dyn Fn() -> Result<(), PinError>,
 ) -> Result<Filled, PinError> {
     let started = Instant::now();
     let none = Used {
@@ -139,6 +140,7 @@ pub(crate) fn fill(
         },
     };
     for rows in snapshot.latest_rows(Some(&columns.names))? {
+        go_on()?;
         filling.add(&rows?)?;
     }
     filling.flush()?;

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use pinion_feature_store::Store;
@@ -38,6 +39,10 @@ pub struct Pins {
     turns: Mutex<Turns>,
     /// Signalled when one is made, or is not.
     made: Condvar,
+    /// Set for good: no pin is made any more.
+    stopping: AtomicBool,
+    /// Of fresh pins; some may have ended.
+    threads: Mutex<Vec<JoinHandle<()>>>,
     run: u32,
     next_pin: AtomicU64,
     next_lease: AtomicU64,
@@ -88,6 +93,8 @@ impl Pins {
             leases: Mutex::default(),
             turns: Mutex::default(),
             made: Condvar::new(),
+            stopping: AtomicBool::new(false),
+            threads: Mutex::default(),
             run: random_run(),
             next_pin: AtomicU64::new(1),
             next_lease: AtomicU64::new(1),
@@ -106,6 +113,7 @@ impl Pins {
         let spec = self.spec(request)?;
         let device = self.device(request.device.as_ref())?;
         let _making = self.make(&spec.name)?;
+        self.check_open(&spec.name)?;
         if let Some(found) = self.named(&spec.name) {
             let differs = found.differs(&spec, &device);
             return if differs.is_empty() {
@@ -167,7 +175,8 @@ impl Pins {
         let memory = device.allocate(spec.slots, shape.slot_bytes, None)?;
         let region = &first(&memory)?.region;
         let backend = device.backend.as_ref();
-        let filled = fill(backend, region, &shape, &snapshot, &columns, fresh)?;
+        let go_on = || self.check_open(&spec.name);
+        let filled = fill(backend, region, &shape, &snapshot, &columns, fresh, &go_on)?;
         let epoch = match filled.index {
             Some(index) => {
                 let journal_max_bytes = self.options.journal_max_bytes;
@@ -230,15 +239,20 @@ impl Pins {
     /// Lists a pin that is in place, and starts what keeps it fresh.
     fn enter(&self, pin: Arc<Pin>, head: Head) -> Result<PinStatus, PinError> {
         let mut pins = self.pins.lock();
+        // Under the lock, which `stop` takes after it has said so.
+        self.check_open(pin.name())?;
         let mut refresher = None;
         if pin.spec.mode == PinMode::Fresh {
             let made = Refresher::new(Arc::clone(&pin), Arc::clone(&self.options), head);
             if self.options.background {
                 let options = Arc::clone(&self.options);
-                worker::start(made, options).map_err(|source| PinError::Io {
+                let thread = worker::start(made, options).map_err(|source| PinError::Io {
                     action: "start the thread of a pin".to_owned(),
                     source,
                 })?;
+                let mut threads = self.threads.lock();
+                threads.retain(|thread| !thread.is_finished());
+                threads.push(thread);
             } else {
                 refresher = Some(Arc::new(Mutex::new(made)));
             }
@@ -278,6 +292,39 @@ impl Pins {
         }
         self.sweep();
         Ok(PinStatus::of(&found))
+    }
+
+    /// Takes every pin out of use, for good: pins that are being made are given up, and new ones
+    /// refused with `Gone`. Waits for what is at work on a device, but at most so long; says
+    /// whether nothing is any more.
+    pub fn stop(&self, at_most: Duration) -> bool {
+        let deadline = Instant::now() + at_most;
+        self.stopping.store(true, Ordering::SeqCst);
+        let pins: Vec<Arc<Pin>> = {
+            let pins = self.pins.lock();
+            pins.values().map(|entry| Arc::clone(&entry.pin)).collect()
+        };
+        for pin in pins {
+            pin.unpin();
+        }
+        self.sweep();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        let ended = worker::join_all(threads, deadline);
+        let mut turns = self.turns.lock();
+        while !turns.making.is_empty() {
+            if self.made.wait_until(&mut turns, deadline).timed_out() {
+                return false;
+            }
+        }
+        ended
+    }
+
+    fn check_open(&self, pin: &str) -> Result<(), PinError> {
+        if self.stopping.load(Ordering::SeqCst) {
+            let pin = pin.to_owned();
+            return Err(PinError::Gone { pin });
+        }
+        Ok(())
     }
 
     /// Every pin, and former ones that are leased or mapped still; by id.

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::options::PinOptions;
@@ -27,14 +28,30 @@ impl Drop for Watch {
 }
 
 /// Starts the thread; it ends with the pin.
-pub(crate) fn start(refresher: Refresher, options: Arc<PinOptions>) -> io::Result<()> {
+pub(crate) fn start(refresher: Refresher, options: Arc<PinOptions>) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name("pin-refresh".to_owned())
         .spawn(move || {
             let _watch = Watch(Arc::clone(refresher.pin()));
             run(refresher, &options);
         })
-        .map(drop)
+}
+
+/// Waits for threads whose pins are out of use, until a deadline. Says whether all have ended.
+pub(crate) fn join_all(threads: Vec<JoinHandle<()>>, deadline: Instant) -> bool {
+    let mut all = true;
+    for thread in threads {
+        // The library knows no wait with an end.
+        while !thread.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        all &= thread.is_finished();
+        if thread.is_finished() {
+            // A panic was told of when it happened.
+            let _ = thread.join();
+        }
+    }
+    all
 }
 
 fn run(mut refresher: Refresher, options: &PinOptions) {

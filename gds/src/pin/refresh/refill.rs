@@ -164,6 +164,7 @@ impl Refresher {
             snapshot,
             &columns,
             true,
+            &|| self.go_on(),
         )?;
         let bytes = filled.report.bytes();
         self.lead_from(snapshot, columns, filled)?;
@@ -190,6 +191,7 @@ impl Refresher {
             snapshot,
             &columns,
             true,
+            &|| self.go_on(),
         )?;
         let bytes = filled.report.bytes();
         self.lead_from(snapshot, columns, filled)?;
@@ -197,6 +199,14 @@ impl Refresher {
         counters.written_bytes.fetch_add(bytes, Ordering::Relaxed);
         let generation = self.generation(before.number + 1, 0, bytes);
         Ok(self.install(shape, memory, before, generation))
+    }
+
+    /// A pin that is out of use need not be filled to the end.
+    fn go_on(&self) -> Result<(), PinError> {
+        if self.pin.is_retired() {
+            return Err(self.pin.gone());
+        }
+        Ok(())
     }
 
     /// Makes a filled slot the head, in an epoch of its own.

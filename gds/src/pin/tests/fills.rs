@@ -1,5 +1,8 @@
 //! First fills, frozen pins, and what is refused.
 
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
@@ -184,4 +187,42 @@ fn requests_that_cannot_be_met_say_what_to_change() {
     let lease = world.lease(1);
     let others = world.pins.release(lease.id(), 2).unwrap_err();
     assert!(matches!(others, PinError::UnknownLease { .. }));
+}
+
+#[test]
+fn a_stop_gives_up_pins_that_are_being_made_and_waits_for_the_others_threads() {
+    let options = PinOptions {
+        background: true,
+        ..by_hand()
+    };
+    let world = World::with(PLAIN, options, Watched::new(1 << 40));
+    let mut rng = StdRng::seed_from_u64(3);
+    let segments = 30;
+    for segment in 0..segments {
+        world.put(&mut rng, &keys(segment * 2000..(segment + 1) * 2000));
+        world.table.flush().unwrap();
+    }
+    let pins = &world.pins;
+    pins.pin(&request(PinMode::Fresh)).unwrap();
+    let calls = || world.backend.calls.load(Ordering::Relaxed);
+    let before = calls();
+    world.backend.load_millis.store(20, Ordering::Relaxed);
+    let slow = PinRequest {
+        name: Some("slow".to_owned()),
+        ..request(PinMode::Frozen)
+    };
+    std::thread::scope(|scope| {
+        let making = scope.spawn(|| pins.pin(&slow));
+        while calls() < before + 3 {
+            std::thread::yield_now();
+        }
+        assert!(pins.stop(Duration::from_secs(30)));
+        assert!(calls() < before + segments as u64);
+        let given_up = making.join().unwrap().unwrap_err();
+        assert!(matches!(given_up, PinError::Gone { .. }), "{given_up}");
+    });
+    assert_eq!(pins.devices()[0].used_bytes, 0, "no thread keeps memory");
+    assert!(pins.list().is_empty());
+    let refused = pins.pin(&request(PinMode::Fresh)).unwrap_err();
+    assert!(matches!(refused, PinError::Gone { .. }), "{refused}");
 }

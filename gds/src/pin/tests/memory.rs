@@ -341,7 +341,9 @@ fn as_many_as_may_wait_for_a_pin_that_is_being_made_get_it_and_others_are_refuse
         // One of another name waits for nobody.
         pins.pin(&named("b", PinMode::Frozen)).unwrap();
         drop(making);
-        let made = waiters.into_iter().map(|one| one.join().unwrap().unwrap().id);
+        let made = waiters
+            .into_iter()
+            .map(|one| one.join().unwrap().unwrap().id);
         made.collect::<Vec<PinId>>()
     });
     assert!(ids.iter().all(|id| *id == ids[0]));

@@ -70,6 +70,8 @@ pub struct Watched {
     /// Allocations that find no room.
     pub full_for: AtomicI64,
     pub calls: AtomicU64,
+    /// How long each load takes.
+    pub load_millis: AtomicU64,
     pub written_bytes: AtomicU64,
     free_bytes: u64,
 }
@@ -81,6 +83,7 @@ impl Watched {
             fail_in: AtomicI64::new(-1),
             full_for: AtomicI64::new(0),
             calls: AtomicU64::new(0),
+            load_millis: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
             free_bytes,
         })
@@ -131,6 +134,8 @@ impl Backend for Watched {
 
     fn load(&self, f: &DmaFile, pieces: &[Piece], to: &Region) -> Result<LoadReport, GdsError> {
         self.call("load")?;
+        let millis = self.load_millis.load(Ordering::Relaxed);
+        std::thread::sleep(std::time::Duration::from_millis(millis));
         self.inner.load(f, pieces, to)
     }
 
