@@ -87,7 +87,7 @@ impl ProbeReport {
         }
         vec![Reason::new(
             "anonymous shared memory (memfd_create with seals) is refused",
-            "allow the system call memfd_create in the sandbox's filter",
+            "allow the system call memfd_create in the sandbox's filter; a kernel before 5.1 lacks a seal",
         )]
     }
 

@@ -259,6 +259,6 @@ mod tests {
         assert!((200_000..250_000).contains(&all), "{all}");
         let few = array_bytes(&tags.slice(500, 10));
         assert!((2000..2500).contains(&few), "{few}");
-        assert_eq!(array_bytes(&tags.slice(10, 0)), 0);
+        assert!(array_bytes(&tags.slice(10, 0)) < 16);
     }
 }
