@@ -49,6 +49,7 @@ fn main() -> Result<(), Failure> {
         features: None,
         device: None,
         mode: PinMode::Fresh,
+        form: None,
         slots: Some(3),
         max_slots: Some(4),
         name: None,
