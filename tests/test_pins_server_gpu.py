@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import pinion
 import pytest
 
 from support import gpu as fake
@@ -56,6 +57,10 @@ def test_a_table_on_a_gpu_is_read_equal_by_another_process_and_follows(store, gp
         assert kinds == [("cuda", path), ("host", "host")]
         client.put("items", items(range(5000)))
         client.action("merge", {"table": "items"})
+        # A clean table: on the host it would be lent.
+        with pytest.raises(pinion.InvalidArgument) as refused:
+            client.action("pin", {"table": "items", "mode": "frozen", "device": 0, "layout": "segments"})
+        assert refused.value.error == "PIN_REQUEST" and "files cannot be mapped on" in refused.value.message
         client.put("items", items(range(100, 200), 1))
         for mode in ("frozen", "fresh"):
             for version in (2, 3):

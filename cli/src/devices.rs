@@ -43,10 +43,13 @@ impl Devices {
     /// Nothing as fast as `gds.require` works here: the probe's reasons, and what to change.
     pub fn open(config: &Config, data: &Path) -> CliResult<Devices> {
         let settings = load_settings(config);
-        let options = PinOptions {
+        let mut options = PinOptions {
             budget_bytes: config.bytes("gds.budget_bytes"),
             ..PinOptions::default()
         };
+        if let Some(bytes) = config.bytes("gds.stale_max_bytes") {
+            options.stale_max_bytes = bytes;
+        }
         if settings.load_path == Some(LoadPath::Host) && settings.require.is_none() {
             return Ok(Devices {
                 options,

@@ -11,12 +11,12 @@ use metrics::{counter, gauge};
 use parking_lot::Mutex;
 use pinion_feature_store::ReadError;
 use pinion_flight_server::{
-    LentPin, PinCommand, PinControl, PinDevice, PinHolder, PinLease, PinMapping, PinMode,
-    PinRefusal, PinRefused,
+    LentFiles, LentPin, PinCommand, PinControl, PinDevice, PinHolder, PinLayout, PinLease,
+    PinMapping, PinMode, PinRefusal, PinRefused,
 };
 use pinion_gds::{
     DeviceName, DeviceStatus, EncodeError, GdsError, Holder, LayoutError, Lease, Mapping, PinError,
-    PinFigures, PinId, PinRequest, PinStatus, Pins,
+    PinFigures, PinForm, PinId, PinRequest, PinStatus, Pins,
 };
 use serde_json::{Map, Value, json};
 
@@ -59,6 +59,11 @@ impl PinControl for DevicePins {
                 PinMode::Fresh => pinion_gds::PinMode::Fresh,
                 PinMode::Frozen => pinion_gds::PinMode::Frozen,
             },
+            form: match what.layout {
+                PinLayout::Auto => None,
+                PinLayout::Segments => Some(PinForm::Segments),
+                PinLayout::Columns => Some(PinForm::Columns),
+            },
             slots: what.slots,
             max_slots: what.max_slots,
             name: what.name.clone(),
@@ -87,6 +92,7 @@ impl PinControl for DevicePins {
         let shared = self.pins.share(pin, holder).map_err(|error| match error {
             // Nothing but the making of descriptors asks the device here.
             PinError::Device(source) => refused(PinRefusal::Lend, &source, json!({"pin": pin})),
+            PinError::Io { .. } => refused(PinRefusal::Lend, &error, json!({"pin": pin})),
             other => refusal(other),
         })?;
         let mapping = shared.mapping;
@@ -96,6 +102,7 @@ impl PinControl for DevicePins {
             schema: mapping.schema(),
             bytes: mapping.bytes(),
             descriptors: shared.descriptors,
+            files: lent_files(&mapping),
             mapping: Box::new(Mapped {
                 pins: Arc::clone(&self.pins),
                 id: mapping.pin().to_string(),
@@ -128,11 +135,28 @@ impl PinControl for DevicePins {
     }
 }
 
+fn lent_files(mapping: &Mapping) -> Option<LentFiles> {
+    let files = mapping.files()?;
+    let table = files.table();
+    let each = files.files().map(|part| {
+        let file = part.file;
+        ((table, file.segment()), file.bytes())
+    });
+    Some(LentFiles {
+        pin: mapping.name().to_owned(),
+        table: mapping.table(),
+        snapshot: mapping.newest().snapshot.to_string(),
+        files: each.collect(),
+    })
+}
+
 /// What `record_pin` sets.
 const PIN_GAUGES: &[&str] = &[
     "pinion_pin_rows",
     "pinion_pin_device_bytes",
     "pinion_pin_host_bytes",
+    "pinion_pin_file_bytes",
+    "pinion_pin_stale_file_bytes",
     "pinion_pin_generation",
     "pinion_pin_generation_age_seconds",
     "pinion_pin_leases",
@@ -153,6 +177,9 @@ fn record_pin(pin: &PinStatus) {
     set("pinion_pin_rows", newest.map_or(0.0, |g| g.rows() as f64));
     set("pinion_pin_device_bytes", pin.device_bytes as f64);
     set("pinion_pin_host_bytes", pin.host_bytes as f64);
+    let files = pin.files.unwrap_or_default();
+    set("pinion_pin_file_bytes", files.bytes as f64);
+    set("pinion_pin_stale_file_bytes", files.stale_bytes as f64);
     set(
         "pinion_pin_generation",
         newest.map_or(0.0, |g| g.number as f64),
@@ -350,7 +377,11 @@ fn refusal(error: PinError) -> PinRefused {
             PinRefusal::Request,
             json!({"slots": slots, "max_slots": max_slots}),
         ),
-        PinError::Features { .. } => (PinRefusal::Request, json!({})),
+        PinError::Features { .. } | PinError::Form { .. } => (PinRefusal::Request, json!({})),
+        PinError::NotClean { table, why } => (
+            PinRefusal::NotClean,
+            json!({"table": table, "cause": why.cause(), "rows": why.rows()}),
+        ),
         PinError::UnknownDevice { device, known } => {
             let known: Vec<String> = known.iter().map(ToString::to_string).collect();
             let device = device.to_string();

@@ -14,6 +14,7 @@
 mod catalog;
 mod changes;
 mod check;
+mod clean;
 mod commit;
 mod compat;
 mod dead_letters;
@@ -50,6 +51,7 @@ pub use changes::{
     SegmentFile,
 };
 pub use check::{CheckProblem, CheckReport};
+pub use clean::{CleanFile, CleanSnapshot, NotClean, Remedy};
 pub use commit::{Change, Commit, DeadLetter, Receipt, WriteToken};
 pub use dead_letters::{
     DeadLetterCounts, DeadLetterId, DeadLetterPage, NotADeadLetterId, StoredDeadLetter,

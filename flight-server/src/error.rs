@@ -256,6 +256,7 @@ impl From<PinRefused> for Failure {
             PinRefusal::UnknownPin => (Code::NotFound, "UNKNOWN_PIN"),
             PinRefusal::UnknownDevice => (Code::InvalidArgument, "UNKNOWN_DEVICE"),
             PinRefusal::Request => (Code::InvalidArgument, "PIN_REQUEST"),
+            PinRefusal::NotClean => (Code::FailedPrecondition, "PIN_NOT_CLEAN"),
             PinRefusal::Differs => (Code::FailedPrecondition, "PIN_DIFFERS"),
             PinRefusal::Crowded => (Code::ResourceExhausted, "TOO_MANY_WAITERS"),
             PinRefusal::LayoutChanged => (Code::FailedPrecondition, "LAYOUT_CHANGED"),

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
-use pinion_feature_store::{DeadLetterId, Table};
+use pinion_feature_store::segment::SegmentId;
+use pinion_feature_store::{DeadLetterId, Table, TableId};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -96,6 +97,9 @@ pub struct PinCommand {
     /// Whether it follows the table.
     #[serde(default)]
     pub mode: PinMode,
+    /// How its rows are to lie.
+    #[serde(default, skip_serializing_if = "PinLayout::is_auto")]
+    pub layout: PinLayout,
     /// Copies at the start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slots: Option<u32>,
@@ -128,6 +132,25 @@ pub enum PinMode {
     Frozen,
 }
 
+/// How the rows of a pin are to lie.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PinLayout {
+    /// In the table's own files where that is possible, else copied.
+    #[default]
+    Auto,
+    /// In the table's own files, which are lent; nothing is copied.
+    Segments,
+    /// Copied, in the layout of pins.
+    Columns,
+}
+
+impl PinLayout {
+    fn is_auto(&self) -> bool {
+        *self == PinLayout::Auto
+    }
+}
+
 /// Who a pin is lent to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PinHolder {
@@ -137,7 +160,7 @@ pub struct PinHolder {
     pub pid: u32,
 }
 
-/// The slots of a pin, lent to one peer.
+/// The slots of a pin, or a table's files in their place, lent to one peer.
 pub struct LentPin {
     /// What the peer is told: `pin`, `name`, `table`, `key`, `layout`, `generation`.
     pub about: Map<String, Value>,
@@ -147,13 +170,28 @@ pub struct LentPin {
     pub schema: SchemaRef,
     /// Bytes that the mapping keeps.
     pub bytes: u64,
-    /// One for each slot, in order.
+    /// One for each slot, in order; or for each file.
     pub descriptors: Vec<OwnedFd>,
+    /// The table's files, where those are lent.
+    pub files: Option<LentFiles>,
     /// Keeps the memory.
     pub mapping: Box<dyn PinMapping>,
 }
 
-/// Slots that a peer has mapped. Dropping it says that they are unmapped; it may give memory
+/// Files of a table, which a peer's mapping keeps on disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LentFiles {
+    /// The pin's name.
+    pub pin: String,
+    /// The table's name.
+    pub table: String,
+    /// The snapshot's id.
+    pub snapshot: String,
+    /// Each file, and its bytes.
+    pub files: Vec<((TableId, SegmentId), u64)>,
+}
+
+/// Slots, or files, that a peer has mapped. Dropping it says that they are unmapped; it may give memory
 /// back.
 pub trait PinMapping: Send + Sync {
     /// Leases the newest generation. Never waits.
@@ -208,6 +246,8 @@ pub enum PinRefusal {
     UnknownDevice,
     /// The request cannot be met by any server: names, numbers, features, types.
     Request,
+    /// The table cannot be lent as it lies, where that was asked for.
+    NotClean,
     /// A pin of that name is there and differs.
     Differs,
     /// It is being made, and many wait for it already.

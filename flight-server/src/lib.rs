@@ -54,7 +54,7 @@ pub use command::{
 pub use config::{ConfigError, LaneConfig, Sendfile, ServerConfig};
 pub use error::ERROR_DETAILS_KEY;
 pub use hooks::{
-    Hooks, LentPin, PinCommand, PinControl, PinDevice, PinHolder, PinLease, PinMapping, PinMode,
-    PinRefusal, PinRefused, SourceControl,
+    Hooks, LentFiles, LentPin, PinCommand, PinControl, PinDevice, PinHolder, PinLayout, PinLease,
+    PinMapping, PinMode, PinRefusal, PinRefused, SourceControl,
 };
 pub use serve::{BoundAddresses, ServeError, serve};

@@ -13,7 +13,7 @@ use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use pinion_feature_store::{Store, StoreOptions};
-use pinion_gds::{Backend, DmaFile, HostBackend, Piece, PinMode, PinOptions, PinRequest, Pins};
+use pinion_gds::{Backend, DmaFile, HostBackend, Piece, PinForm, PinMode, PinOptions, PinRequest, Pins};
 use serde_json::{Value, json};
 
 type Failure = Box<dyn std::error::Error>;
@@ -58,6 +58,8 @@ fn pin(data: &str, table: &str, mode: PinMode) -> Result<Value, Failure> {
         features: None,
         device: None,
         mode,
+        // Lent, nothing would be loaded.
+        form: Some(PinForm::Columns),
         slots: None,
         max_slots: None,
         name: None,

@@ -70,6 +70,7 @@ fn main() -> Result<(), Failure> {
         features: None,
         device: None,
         mode: PinMode::Fresh,
+        form: None,
         slots: Some(options.slots),
         max_slots: Some(options.max_slots),
         name: None,

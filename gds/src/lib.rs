@@ -46,9 +46,10 @@ pub use layout::{
     UsedBuffer, VIEW_BYTES,
 };
 pub use pin::{
-    BufferChecksum, DeviceName, DeviceStatus, EncodedBytes, FillReport, Generation, Headroom,
-    Holder, Lease, LeaseNote, MAX_SLOTS, Mapping, MappingNote, NotAPinId, PinError, PinFigures,
-    PinId, PinOptions, PinRequest, PinStatus, Pins, Retired, Shared, Stall,
+    BufferChecksum, Checked, DeviceName, DeviceStatus, EncodedBytes, FilesStatus, FillReport,
+    Generation, Headroom, Holder, Lease, LeaseNote, MAX_SLOTS, Mapping, MappingNote, NotAPinId,
+    PinError, PinFigures, PinForm, PinId, PinOptions, PinRequest, PinStatus, Pins, Retired, Shared,
+    Stall,
 };
 pub use pool::{PinnedBlock, PinnedPool, PoolLimits, PoolStats, Stretch, Transfer};
 pub use scratch::{ScratchPool, ScratchStats};

@@ -99,7 +99,7 @@ class Scene:
 
     def pin(self, mode):
         device = "host" if self.options.device == "host" else int(self.options.device)
-        return self.client.pin("verify", FEATURES, device=device, mode=mode, name=mode)
+        return self.client.pin("verify", FEATURES, device=device, mode=mode, layout="columns", name=mode)
 
     def synchronize(self):
         if self.options.device != "host":

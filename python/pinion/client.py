@@ -296,6 +296,7 @@ class Client:
         *,
         device: int | str | None = None,
         mode: Literal["fresh", "frozen"] = "fresh",
+        layout: Literal["auto", "segments", "columns"] = "auto",
         slots: int | None = None,
         max_slots: int | None = None,
         name: str | None = None,
@@ -307,6 +308,11 @@ class Client:
         grow to `max_slots`; a `frozen` one stays as it is. A pin of this `name` (the table's) that is there already
         and is the same is used; one that differs is `FailedPrecondition`.
 
+        A frozen pin on the host of a table that lies in segments as it is (after a load or a merge, with nothing written
+        since) is lent: its `layout` is `segments`, the table's own files, and nothing is copied; `Pin.form` says which it
+        became. `columns` asks for a copy in any case; `segments` raises `FailedPrecondition`, with what is in the way,
+        where there would be one.
+
         Returns when the pin is loaded. It stays until `unpin`, also when this client ends. Raises
         `ResourceExhausted` when the device's budget is spent, `DeviceUnavailable` when this process cannot use
         the device.
@@ -316,6 +322,7 @@ class Client:
             features=[features] if isinstance(features, str) else None if features is None else list(features),
             device=device,
             mode=mode,
+            layout=None if layout == "auto" else layout,
             slots=slots,
             max_slots=max_slots,
             name=name,

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pinion import errors
+from pinion.cuda import DLPACK_CUDA
 from pinion.leases import Export
-from pinion.mapping import DLPACK_CUDA
 
 if TYPE_CHECKING:
     from pinion.view import View
@@ -120,6 +120,12 @@ class Array:
         size = math.prod(self.shape) * int(self.typestr[2:])
         data = self._view.buffer(self.offset, size)
         return np.frombuffer(data, self.typestr).reshape(self.shape)
+
+    def take_into(self, rows: Any, out: Any) -> None:
+        """Writes rows by number to an array on the host; of numbers that are none anything."""
+        import numpy as np
+
+        np.take(self.to_numpy(), rows, axis=0, out=out, mode="clip")
 
     def column(self, number: int) -> Array:
         """A column of a matrix."""

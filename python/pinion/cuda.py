@@ -29,6 +29,9 @@ ACCESS_READ, ACCESS_READ_WRITE = 1, 3
 EVENT_DISABLE_TIMING = 2
 CAPTURE_MODE_RELAXED = 2
 
+# As DLPack numbers kinds of devices.
+DLPACK_CPU, DLPACK_CUDA = 1, 2
+
 # Handles that stand for a thread's default streams.
 LEGACY_STREAM = 1
 

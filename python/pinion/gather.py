@@ -47,8 +47,8 @@ class Target(NamedTuple):
 
 
 Part = tuple["Array | list[Array | None] | None", tuple[int, ...], str]
-"""What one result is gathered from, and its form: an array; the masks of a matrix's columns, or of one column. None is
-the mask of a column that cannot have nulls."""
+"""What one result is gathered from, and its form: an array; the masks of a matrix's columns, or of one column; the
+columns of a matrix that does not lie as one. None is the mask of a column that cannot have nulls."""
 
 
 def take(
@@ -86,8 +86,8 @@ def _parts(view: View, features: Iterable[str] | None, *, matrix: bool, mask: bo
     for column in columns:
         column.check_nulls(masked=mask)
     if matrix:
-        whole = view.matrix([column.name for column in columns])
-        values: Any = _part(whole)
+        source, form = view._matrix_source(columns), (len(columns),)
+        values: Any = (source, form, columns[0].typestr)
         masks: Any = ([column.valid for column in columns], (len(columns),), "|b1")
     else:
         values = {column.name: _part(column) for column in columns}
@@ -195,7 +195,7 @@ class _OnHost:
         if source is None:
             out[...] = True
         elif row_count:
-            np.take(source.to_numpy(), self._rows, axis=0, out=out, mode="clip")
+            source.take_into(self._rows, out)
         out[missing] = np.nan if out.dtype.kind == "f" else 0
 
 

@@ -99,7 +99,7 @@ def map_table(lane: Lane, command: dict[str, Any]) -> MappedTable:
             if part["kind"] == "mapped":
                 mapping = mmap.mmap(descriptors[part["descriptor"]], part["bytes"], mmap.MAP_SHARED, mmap.PROT_READ)
                 lease.add(mapping)
-                table, copied = _open(pa.py_buffer(mapping), part, frame, stored)
+                table, copied = open_part(pa.py_buffer(mapping), part, frame, stored)
                 copied_bytes += copied
             else:
                 batches = sent.get(number, ())
@@ -118,8 +118,13 @@ def map_table(lane: Lane, command: dict[str, Any]) -> MappedTable:
     return MappedTable(table, info, lease, copied_bytes)
 
 
-def _open(file: pa.Buffer, part: dict[str, Any], frame: pa.Buffer, stored: pa.Schema) -> tuple[pa.Table, int]:
-    """A part's kept rows in the stored schema, and how many bytes of them were copied."""
+def open_part(
+    file: pa.Buffer, part: dict[str, Any], frame: pa.Buffer | None, stored: pa.Schema
+) -> tuple[pa.Table, int]:
+    """A part's kept rows in the stored schema, and how many bytes of them were copied.
+
+    `frame` has the masks of dirty batches; a part without any needs none.
+    """
     # All columns, whatever was asked: with `included_fields` pyarrow copies those it reads.
     reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
     select = None if reader.schema.names == stored.names else stored.names

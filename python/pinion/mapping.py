@@ -1,4 +1,4 @@
-"""Slots of a pin's layout, imported into this process: shared host memory or memory of a GPU.
+"""Slots of a pin's layout, imported into this process: shared host memory or memory of a GPU; or a table's own files.
 
 A `Mapping` lives as long as anything refers to it: the pin, views, tensors. After the last of them the slots
 are unmapped by the client's thread, and the server is told.
@@ -13,18 +13,21 @@ import json
 import mmap
 import os
 import weakref
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from pinion import cuda, errors
 from pinion import lane as wire
+from pinion.cuda import DLPACK_CPU, DLPACK_CUDA
 from pinion.leases import Export, Hold, Lease, Releaser, Unmap
+
+if TYPE_CHECKING:
+    from pinion.segments import Files
 
 # Bytes that are read back from a device at once for a checksum.
 CHUNK_BYTES = 16 << 20
-
-DLPACK_CPU, DLPACK_CUDA = 1, 2
 
 
 class HostSlot:
@@ -57,19 +60,39 @@ class Mapping:
         self.layout: dict[str, Any] = info["layout"]
         self.generation = generation
         self.id: int = info["mapping"]["id"]
-        self.slot_bytes: int = self.layout["slot_bytes"]
+        self.slot_bytes: int = self.layout.get("slot_bytes", 0)
         self.device: cuda.Device | None = None
         self.slots: list[Any] = []
+        # In place of slots, where the pin is lent.
+        self.files: Files | None = None
+        unmapped = Unmap(self.slots, generation, self.id)
         releaser.took()
         try:
-            self._import(descriptors)
-        except BaseException:
-            releaser.put(Unmap(self.slots, generation, self.id))
-            raise
+            if self.layout["form"] == "segments":
+                self._map_files(descriptors, unmapped)
+            else:
+                self._map_slots(descriptors, unmapped)
         finally:
             for number in descriptors:
                 os.close(number)
-        weakref.finalize(self, _unmap, releaser, Unmap(self.slots, generation, self.id)).atexit = False
+
+    def _map_files(self, descriptors: list[int], unmapped: Unmap) -> None:
+        try:
+            # Needs NumPy.
+            from pinion.segments import Files
+        except ImportError:
+            self.releaser.put(unmapped)
+            raise
+        # They outlive this object while anything that lies in them does.
+        self.files = Files(descriptors, self.layout["parts"], self.stored, partial(_unmap, self.releaser, unmapped))
+
+    def _map_slots(self, descriptors: list[int], unmapped: Unmap) -> None:
+        try:
+            self._import(descriptors)
+        except BaseException:
+            self.releaser.put(unmapped)
+            raise
+        weakref.finalize(self, _unmap, self.releaser, unmapped).atexit = False
 
     def _import(self, descriptors: list[int]) -> None:
         if len(descriptors) != self.layout["slots"]:

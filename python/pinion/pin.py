@@ -26,6 +26,7 @@ import pyarrow as pa
 from pinion import errors
 from pinion import lane as wire
 from pinion.leases import Releaser
+from pinion.lent import LentView
 from pinion.mapping import Mapping
 from pinion.view import View
 
@@ -75,6 +76,11 @@ class Pin:
         return self._mapped().layout["kind"]
 
     @property
+    def form(self) -> str:
+        """`columns`, a copy in the layout of pins; or `segments`, the table's own files, lent."""
+        return self._mapped().layout["form"]
+
+    @property
     def device(self) -> dict[str, Any]:
         """Where it lies: `kind` (`host`, `cuda`), `uuid`, and the `ordinal` that the device has in this process."""
         mapping = self._mapped()
@@ -114,7 +120,8 @@ class Pin:
                 self._map_anew(mapping)
                 continue
             mapping.info["generation"] = reply
-            return View(self, mapping, reply, hold)
+            view = View if mapping.files is None else LentView
+            return view(self, mapping, reply, hold)
         raise AssertionError("unreachable")
 
     def rows(self, keys: Any) -> Any:
@@ -126,7 +133,8 @@ class Pin:
         return self._opened().take(rows, **options)
 
     def verify(self) -> dict[str, int]:
-        """Compares every used byte of the newest generation with what the server reads in it.
+        """Compares every used byte of the newest generation with what the server reads in it, or with what was
+        recorded of it when it was written, where the pin is lent.
 
         Returns `{"number": generation, "buffers": n, "bytes": n}`; raises `DataLoss` at the first difference. Reads
         the whole pin on both sides.

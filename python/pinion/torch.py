@@ -12,7 +12,7 @@ Elsewhere: what a view is, and how nulls are read (`view`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -206,12 +206,21 @@ class Batches(torch.utils.data.IterableDataset):
 
     def _epoch(self, epoch: int) -> Iterator[Any]:
         with self.pin.latest() as view:
-            values = tensors(view, self.features, matrix=self.matrix, mask=self.mask)
+            taken = self._taker(view)
             order = self._order(view, epoch)
             whole = len(order) // self.batch_size * self.batch_size
             stop = whole if self.drop_last else len(order)
             for start in range(0, stop, self.batch_size):
-                yield _Gather(order[start : start + self.batch_size], view.rows).all(values, None)
+                yield taken(order[start : start + self.batch_size])
+
+    def _taker(self, view: View) -> Callable[[torch.Tensor], Any]:
+        """What gathers rows by their numbers."""
+        form: dict[str, Any] = {"matrix": self.matrix, "mask": self.mask}
+        if view.is_lent:
+            # Whole columns would be copied for tensors of them.
+            return lambda rows: view.take(rows, self.features, **form)
+        values = tensors(view, self.features, **form)
+        return lambda rows: _Gather(rows, view.rows).all(values, None)
 
     def _order(self, view: View, epoch: int) -> torch.Tensor:
         """The rows of this rank, in the order of this epoch, on the device."""

@@ -26,23 +26,31 @@ if TYPE_CHECKING:
 class View:
     """One generation of a pin, leased until the block is left and everything given out without a copy is gone."""
 
+    # Whether the table's own files lie behind it: see `lent`.
+    is_lent = False
+
     def __init__(self, pin: Pin, mapping: Mapping, info: dict[str, Any], hold: Hold):
         self._pin = pin
         self._hold: Hold | None = hold
         self._checked: dict[int, bool] = {}
         self.mapping = mapping
         self.slot: int = info["slot"]
-        if info["layout"] != mapping.layout["layout"] or not 0 <= self.slot < len(mapping.slots):
-            raise errors.ProtocolError(f"generation {info['number']} lies in no slot that this client has mapped")
-        self.address: int = mapping.slots[self.slot].address
         self.generation: int = info["number"]
         self.rows: int = info["rows"]
-        if not 0 <= self.rows <= mapping.layout["capacity_rows"]:
-            raise errors.ProtocolError(f"{self.rows} rows in a layout of {mapping.layout['capacity_rows']}")
+        self._locate(info)
         self.snapshot: str = info["snapshot"]
         self.positions: dict[str, Any] = info["positions"]
         # As the server said it: `age_ms`, `stalled_by_lease`, `bytes_written`, …
         self.info = info
+
+    def _locate(self, info: dict[str, Any]) -> None:
+        """Finds what is leased in what is mapped."""
+        mapping = self.mapping
+        if info["layout"] != mapping.layout["layout"] or not 0 <= self.slot < len(mapping.slots):
+            raise errors.ProtocolError(f"generation {info['number']} lies in no slot that this client has mapped")
+        self.address: int = mapping.slots[self.slot].address
+        if not 0 <= self.rows <= mapping.layout["capacity_rows"]:
+            raise errors.ProtocolError(f"{self.rows} rows in a layout of {mapping.layout['capacity_rows']}")
         self._nodes = {column["name"]: column["node"] for column in mapping.layout["columns"]}
 
     def __enter__(self) -> View:
@@ -137,13 +145,15 @@ class View:
         columns = self._matrix_columns(features)
         first = columns[0]
         steps = {b.offset - a.offset for a, b in zip(columns, columns[1:])} or {0}
-        if len({column.typestr for column in columns}) > 1 or any(len(column.shape) > 1 for column in columns):
-            types = ", ".join(f"{column.name}: {column.type}" for column in columns)
-            raise errors.NoTensor(f"a matrix has columns of one type, name them: {types}", "NO_MATRIX")
+        check_one_type(columns)
         if len(steps) > 1 or min(steps) < 0:
             order = [column.name for column in sorted(columns, key=lambda column: column.offset)]
             raise errors.NoTensor(f"these columns do not lie at one distance; their order is {order}", "NO_MATRIX")
         return Array(self, first.offset, (self.rows, len(columns)), (*first.strides, steps.pop()), first.typestr)
+
+    def _matrix_source(self, columns: list[Column]) -> Array | list[Column]:
+        """What the values of a matrix are gathered from."""
+        return self.matrix([column.name for column in columns])
 
     def matrix_columns(self, features: Iterable[str] | None = None) -> list[str]:
         """The names of a matrix's columns, in order."""
@@ -306,6 +316,13 @@ class View:
         if not columns:
             raise errors.NoTensor("a matrix has at least one column", "NO_MATRIX")
         return columns
+
+
+def check_one_type(columns: list[Column]) -> None:
+    """Raises `NoTensor` for columns that are no matrix."""
+    if len({column.typestr for column in columns}) > 1 or any(len(column.shape) > 1 for column in columns):
+        types = ", ".join(f"{column.name}: {column.type}" for column in columns)
+        raise errors.NoTensor(f"a matrix has columns of one type, name them: {types}", "NO_MATRIX")
 
 
 def _keys(keys: Any, names: list[str]) -> pa.RecordBatch:

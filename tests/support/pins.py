@@ -260,6 +260,7 @@ class TestPin:
         return {
             "layout": self.layout_number,
             "kind": self.mode,
+            "form": "columns",
             "device": self.device,
             "capacity_rows": self.layout.capacity,
             "slot_bytes": self.layout.slot_bytes,

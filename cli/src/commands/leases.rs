@@ -15,7 +15,8 @@ use crate::target::remote_only;
 #[command(
     after_help = "A lease counts the disk that lent files may hold: a file that was merged away takes space\n\
     as long as a process has it mapped. Together they may hold lane.leased_max_bytes; one past\n\
-    lane.lease_term is overdue. Leases end when they are released or their process ends.\n\n\
+    lane.lease_term is overdue. Leases end when they are released or their process ends. Files of\n\
+    pins that lie in segments are listed too; they have no term.\n\n\
     EXAMPLES:\n  \
     pinion leases --server grpc+unix:///run/pinion.sock\n  \
     pinion leases --output json"
@@ -41,6 +42,18 @@ struct Lease {
     bytes: u64,
     age_seconds: u64,
     overdue: bool,
+    /// The pin whose files these are; none of what was mapped as a table.
+    pin: Option<String>,
+}
+
+impl Lease {
+    fn state(&self) -> String {
+        match &self.pin {
+            Some(pin) => format!("pin {pin}"),
+            None if self.overdue => "overdue".to_owned(),
+            None => String::new(),
+        }
+    }
 }
 
 impl LeasesArgs {
@@ -69,7 +82,7 @@ impl LeasesArgs {
                     lease.files.to_string(),
                     bytes_text(lease.bytes),
                     format!("{} s", lease.age_seconds),
-                    if lease.overdue { "overdue" } else { "" }.to_owned(),
+                    lease.state(),
                 ]
             })
             .collect();

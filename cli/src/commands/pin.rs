@@ -1,7 +1,7 @@
 //! `pinion pin`: lays a table out in device memory.
 
-use clap::Args;
-use pinion_flight_server::{PinCommand, PinDevice, PinMode};
+use clap::{Args, ValueEnum};
+use pinion_flight_server::{PinCommand, PinDevice, PinLayout, PinMode};
 use serde_json::Value;
 
 use super::pins::{PinReport, understood};
@@ -17,10 +17,13 @@ use crate::target::remote_only;
     after_help = "A fresh pin follows its table: the server writes each change into a slot that nobody reads.\n\
     A frozen one stays as it is. Programs map pins over the local lane (Python: client.pin); the\n\
     memory counts against gds.budget_bytes. Pinning the same again changes nothing.\n\n\
+    A frozen pin on host of a table that was merged is lent: programs map the table's own files,\n\
+    nothing is copied. The reply says which it was, and why.\n\n\
     EXAMPLES:\n  \
     pinion pin user_profile\n  \
     pinion pin user_profile --features age,score --device 0 --slots 3\n  \
-    pinion pin user_profile --frozen --device host --name epoch-7"
+    pinion pin user_profile --frozen --device host --name epoch-7\n  \
+    pinion merge user_profile && pinion pin user_profile --frozen --device host --layout segments"
 )]
 pub struct PinArgs {
     /// The table
@@ -37,6 +40,9 @@ pub struct PinArgs {
     /// Stay as the table is now
     #[arg(long)]
     frozen: bool,
+    /// How the rows lie: segments lends the table's files, columns copies, auto lends what it can
+    #[arg(long, value_name = "LAYOUT", value_enum, default_value = "auto")]
+    layout: LayoutArg,
     /// Copies in device memory [default: 2, frozen 1]
     #[arg(long, value_name = "N")]
     slots: Option<u32>,
@@ -46,6 +52,14 @@ pub struct PinArgs {
     /// Name of the pin [default: the table's]
     #[arg(long)]
     name: Option<String>,
+}
+
+/// `--layout`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum LayoutArg {
+    Auto,
+    Segments,
+    Columns,
 }
 
 impl PinArgs {
@@ -60,13 +74,14 @@ impl PinArgs {
         }
         let pin: PinReport = understood("pin", reply)?;
         print_text(&format!(
-            "pinned {} as {} ({}): {} rows, {} on {}\n",
+            "pinned {} as {} ({}): {} rows, {} on {}\n{}\n",
             pin.table,
             pin.name,
             pin.pin,
             count_text(pin.rows()),
             bytes_text(pin.device_bytes),
             pin.device.name,
+            pin.form_reason,
         ))
     }
 
@@ -81,6 +96,11 @@ impl PinArgs {
             features: self.features,
             device: self.device.map(PinDevice::Name),
             mode,
+            layout: match self.layout {
+                LayoutArg::Auto => PinLayout::Auto,
+                LayoutArg::Segments => PinLayout::Segments,
+                LayoutArg::Columns => PinLayout::Columns,
+            },
             slots: self.slots,
             max_slots: self.max_slots,
             name: self.name,

@@ -17,7 +17,8 @@ use crate::target::remote_only;
     after_help = "GENERATION counts a pin's states, AGE is since it got there: a table that does not change has an\n\
     old one. MAPPED and LEASES are what processes hold; STALLED BY is the process whose lease keeps a\n\
     fresh pin from going on, and for how long. A pin that was unpinned or evicted stays in the list\n\
-    until nobody holds its memory.\n\n\
+    until nobody holds its memory. LAYOUT columns is a copy of BYTES; segments are the table's own\n\
+    files, lent without one.\n\n\
     EXAMPLES:\n  \
     pinion pins --server grpc+unix:///run/pinion.sock\n  \
     pinion pins --output json"
@@ -38,6 +39,8 @@ pub struct PinReport {
     pub name: String,
     pub table: String,
     mode: String,
+    form: String,
+    pub form_reason: String,
     pub device: Device,
     slots: u32,
     generation: Option<Generation>,
@@ -95,6 +98,7 @@ impl PinReport {
             self.table.clone(),
             self.device.name.clone(),
             self.mode.clone(),
+            self.form.clone(),
             text(&|newest| newest.number.to_string()),
             text(&|newest| age_text(newest.age_ms)),
             text(&|newest| count_text(newest.rows)),
@@ -148,6 +152,7 @@ impl PinsArgs {
             "TABLE",
             "DEVICE",
             "MODE",
+            "LAYOUT",
             "GENERATION",
             "AGE",
             "ROWS",
@@ -181,6 +186,7 @@ mod tests {
     fn a_pin_that_is_stalled_names_the_process_and_for_how_long() {
         let pin = json!({
             "pin": "p1-00000001", "name": "a", "table": "t", "mode": "fresh", "slots": 2,
+            "form": "columns", "form_reason": "copied: a fresh pin changes, files do not",
             "device": {"kind": "host", "uuid": "host", "ordinal": 0, "name": "host memory"},
             "generation": {"number": 7, "rows": 5, "age_ms": 130_000, "layout": 1,
                            "stalled_by_lease": {"pid": 42, "since_ms": 1500}},

@@ -225,6 +225,12 @@ pub const SETTINGS: &[Setting] = &[
         "Memory of each device that pins may hold",
     ),
     setting(
+        "gds.stale_max_bytes",
+        Kind::Bytes,
+        Some("16 GiB"),
+        "Disk that lent pins may keep of segments that their tables use no more",
+    ),
+    setting(
         "gds.pinned_max_bytes",
         Kind::Bytes,
         None,

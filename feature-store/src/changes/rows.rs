@@ -74,6 +74,10 @@ pub struct FileRange {
 pub struct SegmentFile(Arc<SegmentLevel>);
 
 impl SegmentFile {
+    pub(crate) fn of(level: &Arc<SegmentLevel>) -> SegmentFile {
+        SegmentFile(Arc::clone(level))
+    }
+
     /// Names the file within its table, for ever.
     pub fn segment(&self) -> SegmentId {
         self.0.segment.id()

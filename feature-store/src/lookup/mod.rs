@@ -37,6 +37,7 @@ use crate::order;
 use crate::snapshot::{Snapshot, SnapshotInner};
 
 use self::probe::Window;
+pub(crate) use self::probe::rows_in;
 pub use self::reply::{ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch, ReplyShape};
 
 /// What became of one value. The same numbers in every protocol.

@@ -310,6 +310,33 @@ impl SnapshotInner {
     }
 }
 
+/// Where each key has its row, as level and row, in levels (newest first) that hold one version
+/// of each key at most.
+pub(crate) fn rows_in(
+    levels: &[&Level],
+    encoded: &EncodedKeys,
+    hashes: &[u64],
+) -> Result<Vec<Option<(u32, u32)>>, ReadError> {
+    let mut rows = vec![None; hashes.len()];
+    let keys = Keys { encoded, hashes };
+    let needs = Needs {
+        event: false,
+        created: false,
+    };
+    let mut scratch = ProbeScratch::default();
+    walk_latest(
+        levels,
+        &keys,
+        0..hashes.len(),
+        needs,
+        &mut scratch,
+        |level, key, hit| {
+            rows[key as usize] = (!hit.deleted).then_some((level, hit.row));
+        },
+    )?;
+    Ok(rows)
+}
+
 /// Asks level after level of a latest table about the keys of `range`; the first that knows one
 /// decides it: `decide(level, key, hit)`.
 fn walk_latest(

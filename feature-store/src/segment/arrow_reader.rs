@@ -41,6 +41,17 @@ impl Block {
     }
 }
 
+/// What was recorded of a stretch of a file when it was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileChecksum {
+    /// Of its first byte.
+    pub offset: u64,
+    /// Its length.
+    pub bytes: u64,
+    /// CRC-32 as zlib has it.
+    pub crc32: u32,
+}
+
 type Columns = Box<[OnceLock<ArrayRef>]>;
 
 /// One Arrow file of an open segment.
@@ -316,6 +327,28 @@ impl ArrowFile {
 
     fn body(&self, block: &Block) -> &[u8] {
         &self.map[block.body_offset() as usize..block.end() as usize]
+    }
+
+    /// The recorded checksums, stretch by stretch: together they are every byte of the file.
+    pub(super) fn checksums(&self) -> Vec<FileChecksum> {
+        let mut found = Vec::with_capacity(2 + 2 * self.blocks.len());
+        let mut add = |offset, bytes, crc32| {
+            found.push(FileChecksum {
+                offset,
+                bytes,
+                crc32,
+            });
+        };
+        let meta = &self.meta;
+        add(0, meta.head_bytes, meta.head_crc32);
+        for (block, batch) in self.blocks.iter().zip(&meta.batches) {
+            let (at, body) = (block.offset, block.body_offset());
+            add(at, body - at, batch.metadata_crc32);
+            add(body, block.body_bytes as u64, batch.body_crc32);
+        }
+        let tail = self.map.len() as u64 - meta.tail_bytes;
+        add(tail, meta.tail_bytes, meta.footer_crc32);
+        found
     }
 
     /// Compares every byte with its checksum.

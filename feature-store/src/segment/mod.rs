@@ -73,7 +73,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-pub use arrow_reader::Block;
+pub use arrow_reader::{Block, FileChecksum};
 pub use error::{OpenSegmentError, SegmentDamage, SegmentError};
 pub(crate) use index::Probe;
 pub use map::{MappedFile, file_behind};

@@ -13,7 +13,7 @@ use arrow_schema::SchemaRef;
 use bytes::Bytes;
 use pinion_schemas::{KeyEncoder, key_hash};
 
-use super::arrow_reader::{ArrowFile, Block};
+use super::arrow_reader::{ArrowFile, Block, FileChecksum};
 use super::index::{HeaderProblem, KeyIndex};
 use super::lend::LendableFile;
 use super::map::MappedFile;
@@ -179,6 +179,11 @@ impl Segment {
     /// Rows.
     pub fn rows(&self) -> u64 {
         self.meta.rows
+    }
+
+    /// Distinct keys among the rows.
+    pub fn keys(&self) -> u64 {
+        self.rows.index.keys()
     }
 
     /// Deletes.
@@ -481,6 +486,11 @@ impl Segment {
     /// The map of `.arrow`, which the buffers of its batches are slices of.
     pub fn arrow_file(&self) -> &MappedFile {
         self.rows.file.map()
+    }
+
+    /// The recorded checksums of `.arrow`, in the order of its bytes, of which none is left out.
+    pub fn arrow_checksums(&self) -> Vec<FileChecksum> {
+        self.rows.file.checksums()
     }
 
     /// A read-only descriptor of `.arrow`, for another process to map.

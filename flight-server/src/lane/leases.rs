@@ -1,4 +1,5 @@
-//! Leases: who holds which lent files, and how much disk that may be.
+//! Leases: who holds which lent files, and how much disk that may be. Files of pins that clients
+//! have mapped count among them.
 //!
 //! A lent descriptor cannot be taken back, and a file that was merged away takes space while
 //! somebody maps it. So leases are accounting: their bytes together are bounded, each file
@@ -16,6 +17,7 @@ use tonic::Code;
 
 use super::peer::Peer;
 use crate::error::Failure;
+use crate::hooks::LentFiles;
 
 /// Leases of one connection: each file counts once in bytes, so bytes alone bound nothing.
 const MAX_LEASES: usize = 1024;
@@ -46,6 +48,8 @@ struct Lease {
     peer: Peer,
     table: String,
     snapshot: String,
+    /// The pin that it is of: ended with its mapping only, and without a term.
+    pin: Option<String>,
     files: Vec<FileId>,
     bytes: u64,
     since: Instant,
@@ -86,7 +90,80 @@ impl Book {
     }
 }
 
+impl Book {
+    /// Bytes of those files that no lease names yet.
+    fn more_bytes(&self, files: &[(FileId, u64)]) -> u64 {
+        let new = files
+            .iter()
+            .filter(|(file, _)| !self.files.contains_key(file));
+        new.map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Enters a lease of these files, whose bytes and list it gets here.
+    fn enter(&mut self, mut lease: Lease, files: &[(FileId, u64)]) -> u32 {
+        self.bytes += self.more_bytes(files);
+        for (file, bytes) in files {
+            self.files.entry(*file).or_insert((*bytes, 0)).1 += 1;
+        }
+        lease.files = files.iter().map(|(file, _)| *file).collect();
+        lease.bytes = files.iter().map(|(_, bytes)| bytes).sum();
+        let id = self.free_id();
+        self.leases.insert(id, lease);
+        id
+    }
+}
+
+/// What a peer's mapping of a pin keeps of a table's files. Dropping it says that they are
+/// unmapped.
+#[derive(Debug)]
+pub(super) struct PinnedFiles {
+    leases: Arc<Leases>,
+    id: u32,
+}
+
+impl Drop for PinnedFiles {
+    fn drop(&mut self) {
+        self.leases.book.lock().remove(self.id);
+    }
+}
+
 impl Leases {
+    /// Enters the files of a pin that a peer maps.
+    ///
+    /// # Errors
+    ///
+    /// `LEASED_MAX_BYTES`, naming the greatest holder. Nothing was entered.
+    pub(super) fn take_pinned(
+        self: &Arc<Leases>,
+        connection: u64,
+        peer: Peer,
+        lent: LentFiles,
+    ) -> Result<PinnedFiles, Failure> {
+        let mut book = self.book.lock();
+        let more = book.more_bytes(&lent.files);
+        if book.bytes.saturating_add(more) > self.max_bytes {
+            return Err(self.over_limit(&book, more));
+        }
+        let now = Instant::now();
+        let lease = Lease {
+            connection,
+            peer,
+            table: lent.table,
+            snapshot: lent.snapshot,
+            pin: Some(lent.pin),
+            files: Vec::new(),
+            bytes: 0,
+            since: now,
+            renewed: now,
+        };
+        let id = book.enter(lease, &lent.files);
+        drop(book);
+        Ok(PinnedFiles {
+            leases: Arc::clone(self),
+            id,
+        })
+    }
+
     pub(crate) fn new(max_bytes: u64, term: Duration) -> Arc<Leases> {
         Arc::new(Leases {
             max_bytes,
@@ -118,6 +195,7 @@ impl Leases {
                     "uid": lease.peer.uid,
                     "table": lease.table,
                     "snapshot": lease.snapshot,
+                    "pin": lease.pin,
                     "files": lease.files.len(),
                     "bytes": lease.bytes,
                     "age_seconds": lease.since.elapsed().as_secs(),
@@ -134,7 +212,7 @@ impl Leases {
     }
 
     fn is_overdue(&self, lease: &Lease) -> bool {
-        lease.renewed.elapsed() > self.term
+        lease.pin.is_none() && lease.renewed.elapsed() > self.term
     }
 
     fn describe(&self, id: u32, bytes: u64) -> Value {
@@ -151,6 +229,11 @@ pub(super) struct Holder {
 }
 
 impl Holder {
+    /// True of leases by MAP on this connection; those of pins end with their mappings.
+    fn holds(&self, lease: &Lease) -> bool {
+        lease.connection == self.connection && lease.pin.is_none()
+    }
+
     /// Enters a lease of these files and returns its id and description.
     ///
     /// # Errors
@@ -184,7 +267,7 @@ impl Holder {
         let held = book
             .leases
             .values()
-            .filter(|lease| lease.connection == self.connection)
+            .filter(|lease| self.holds(lease))
             .count();
         if held >= MAX_LEASES {
             return Err(Failure::new(
@@ -194,32 +277,24 @@ impl Holder {
             )
             .with("limit", MAX_LEASES as u64));
         }
-        let more: u64 = files
-            .iter()
-            .filter(|(file, _)| !book.files.contains_key(file))
-            .map(|(_, bytes)| bytes)
-            .sum();
+        let more = book.more_bytes(files);
         if book.bytes.saturating_add(more) > leases.max_bytes {
             return Err(leases.over_limit(&book, more));
         }
         let now = Instant::now();
-        let id = book.free_id();
-        let bytes = files.iter().map(|(_, bytes)| bytes).sum();
-        for (file, bytes) in files {
-            book.files.entry(*file).or_insert((*bytes, 0)).1 += 1;
-        }
-        book.bytes += more;
         let lease = Lease {
             connection: self.connection,
             peer: self.peer,
             table: table.to_owned(),
             snapshot: snapshot.to_owned(),
-            files: files.iter().map(|(file, _)| *file).collect(),
-            bytes,
+            pin: None,
+            files: Vec::new(),
+            bytes: 0,
             since: now,
             renewed: now,
         };
-        book.leases.insert(id, lease);
+        let id = book.enter(lease, files);
+        let bytes = files.iter().map(|(_, bytes)| bytes).sum();
         Ok((id, leases.describe(id, bytes)))
     }
 
@@ -229,7 +304,7 @@ impl Holder {
         let lease = book
             .leases
             .get_mut(&id)
-            .filter(|lease| lease.connection == self.connection)
+            .filter(|lease| self.holds(lease))
             .ok_or_else(|| unknown(id))?;
         lease.renewed = Instant::now();
         Ok(self.leases.describe(id, lease.bytes))
@@ -238,11 +313,7 @@ impl Holder {
     /// Ends a lease of this connection.
     pub(super) fn release(&self, id: u32) -> Result<(), Failure> {
         let mut book = self.leases.book.lock();
-        if book
-            .leases
-            .get(&id)
-            .is_none_or(|lease| lease.connection != self.connection)
-        {
+        if book.leases.get(&id).is_none_or(|lease| !self.holds(lease)) {
             return Err(unknown(id));
         }
         book.remove(id);
@@ -256,7 +327,7 @@ impl Drop for Holder {
         let own: Vec<u32> = book
             .leases
             .iter()
-            .filter(|(_, lease)| lease.connection == self.connection)
+            .filter(|(_, lease)| self.holds(lease))
             .map(|(id, _)| *id)
             .collect();
         for id in own {
@@ -334,6 +405,40 @@ mod tests {
 
     fn file(segment: u64, bytes: u64) -> (FileId, u64) {
         ((TableId(1), SegmentId(segment)), bytes)
+    }
+
+    fn pinned(files: Vec<(FileId, u64)>) -> LentFiles {
+        LentFiles {
+            pin: "p".to_owned(),
+            table: "t".to_owned(),
+            snapshot: "1-2".to_owned(),
+            files,
+        }
+    }
+
+    #[test]
+    fn files_of_a_pin_count_with_those_of_leases_and_end_with_their_guard_alone() {
+        let leases = Leases::new(100, Duration::ZERO);
+        let a = holder(&leases, 1);
+        let guard = leases
+            .take_pinned(1, a.peer, pinned(vec![file(1, 60)]))
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+        // They have no term, are not the connection's to release, and count once.
+        assert_eq!(leases.totals().overdue, 0);
+        assert!(a.release(guard.id).is_err() && a.renew(guard.id).is_err());
+        let (id, _) = a.take("t", "1-2", &[file(1, 60), file(2, 30)]).unwrap();
+        assert_eq!(leases.totals().bytes, 90);
+        let refused = leases
+            .take_pinned(1, a.peer, pinned(vec![file(3, 11)]))
+            .unwrap_err();
+        assert_eq!(refused.to_json()["error"], "LEASED_MAX_BYTES");
+        assert_eq!(leases.list()["leases"][0]["pin"], "p");
+        a.release(id).unwrap();
+        drop(a);
+        assert_eq!(leases.totals().bytes, 60);
+        drop(guard);
+        assert_eq!(leases.totals(), LeaseTotals::default());
     }
 
     const HOUR: Duration = Duration::from_secs(3600);

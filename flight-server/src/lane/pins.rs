@@ -24,7 +24,7 @@ use tonic::Code;
 
 use super::frame::split_message;
 use super::handles::refuse_dictionaries;
-use super::leases::Holder;
+use super::leases::{Holder, Leases, PinnedFiles};
 use super::peer::Peer;
 use super::watch::{Watch, Watched, watch};
 use crate::error::Failure;
@@ -38,6 +38,7 @@ const MAX_HELD: usize = 1024;
 pub(super) struct Pins {
     connection: u64,
     peer: Peer,
+    files: Arc<Leases>,
     socket: Arc<UnixStream>,
     runtime: Runtime,
     book: Arc<Mutex<Book>>,
@@ -52,8 +53,15 @@ struct Book {
     /// True once the peer's process has ended: nothing is entered any more.
     is_closed: bool,
     last: u32,
-    mappings: HashMap<u32, Arc<dyn PinMapping>>,
+    mappings: HashMap<u32, Mapped>,
     leases: HashMap<u32, Held>,
+}
+
+/// One mapping.
+struct Mapped {
+    mapping: Arc<dyn PinMapping>,
+    /// Of a table's files, what counts them.
+    _files: Option<PinnedFiles>,
 }
 
 /// One lease.
@@ -176,6 +184,7 @@ impl Pins {
         Pins {
             connection: holder.connection,
             peer: holder.peer,
+            files: Arc::clone(&holder.leases),
             socket,
             runtime,
             book: Arc::default(),
@@ -184,11 +193,12 @@ impl Pins {
         }
     }
 
-    /// PIN: lends the slots of a pin.
+    /// PIN: lends the slots of a pin, or its files.
     ///
     /// # Errors
     ///
-    /// `PEER_REFUSED` for a peer of another user; the control's. There is no mapping then.
+    /// `PEER_REFUSED` for a peer of another user; `LEASED_MAX_BYTES` for files; the control's.
+    /// There is no mapping then.
     pub(super) fn map(
         &mut self,
         control: &Arc<dyn PinControl>,
@@ -207,7 +217,14 @@ impl Pins {
             pid: self.peer.pid,
         };
         let lent = control.map(&pin, holder)?;
-        let mapping: Arc<dyn PinMapping> = lent.mapping.into();
+        let files = lent.files.map(|files| {
+            let leases = &self.files;
+            leases.take_pinned(self.connection, self.peer, files)
+        });
+        let mapping = Mapped {
+            mapping: lent.mapping.into(),
+            _files: files.transpose()?,
+        };
         let number = {
             let mut book = self.book.lock();
             book.check_open()?;
@@ -239,7 +256,8 @@ impl Pins {
                 return Err(too_many("leases of pins", "TOO_MANY_LEASES"));
             }
             let found = book.mappings.get(&mapping);
-            Arc::clone(found.ok_or_else(|| unknown_mapping(mapping))?)
+            let found = found.ok_or_else(|| unknown_mapping(mapping))?;
+            Arc::clone(&found.mapping)
         };
         let lease: Arc<dyn PinLease> = found.lease()?.into();
         let mut about = lease.about();
@@ -416,7 +434,6 @@ fn key_batch(messages: &[u8]) -> Result<RecordBatch, Failure> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::leases::Leases;
     use super::*;
     use crate::hooks::{LentPin, PinCommand, PinRefusal, PinRefused};
     use arrow_schema::Schema;
@@ -469,6 +486,7 @@ mod tests {
                 schema: Arc::new(Schema::empty()),
                 bytes: 1,
                 descriptors: Vec::new(),
+                files: None,
                 mapping: Box::new(Guard::new(&self.0, &self.1)),
             })
         }

@@ -1,5 +1,7 @@
-//! One device's memory for pins: admission, and eviction of pins that nobody leases.
+//! One device's memory for pins: admission, and eviction of pins that nobody leases. Pins that
+//! are lent take disk instead, which is bounded too.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -185,11 +187,44 @@ impl Device {
         let pins = self.pins.lock();
         let mut found: Vec<_> = pins
             .iter()
-            .filter(|pin| Some(pin.id()) != keep && !pin.is_held())
+            // One that is lent has no memory to give.
+            .filter(|pin| Some(pin.id()) != keep && !pin.is_held() && !pin.is_lent())
             .cloned()
             .collect();
         found.sort_by_key(|pin| pin.last_used());
         found
+    }
+
+    /// Evicts pins that are lent and that nobody holds while segments that their tables use no
+    /// more take more than `max_bytes` of disk, the one longest out of use first; pins without
+    /// such segments stay.
+    pub fn evict_stale(&self, max_bytes: u64) {
+        loop {
+            let mut pins = self.pins.lock();
+            pins.retain(|pin| !pin.is_retired());
+            let lent: Vec<Arc<Pin>> = pins.iter().filter(|pin| pin.is_lent()).cloned().collect();
+            drop(pins);
+            let mut kept = HashMap::new();
+            let mut candidates = Vec::new();
+            for pin in &lent {
+                let stale = pin.stale_segments();
+                if !stale.is_empty() && !pin.is_held() {
+                    candidates.push(pin);
+                }
+                let table = pin.spec.table.id();
+                kept.extend(stale.into_iter().map(|(id, bytes)| ((table, id), bytes)));
+            }
+            let Some(oldest) = candidates.into_iter().min_by_key(|pin| pin.last_used()) else {
+                return;
+            };
+            if kept.values().sum::<u64>() <= max_bytes {
+                return;
+            }
+            self.evict(
+                oldest,
+                "merged-away segments that it keeps take too much disk",
+            );
+        }
     }
 
     fn refusal(&self, needed_bytes: u64, evictable_bytes: u64) -> PinError {

@@ -3,7 +3,7 @@
 use std::io;
 
 use arrow_schema::ArrowError;
-use pinion_feature_store::{ReadError, UnknownTable};
+use pinion_feature_store::{NotClean, ReadError, Remedy, UnknownTable};
 use pinion_schemas::KeyError;
 
 use super::names::DeviceName;
@@ -73,6 +73,20 @@ pub enum PinError {
         max_slots: u32,
         /// Why not.
         problem: &'static str,
+    },
+    /// A pin that cannot be lent, whatever the table holds.
+    #[error("layout segments: {problem}; leave the layout to the server, or ask for columns")]
+    Form {
+        /// What is in the way.
+        problem: String,
+    },
+    /// A table that cannot be lent as it lies, where that was asked for.
+    #[error("layout segments: table {table:?} has {why}; {}", remedy(table, why))]
+    NotClean {
+        /// The table.
+        table: String,
+        /// What is in the way.
+        why: NotClean,
     },
     /// A list of features that cannot be pinned.
     #[error("features of a pin: {problem}")]
@@ -190,6 +204,14 @@ pub enum PinError {
         /// What contradicts what.
         problem: String,
     },
+}
+
+fn remedy(table: &str, why: &NotClean) -> String {
+    match why.remedy() {
+        Remedy::Flush => format!("`pinion flush {table}` first, or ask for columns"),
+        Remedy::Merge => format!("`pinion merge {table}` first, or ask for columns"),
+        Remedy::Nothing => "ask for columns, which are copied".to_owned(),
+    }
 }
 
 fn list(known: &[DeviceName]) -> String {

@@ -2,15 +2,16 @@
 //!
 //! A pin that is filled anew numbers its rows anew: a new epoch begins, and leases on older
 //! generations keep theirs. A fresh pin has its index from the start; a frozen one makes it when
-//! it is first asked, from the snapshot it was filled from.
+//! it is first asked, from the snapshot it was filled from; one that is lent has none, since its
+//! segments have.
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_schema::Field;
 use parking_lot::{Mutex, RwLock};
-use pinion_feature_store::{Snapshot, cast_key};
+use pinion_feature_store::{CleanSnapshot, Snapshot, cast_key};
 use pinion_schemas::{KeyEncoder, TableDefinition, format_type, key_hash, storage_type};
 
 use super::error::PinError;
@@ -27,6 +28,8 @@ pub(crate) struct Epoch {
     encoder: KeyEncoder,
     /// Where a frozen pin's index comes from, until it is made.
     source: Mutex<Option<Snapshot>>,
+    /// Files that are lent, which have indexes of their own.
+    lent: Option<Arc<CleanSnapshot>>,
     indexed: OnceLock<RwLock<Indexed>>,
     /// How many leases there are on each generation.
     held: Mutex<BTreeMap<u64, u32>>,
@@ -60,6 +63,17 @@ impl Epoch {
         })
     }
 
+    /// Of files that are lent.
+    pub fn of_files(
+        definition: &TableDefinition,
+        files: Arc<CleanSnapshot>,
+    ) -> Result<Epoch, PinError> {
+        Ok(Epoch {
+            lent: Some(files),
+            ..Epoch::new(definition, 0)?
+        })
+    }
+
     fn new(definition: &TableDefinition, journal_max_bytes: usize) -> Result<Epoch, PinError> {
         let schema = definition.schema();
         let fields = schema.fields().iter().take(definition.entity.len());
@@ -71,6 +85,7 @@ impl Epoch {
             encoder,
             columns: fields,
             source: Mutex::new(None),
+            lent: None,
             indexed: OnceLock::new(),
             held: Mutex::new(BTreeMap::new()),
             journal_max_bytes,
@@ -172,6 +187,10 @@ impl Epoch {
             })
             .collect::<Result<_, _>>()?;
         let encoded = self.encoder.encode(&columns)?;
+        if let Some(files) = &self.lent {
+            let hashes: Vec<u64> = encoded.iter().map(key_hash).collect();
+            return Ok(files.row_numbers(&encoded, &hashes)?);
+        }
         let indexed = self.indexed()?;
         let mut rows = Vec::with_capacity(encoded.len());
         for first in (0..encoded.len()).step_by(KEYS_A_LOCK) {

@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use arrow_array::RecordBatch;
+use arrow_select::concat::concat_batches;
+use pinion_feature_store::CleanSnapshot;
 use serde_json::{Value, json};
 
 use super::error::PinError;
 use super::generation::{Generation, millis};
 use super::keys::Epoch;
 use super::pin::Pin;
-use super::ring::SlotMemory;
+use super::ring::{Kept, SlotMemory};
 use crate::decode::decode;
 use crate::layout::Layout;
 
@@ -32,7 +34,7 @@ pub struct Lease {
     pub(super) holder: Holder,
     pub(super) pin: Arc<Pin>,
     pub(super) epoch: Arc<Epoch>,
-    pub(super) memory: Arc<SlotMemory>,
+    pub(super) kept: Kept,
     pub(super) layout: Arc<Layout>,
     pub(super) generation: Generation,
 }
@@ -53,14 +55,26 @@ pub struct LeaseNote {
     pub(super) ring: u64,
 }
 
-/// The checksum of one buffer.
+/// What a checksum is of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Checked {
+    /// A buffer in a slot.
+    Buffer {
+        /// The column's name.
+        column: String,
+        /// Which of its buffers, as in [`crate::UsedBuffer::buffer`].
+        buffer: String,
+    },
+    /// A stretch of a file that is lent, by the file's number.
+    File(u32),
+}
+
+/// The checksum of one buffer, or of a stretch of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BufferChecksum {
-    /// The column's name.
-    pub column: String,
-    /// Which of its buffers, as in [`crate::UsedBuffer::buffer`].
-    pub buffer: String,
-    /// Where in the slot.
+    /// What it is of.
+    pub of: Checked,
+    /// Where in the slot, or in the file.
     pub offset: u64,
     /// Bytes in use, of which it is the checksum.
     pub bytes: u64,
@@ -108,8 +122,9 @@ impl Lease {
     /// The rows that keys have in the leased generation, -1 where there is none. `keys` has
     /// the table's key columns, found by name.
     ///
-    /// Costs a probe of a hash table for each key; the first call on a frozen pin reads the keys
-    /// of the whole table.
+    /// Costs a probe of a hash table for each key; the first call on a frozen pin that was
+    /// copied reads the keys of the whole table. Of files that are lent: a probe of each
+    /// segment's index.
     ///
     /// # Errors
     ///
@@ -119,7 +134,9 @@ impl Lease {
         self.epoch.rows(self.generation.number, keys)
     }
 
-    /// The checksum of each buffer's used bytes, of none too, read back from the device.
+    /// The checksum of each buffer's used bytes, of none too, read back from the device. Of
+    /// files that are lent, what was recorded of every byte when they were written: nothing is
+    /// read.
     ///
     /// # Errors
     ///
@@ -138,6 +155,10 @@ impl Lease {
         &self,
         go_on: &dyn Fn() -> bool,
     ) -> Result<Option<Vec<BufferChecksum>>, PinError> {
+        let memory = match &self.kept {
+            Kept::Slot(memory) => memory,
+            Kept::Files(files) => return Ok(Some(recorded(files))),
+        };
         let buffers = self.layout.shape.buffers(&self.generation.used);
         let mut found = Vec::with_capacity(buffers.len());
         let mut room = Vec::new();
@@ -150,13 +171,15 @@ impl Lease {
                 }
                 let bytes = READ_BYTES.min(buffer.bytes - done);
                 room.resize(bytes as usize, 0);
-                self.read_bytes(buffer.offset + done, &mut room)?;
+                self.read_bytes(memory, buffer.offset + done, &mut room)?;
                 hash.update(&room);
                 done += bytes;
             }
             found.push(BufferChecksum {
-                column: buffer.column,
-                buffer: buffer.buffer,
+                of: Checked::Buffer {
+                    column: buffer.column,
+                    buffer: buffer.buffer,
+                },
                 offset: buffer.offset,
                 bytes: buffer.bytes,
                 crc32: hash.finalize(),
@@ -165,18 +188,27 @@ impl Lease {
         Ok(Some(found))
     }
 
-    /// The leased rows as Arrow, read back from the device; dictionaries as their plain values.
-    /// For checks and tests.
+    /// The leased rows as Arrow, read back from the device or from the files; dictionaries as
+    /// their plain values. For checks and tests.
     ///
     /// # Errors
     ///
-    /// The device's, or `Decode` where somebody wrote into the memory.
+    /// The device's, or `Decode` where somebody wrote into the memory; `Read` where a file is
+    /// damaged.
     pub fn read_generation(&self) -> Result<RecordBatch, PinError> {
+        let memory = match &self.kept {
+            Kept::Slot(memory) => memory,
+            Kept::Files(files) => {
+                let batches = files.batches().collect::<Result<Vec<_>, _>>()?;
+                let all = concat_batches(&files.stored_schema(), &batches);
+                return all.map_err(PinError::Select);
+            }
+        };
         let read = |offset: u64, bytes: u64| {
             let mut room = vec![0; bytes as usize];
             let backend = self.pin.backend();
             if !room.is_empty() {
-                backend.read(&self.memory.region, offset, &mut room)?;
+                backend.read(&memory.region, offset, &mut room)?;
             }
             Ok(room)
         };
@@ -184,22 +216,41 @@ impl Lease {
         Ok(batch)
     }
 
-    fn read_bytes(&self, offset: u64, out: &mut [u8]) -> Result<(), PinError> {
+    fn read_bytes(&self, memory: &SlotMemory, offset: u64, out: &mut [u8]) -> Result<(), PinError> {
         let backend = self.pin.backend();
-        Ok(backend.read(&self.memory.region, offset, out)?)
+        Ok(backend.read(&memory.region, offset, out)?)
     }
+}
+
+fn recorded(files: &CleanSnapshot) -> Vec<BufferChecksum> {
+    let mut found = Vec::new();
+    for (file, stretches) in (0..).zip(files.checksums()) {
+        found.extend(stretches.into_iter().map(|stretch| BufferChecksum {
+            of: Checked::File(file),
+            offset: stretch.offset,
+            bytes: stretch.bytes,
+            crc32: stretch.crc32,
+        }));
+    }
+    found
 }
 
 impl BufferChecksum {
     /// What the holder is told.
     pub fn to_json(&self) -> Value {
-        json!({
-            "column": self.column,
-            "buffer": self.buffer,
+        let mut told = json!({
             "offset": self.offset,
             "bytes": self.bytes,
             "crc32": self.crc32,
-        })
+        });
+        match &self.of {
+            Checked::Buffer { column, buffer } => {
+                told["column"] = column.as_str().into();
+                told["buffer"] = buffer.as_str().into();
+            }
+            Checked::File(number) => told["part"] = (*number).into(),
+        }
+        told
     }
 }
 

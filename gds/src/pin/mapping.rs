@@ -1,23 +1,25 @@
-//! Mappings: slots that a consumer has imported.
+//! Mappings: slots, or files, that a consumer has imported.
 //!
 //! What another process has mapped cannot be taken back. So a mapping keeps the memory of the
 //! slots it was given descriptors of, and with it their bytes in the budget, whatever becomes of
 //! the pin or its layout; a pin that is mapped is not evicted, since that would free nothing.
+//! Files that are lent it keeps on disk in the same way.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use arrow_schema::{Field, Schema, SchemaRef};
+use pinion_feature_store::{CleanFile, CleanSnapshot};
 use pinion_schemas::storage_type;
 use serde_json::{Value, json};
 
+use super::error::PinError;
 use super::generation::{Generation, millis};
 use super::lease::Holder;
 use super::names::PinId;
 use super::pin::Pin;
-use super::ring::SlotMemory;
-use crate::error::GdsError;
+use super::ring::Kept;
 use crate::layout::{Column, Layout};
 
 /// The slots of one layout of one pin, held for a consumer. Dropping it says that the consumer
@@ -29,7 +31,7 @@ pub struct Mapping {
     pub(super) pin: Arc<Pin>,
     pub(super) layout: Arc<Layout>,
     pub(super) newest: Generation,
-    pub(super) memory: Vec<Arc<SlotMemory>>,
+    pub(super) kept: Vec<Kept>,
 }
 
 /// A mapping, as `pins` lists it.
@@ -39,7 +41,7 @@ pub struct MappingNote {
     pub holder: Holder,
     /// The layout's number.
     pub layout: u64,
-    /// Bytes of its slots.
+    /// Bytes of its slots, or of its files.
     pub bytes: u64,
     /// Since when.
     pub since: Instant,
@@ -80,16 +82,34 @@ impl Mapping {
 
     /// Bytes that it keeps.
     pub fn bytes(&self) -> u64 {
-        self.memory.iter().map(|slot| slot.region.bytes()).sum()
+        let kept = self.kept.iter().map(|kept| match kept {
+            Kept::Slot(memory) => memory.region.bytes(),
+            Kept::Files(files) => files.file_bytes(),
+        });
+        kept.sum()
+    }
+
+    /// The files, where files are lent.
+    pub fn files(&self) -> Option<&Arc<CleanSnapshot>> {
+        self.kept.iter().find_map(|kept| match kept {
+            Kept::Slot(_) => None,
+            Kept::Files(files) => Some(files),
+        })
     }
 
     /// The pinned columns as the table declares them.
     pub fn schema(&self) -> SchemaRef {
+        if let Some(files) = self.files() {
+            return files.schema();
+        }
         self.fields(|column| column.data_type.clone())
     }
 
     /// The pinned columns as they lie: dictionaries as their plain values.
     pub fn stored_schema(&self) -> SchemaRef {
+        if let Some(files) = self.files() {
+            return files.stored_schema();
+        }
         self.fields(|column| storage_type(&column.data_type))
     }
 
@@ -101,31 +121,70 @@ impl Mapping {
         Arc::new(Schema::new(fields))
     }
 
-    /// A new descriptor for each slot, in order.
+    /// A new descriptor for each slot, or for each file, in order.
     ///
     /// # Errors
     ///
-    /// The device's.
-    pub fn export(&self) -> Result<Vec<OwnedFd>, GdsError> {
-        let slots = self.memory.iter();
-        slots.map(|slot| slot.region.export()).collect()
+    /// The device's, or the system's.
+    pub fn export(&self) -> Result<Vec<OwnedFd>, PinError> {
+        let mut exported = Vec::new();
+        for kept in &self.kept {
+            match kept {
+                Kept::Slot(memory) => exported.push(memory.region.export()?),
+                Kept::Files(files) => {
+                    let opened = files.open().map_err(|source| PinError::Io {
+                        action: format!("open the segments of table {:?}", self.table()),
+                        source,
+                    })?;
+                    exported.extend(opened.into_iter().map(OwnedFd::from));
+                }
+            }
+        }
+        Ok(exported)
     }
 
     /// Bytes of the allocation behind each descriptor, which the device has rounded up.
-    pub fn slot_bytes(&self) -> u64 {
-        self.memory.first().map_or(0, |slot| slot.region.bytes())
+    fn slot_bytes(&self) -> u64 {
+        self.kept.first().map_or(0, |kept| match kept {
+            Kept::Slot(memory) => memory.region.bytes(),
+            Kept::Files(_) => 0,
+        })
+    }
+
+    fn layout_json(&self) -> Value {
+        let mut layout = json!(&*self.layout);
+        layout["form"] = self.pin.placed.form.to_string().into();
+        let Some(files) = self.files() else {
+            layout["slot_bytes"] = self.slot_bytes().into();
+            return layout;
+        };
+        let part = |(number, file): (usize, CleanFile)| {
+            json!({
+                "kind": "mapped",
+                "descriptor": number,
+                "bytes": file.file.bytes(),
+                "rows": file.rows,
+                "dirty": 0,
+                "masks_offset": 0,
+            })
+        };
+        json!({
+            "layout": layout["layout"],
+            "kind": layout["kind"],
+            "form": layout["form"],
+            "device": layout["device"],
+            "parts": files.files().enumerate().map(part).collect::<Vec<_>>(),
+        })
     }
 
     /// What a consumer is told beside the descriptors.
     pub fn to_json(&self) -> Value {
-        let mut layout = json!(&*self.layout);
-        layout["slot_bytes"] = self.slot_bytes().into();
         json!({
             "pin": self.pin().to_string(),
             "name": self.name(),
             "table": self.table(),
             "key": self.key(),
-            "layout": layout,
+            "layout": self.layout_json(),
             "generation": self.newest.to_json(self.pin.stall().as_ref()),
         })
     }

@@ -17,12 +17,15 @@
 //!   is stalled, and grows by a slot if it may.
 //! - A consumer that has mapped the slots holds a [`Mapping`]: their memory counts as in use until
 //!   that is dropped.
+//! - A frozen pin in host memory of a table that lies in segments as it is (a **clean** snapshot)
+//!   has no slot: its files are **lent**, nothing is copied and no memory taken. It keeps the
+//!   segments on disk; how much of those that the table uses no more is bounded as well.
 //! - Memory is counted against a budget per device from before it is allocated until it is given
 //!   back. Pins that nobody leases are evicted for new ones, the longest unused first.
 //!
 //! Inside: ids and names (`names`), what is asked for (`request`), slots (`ring`), what is published
 //! under which lock (`pin`, `claim`), the key index (`index`, `journal`, `keys`), the first fill
-//! (`fill`), changes (`refresh`, on threads of `worker`), memory (`budget`, `device`, `mapping`), the
+//! (`fill`) or what is lent instead (`lent`), changes (`refresh`, on threads of `worker`), memory (`budget`, `device`, `mapping`), the
 //! whole (`registry`).
 //!
 //! Elsewhere: bytes and offsets (`layout`, `encode`), devices (`backend`), the protocol
@@ -39,6 +42,7 @@ mod index;
 mod journal;
 mod keys;
 mod lease;
+mod lent;
 mod mapping;
 mod names;
 mod options;
@@ -57,11 +61,11 @@ mod worker;
 pub use error::PinError;
 pub use fill::{EncodedBytes, FillReport};
 pub use generation::{Generation, Stall};
-pub use lease::{BufferChecksum, Holder, Lease, LeaseNote};
+pub use lease::{BufferChecksum, Checked, Holder, Lease, LeaseNote};
 pub use mapping::{Mapping, MappingNote};
 pub use names::{DeviceName, NotAPinId, PinId};
 pub use options::{Headroom, PinOptions};
 pub use pin::Retired;
 pub use registry::Pins;
-pub use request::{MAX_SLOTS, PinRequest, Shared};
-pub use status::{DeviceStatus, PinFigures, PinStatus};
+pub use request::{MAX_SLOTS, PinForm, PinRequest, Shared};
+pub use status::{DeviceStatus, FilesStatus, PinFigures, PinStatus};

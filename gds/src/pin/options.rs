@@ -10,6 +10,10 @@ pub struct PinOptions {
     /// Bytes that pins may take of each device; `None`: nine tenths of what is free at the start.
     /// Never more than is free then, since consumers of an earlier server may hold old pins.
     pub budget_bytes: Option<u64>,
+    /// Bytes of disk that pins whose files are lent may keep of segments that their tables use no
+    /// more. Over it such pins are evicted, those that nobody has mapped, the longest unused
+    /// first.
+    pub stale_max_bytes: u64,
     /// Room of fresh pins beyond what they hold.
     pub headroom: Headroom,
     /// Changes of rows that are kept per pin to answer for older generations that are leased. A
@@ -26,7 +30,8 @@ pub struct PinOptions {
     /// How long to wait after a failure before the next try; twice as long after each further one
     /// in a row, up to a minute.
     pub retry_after: Duration,
-    /// Refresh on threads. Without them the caller does, with [`super::Pins::refresh`].
+    /// Refresh, and look after lent files, on threads. Without them the caller does, with
+    /// [`super::Pins::refresh`].
     pub background: bool,
 }
 
@@ -34,6 +39,7 @@ impl Default for PinOptions {
     fn default() -> PinOptions {
         PinOptions {
             budget_bytes: None,
+            stale_max_bytes: 16 << 30,
             headroom: Headroom::default(),
             journal_max_bytes: 64 << 20,
             edits_max_bytes: 256 << 20,

@@ -14,7 +14,8 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use pinion_feature_store::Table;
+use pinion_feature_store::segment::SegmentId;
+use pinion_feature_store::{CleanSnapshot, Table};
 
 use super::device::Device;
 use super::error::PinError;
@@ -24,6 +25,7 @@ use super::keys::Epoch;
 use super::lease::{Holder, Lease, LeaseNote};
 use super::mapping::{Mapping, MappingNote};
 use super::names::PinId;
+use super::request::PinForm;
 use super::ring::{Ring, SlotMemory};
 use crate::backend::Backend;
 use crate::layout::{Layout, PinMode};
@@ -36,13 +38,24 @@ pub(crate) struct Spec {
     /// All columns when `None`.
     pub features: Option<Vec<String>>,
     pub mode: PinMode,
+    /// How it was asked to lie; as is best when `None`.
+    pub form: Option<PinForm>,
     pub slots: u32,
     pub max_slots: u32,
+}
+
+/// How a pin came to lie as it does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Placed {
+    pub form: PinForm,
+    /// For people.
+    pub why: String,
 }
 
 /// See the module.
 pub(crate) struct Pin {
     pub spec: Spec,
+    pub placed: Placed,
     pub device: Arc<Device>,
     pub(super) state: Mutex<State>,
     /// Signalled when a lease ends and when the pin is retired.
@@ -107,6 +120,7 @@ pub(crate) struct Shown {
     pub problem: Option<String>,
     pub device_bytes: u64,
     pub host_bytes: u64,
+    pub files: Option<Arc<CleanSnapshot>>,
     pub fill: FillReport,
 }
 
@@ -126,6 +140,7 @@ impl Pin {
     /// A pin whose first generation is in place.
     pub fn new(
         spec: Spec,
+        placed: Placed,
         device: Arc<Device>,
         ring: Ring,
         newest: Generation,
@@ -134,6 +149,7 @@ impl Pin {
     ) -> Arc<Pin> {
         Arc::new(Pin {
             spec,
+            placed,
             device,
             state: Mutex::new(State {
                 live: Some(Live {
@@ -174,6 +190,10 @@ impl Pin {
             ("features", own.features != spec.features),
             ("device", !Arc::ptr_eq(&self.device, device)),
             ("mode", own.mode != spec.mode),
+            (
+                "layout",
+                spec.form.is_some_and(|form| form != self.placed.form),
+            ),
             ("slots", own.slots != spec.slots),
             ("max_slots", own.max_slots != spec.max_slots),
         ];
@@ -202,15 +222,17 @@ impl Pin {
                 current,
             });
         }
-        let slot = &mut live.ring.slots[live.newest.slot as usize];
-        slot.leases += 1;
+        let kept = live.ring.lease(live.newest.slot);
+        let kept = kept.ok_or_else(|| PinError::Inconsistent {
+            problem: "the newest generation has no slot".to_owned(),
+        })?;
         live.epoch.hold(live.newest.number);
         let lease = Lease {
             id,
             holder,
             pin: Arc::clone(self),
             epoch: Arc::clone(&live.epoch),
-            memory: Arc::clone(&slot.memory),
+            kept,
             layout: Arc::clone(&live.ring.layout),
             generation: live.newest.clone(),
         };
@@ -298,18 +320,17 @@ impl Pin {
         let now = Instant::now();
         state.last_used = now;
         let live = state.live.as_ref().ok_or_else(|| self.gone())?;
-        let slots = live.ring.slots.iter();
         let mapping = Mapping {
             id,
             pin: Arc::clone(self),
             layout: Arc::clone(&live.ring.layout),
             newest: live.newest.clone(),
-            memory: slots.map(|slot| Arc::clone(&slot.memory)).collect(),
+            kept: live.ring.kept(),
         };
         let note = MappingNote {
             holder,
             layout: mapping.layout.number,
-            bytes: live.ring.bytes(),
+            bytes: mapping.bytes(),
             since: now,
         };
         state.mappings.insert(id, note);
@@ -327,8 +348,29 @@ impl Pin {
     pub fn newest(&self) -> Result<(Generation, Arc<SlotMemory>), PinError> {
         let state = self.state.lock();
         let live = state.live.as_ref().ok_or_else(|| self.gone())?;
-        let slot = &live.ring.slots[live.newest.slot as usize];
+        let slot = live.ring.slots.get(live.newest.slot as usize);
+        let slot = slot.ok_or_else(|| PinError::Inconsistent {
+            problem: "the newest generation has no slot".to_owned(),
+        })?;
         Ok((live.newest.clone(), Arc::clone(&slot.memory)))
+    }
+
+    /// Segments that it keeps of a table that uses them no more, and the disk that each takes.
+    pub fn stale_segments(&self) -> Vec<(SegmentId, u64)> {
+        self.files()
+            .map_or_else(Vec::new, |files| files.stale_segments(&self.spec.table))
+    }
+
+    /// True if the table's own files are lent.
+    pub fn is_lent(&self) -> bool {
+        self.placed.form == PinForm::Segments
+    }
+
+    /// The files that are lent, until the pin is retired.
+    pub fn files(&self) -> Option<Arc<CleanSnapshot>> {
+        let state = self.state.lock();
+        let live = state.live.as_ref()?;
+        live.ring.files.clone()
     }
 
     /// What `pins` shows.
@@ -346,6 +388,7 @@ impl Pin {
             problem: state.problem.clone(),
             device_bytes: live.map_or(0, |live| live.ring.bytes()),
             host_bytes: 0,
+            files: live.and_then(|live| live.ring.files.clone()),
             fill: state.fill.clone(),
         };
         drop(state);
@@ -386,8 +429,11 @@ impl Pin {
             assert!(state.retired.is_some());
             return;
         };
-        let newest = &live.ring.slots[live.newest.slot as usize];
-        assert_eq!(newest.holds, Some(live.newest.number), "the newest slot");
+        assert_eq!(live.ring.files.is_some(), self.is_lent());
+        if !self.is_lent() {
+            let newest = &live.ring.slots[live.newest.slot as usize];
+            assert_eq!(newest.holds, Some(live.newest.number), "the newest slot");
+        }
         assert_eq!(live.newest.layout, live.ring.layout.number);
         assert_eq!(live.ring.layout.slots as usize, live.ring.slots.len());
         for (slot, at) in live.ring.slots.iter().zip(0_u32..) {

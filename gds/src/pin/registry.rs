@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use pinion_feature_store::Store;
+use pinion_feature_store::{CleanSnapshot, Snapshot, Store};
 
 use super::columns::Columns;
 use super::device::Device;
@@ -17,11 +17,12 @@ use super::fill::fill;
 use super::generation::Generation;
 use super::keys::Epoch;
 use super::lease::{Holder, Lease};
+use super::lent::{Choice, Lent, choose, lend};
 use super::names::{DeviceName, PinId, check_name, random_run};
 use super::options::{Headroom, PinOptions};
-use super::pin::{Pin, Spec};
+use super::pin::{Pin, Placed, Spec};
 use super::refresh::{Head, Refresher, Step, first, next_ring};
-use super::request::{PinRequest, Shared};
+use super::request::{PinForm, PinRequest, Shared};
 use super::ring::Ring;
 use super::status::{DeviceStatus, PinStatus};
 use super::worker;
@@ -164,6 +165,57 @@ impl Pins {
     fn pin_new(&self, spec: Spec, device: Arc<Device>) -> Result<PinStatus, PinError> {
         let snapshot = spec.table.snapshot();
         let columns = Columns::of(snapshot.definition(), spec.features.as_deref())?;
+        match choose(&spec, device.backend.device(), &snapshot)? {
+            Choice::Lend(files) => self.lend(spec, device, &snapshot, files),
+            Choice::Copy { why } => self.copy(spec, device, snapshot, columns, &why),
+        }
+    }
+
+    fn lend(
+        &self,
+        spec: Spec,
+        device: Arc<Device>,
+        snapshot: &Snapshot,
+        files: CleanSnapshot,
+    ) -> Result<PinStatus, PinError> {
+        let lent = lend(&device, snapshot, files)?;
+        let placed = Placed {
+            form: PinForm::Segments,
+            why: "lent: 0 bytes copied".to_owned(),
+        };
+        tracing::info!(
+            pin = %spec.name,
+            form = %placed.form,
+            why = %placed.why,
+            rows = lent.report.rows,
+            "pinned a table"
+        );
+        let Lent {
+            ring,
+            newest,
+            epoch,
+            report,
+        } = lent;
+        let pin = Pin::new(spec, placed, device, ring, newest, epoch, report);
+        let status = self.enter(pin, None)?;
+        self.evict_stale();
+        Ok(status)
+    }
+
+    fn evict_stale(&self) {
+        for device in &self.devices {
+            device.evict_stale(self.options.stale_max_bytes);
+        }
+    }
+
+    fn copy(
+        &self,
+        spec: Spec,
+        device: Arc<Device>,
+        snapshot: Snapshot,
+        columns: Columns,
+        why: &str,
+    ) -> Result<PinStatus, PinError> {
         let fresh = spec.mode == PinMode::Fresh;
         let headroom = if fresh {
             self.options.headroom
@@ -212,9 +264,19 @@ impl Pins {
         };
         let epoch = Arc::clone(&head.epoch);
         let report = filled.report;
-        tracing::info!(pin = %spec.name, report = %report.to_json(), "pinned a table");
-        let pin = Pin::new(spec, Arc::clone(&device), ring, newest, epoch, report);
-        self.enter(pin, head)
+        let placed = Placed {
+            form: PinForm::Columns,
+            why: format!("copied: {why}"),
+        };
+        tracing::info!(
+            pin = %spec.name,
+            form = %placed.form,
+            why = %placed.why,
+            report = %report.to_json(),
+            "pinned a table"
+        );
+        let pin = Pin::new(spec, placed, device, ring, newest, epoch, report);
+        self.enter(pin, Some(head))
     }
 
     fn spec(&self, request: &PinRequest) -> Result<Spec, PinError> {
@@ -231,25 +293,33 @@ impl Pins {
             table,
             features: request.features.clone(),
             mode: request.mode,
+            form: request.form,
             slots,
             max_slots,
         })
     }
 
-    /// Lists a pin that is in place, and starts what keeps it fresh.
-    fn enter(&self, pin: Arc<Pin>, head: Head) -> Result<PinStatus, PinError> {
+    /// Lists a pin that is in place, and starts what keeps it fresh, or looks after its files.
+    fn enter(&self, pin: Arc<Pin>, head: Option<Head>) -> Result<PinStatus, PinError> {
         let mut pins = self.pins.lock();
         // Under the lock, which `stop` takes after it has said so.
         self.check_open(pin.name())?;
         let mut refresher = None;
-        if pin.spec.mode == PinMode::Fresh {
+        let no_thread = |source| PinError::Io {
+            action: "start the thread of a pin".to_owned(),
+            source,
+        };
+        if pin.is_lent() && self.options.background {
+            let max_bytes = self.options.stale_max_bytes;
+            worker::look_after_files(Arc::clone(&pin), max_bytes).map_err(no_thread)?;
+        }
+        if pin.spec.mode == PinMode::Fresh
+            && let Some(head) = head
+        {
             let made = Refresher::new(Arc::clone(&pin), Arc::clone(&self.options), head);
             if self.options.background {
                 let options = Arc::clone(&self.options);
-                let thread = worker::start(made, options).map_err(|source| PinError::Io {
-                    action: "start the thread of a pin".to_owned(),
-                    source,
-                })?;
+                let thread = worker::start(made, options).map_err(no_thread)?;
                 let mut threads = self.threads.lock();
                 threads.retain(|thread| !thread.is_finished());
                 threads.push(thread);
@@ -422,13 +492,16 @@ impl Pins {
     }
 
     /// Brings a fresh pin to its table's snapshot, where no thread does. Says whether the newest
-    /// generation is another one now.
+    /// generation is another one now. For one that is lent: looks after lent files.
     ///
     /// # Errors
     ///
     /// See [`PinError`]; the pin is at its generation.
     pub fn refresh(&self, pin: &str) -> Result<bool, PinError> {
         let found = self.find(pin)?;
+        if found.is_lent() {
+            self.evict_stale();
+        }
         let refresher = {
             let pins = self.pins.lock();
             let entry = pins.get(&found.id());

@@ -1,5 +1,6 @@
 //! What is asked for, checked, and what consumers are handed.
 
+use std::fmt;
 use std::os::fd::OwnedFd;
 
 use super::error::PinError;
@@ -13,6 +14,24 @@ const FRESH_SLOTS: u32 = 2;
 /// The most slots of a pin: descriptors of one message.
 pub const MAX_SLOTS: u32 = 16;
 
+/// How the rows of a pin lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PinForm {
+    /// Copied into slots of the device, in the layout of pins.
+    Columns,
+    /// Not copied: the table's own files are lent.
+    Segments,
+}
+
+impl fmt::Display for PinForm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            PinForm::Columns => "columns",
+            PinForm::Segments => "segments",
+        })
+    }
+}
+
 /// What to pin.
 #[derive(Debug, Clone)]
 pub struct PinRequest {
@@ -24,6 +43,8 @@ pub struct PinRequest {
     pub device: Option<DeviceName>,
     /// Whether it follows the table.
     pub mode: PinMode,
+    /// How it is to lie; `None`: lent where that is possible, else copied.
+    pub form: Option<PinForm>,
     /// Full copies; `None`: 2 of a fresh pin, 1 of a frozen one.
     pub slots: Option<u32>,
     /// Copies that it may grow to when all are leased; `None`: no more than `slots`.
@@ -37,7 +58,7 @@ pub struct PinRequest {
 pub struct Shared {
     /// What it is, and its memory for as long as the consumer has it mapped.
     pub mapping: Mapping,
-    /// One descriptor for each slot, in order.
+    /// One descriptor for each slot, or for each lent file, in order.
     pub descriptors: Vec<OwnedFd>,
 }
 

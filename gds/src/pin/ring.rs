@@ -1,8 +1,10 @@
-//! Slots: the regions of a pin, and what each holds.
+//! Slots: the regions of a pin, and what each holds. A pin that is lent has none, but files.
 //!
 //! Pure bookkeeping, without a lock and without a device; [`super::pin::Pin`] keeps it under one.
 
 use std::sync::Arc;
+
+use pinion_feature_store::CleanSnapshot;
 
 use super::budget::Reservation;
 use crate::backend::Region;
@@ -15,6 +17,15 @@ pub(crate) struct SlotMemory {
     /// Dropped before the reservation.
     pub region: Region,
     pub _reservation: Reservation,
+}
+
+/// What a lease or a mapping keeps.
+#[derive(Debug, Clone)]
+pub(crate) enum Kept {
+    /// A slot.
+    Slot(Arc<SlotMemory>),
+    /// The files of a pin that is lent.
+    Files(Arc<CleanSnapshot>),
 }
 
 /// One slot.
@@ -34,6 +45,8 @@ pub(crate) struct Ring {
     pub id: u64,
     pub layout: Arc<Layout>,
     pub slots: Vec<Slot>,
+    /// Instead of slots.
+    pub files: Option<Arc<CleanSnapshot>>,
 }
 
 impl Ring {
@@ -48,7 +61,37 @@ impl Ring {
             id,
             layout: Arc::new(layout),
             slots: memory.into_iter().map(slot).collect(),
+            files: None,
         }
+    }
+
+    /// A ring without slots.
+    pub fn lent(id: u64, layout: Layout, files: Arc<CleanSnapshot>) -> Ring {
+        Ring {
+            files: Some(files),
+            ..Ring::new(id, layout, Vec::new())
+        }
+    }
+
+    /// All that a consumer maps.
+    pub fn kept(&self) -> Vec<Kept> {
+        let slots = self.slots.iter();
+        let slots = slots.map(|slot| Kept::Slot(Arc::clone(&slot.memory)));
+        let files = self
+            .files
+            .iter()
+            .map(|files| Kept::Files(Arc::clone(files)));
+        slots.chain(files).collect()
+    }
+
+    /// What a lease on a generation in `slot` keeps; counts the lease.
+    pub fn lease(&mut self, slot: u32) -> Option<Kept> {
+        if let Some(files) = &self.files {
+            return Some(Kept::Files(Arc::clone(files)));
+        }
+        let slot = self.slots.get_mut(slot as usize)?;
+        slot.leases += 1;
+        Some(Kept::Slot(Arc::clone(&slot.memory)))
     }
 
     /// A slot that may be written: without a lease, and not `newest`, which readers are given.

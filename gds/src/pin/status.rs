@@ -11,6 +11,7 @@ use super::lease::LeaseNote;
 use super::mapping::MappingNote;
 use super::names::PinId;
 use super::pin::{Pin, Retired};
+use super::request::PinForm;
 use crate::backend::{DeviceInfo, DeviceKind};
 use crate::layout::PinMode;
 use crate::pool::PoolStats;
@@ -28,6 +29,12 @@ pub struct PinStatus {
     pub features: Option<Vec<String>>,
     /// Whether it follows the table.
     pub mode: PinMode,
+    /// How its rows lie.
+    pub form: PinForm,
+    /// Why they lie so, and what was copied: for people.
+    pub form_reason: String,
+    /// Files that are lent; `None` of a copy, and once it is retired.
+    pub files: Option<FilesStatus>,
     /// The device.
     pub device: DeviceInfo,
     /// How the device's backend loads.
@@ -58,6 +65,18 @@ pub struct PinStatus {
     pub fill: FillReport,
     /// Since it was made.
     pub figures: PinFigures,
+}
+
+/// The files of a pin that is lent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FilesStatus {
+    /// How many.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Bytes of disk of segments among them that the table uses no more: what goes when the pin
+    /// goes.
+    pub stale_bytes: u64,
 }
 
 /// Figures of a pin since it was made.
@@ -120,6 +139,16 @@ impl PinStatus {
             table: spec.table.name(),
             features: spec.features.clone(),
             mode: spec.mode,
+            form: pin.placed.form,
+            form_reason: pin.placed.why.clone(),
+            files: shown.files.map(|files| {
+                let stale = files.stale_segments(&spec.table);
+                FilesStatus {
+                    files: files.files().count() as u64,
+                    bytes: files.file_bytes(),
+                    stale_bytes: stale.iter().map(|(_, bytes)| bytes).sum(),
+                }
+            }),
             device: pin.backend().device().clone(),
             path: pin.backend().path().to_string(),
             layout: shown.layout.as_ref().map(|layout| layout.number),
@@ -150,6 +179,13 @@ impl PinStatus {
             "table": self.table,
             "features": self.features,
             "mode": self.mode,
+            "form": self.form.to_string(),
+            "form_reason": self.form_reason,
+            "files": self.files.map(|files| json!({
+                "files": files.files,
+                "bytes": files.bytes,
+                "stale_bytes": files.stale_bytes,
+            })),
             "device": device_json(&self.device),
             "path": self.path,
             "layout": self.layout,

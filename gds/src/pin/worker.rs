@@ -1,4 +1,4 @@
-//! The thread of a fresh pin.
+//! The thread of a fresh pin, and that of a pin whose files are lent.
 
 use std::io;
 use std::sync::Arc;
@@ -52,6 +52,19 @@ pub(crate) fn join_all(threads: Vec<JoinHandle<()>>, deadline: Instant) -> bool 
         }
     }
     all
+}
+
+/// Starts the thread that looks after the files of a pin that is lent; it ends with the pin.
+pub(crate) fn look_after_files(pin: Arc<Pin>, stale_max_bytes: u64) -> io::Result<()> {
+    std::thread::Builder::new()
+        .name("pin-files".to_owned())
+        .spawn(move || {
+            while !pin.is_retired() {
+                pin.wait_retired(LONGEST_SLEEP);
+                pin.device.evict_stale(stale_max_bytes);
+            }
+        })
+        .map(drop)
 }
 
 fn run(mut refresher: Refresher, options: &PinOptions) {

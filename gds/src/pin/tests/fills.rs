@@ -26,6 +26,14 @@ const PLAIN: &str = r#"
     default = 0
 "#;
 
+/// A frozen pin, also of a table that could be lent.
+fn copied() -> PinRequest {
+    PinRequest {
+        form: Some(PinForm::Columns),
+        ..request(PinMode::Frozen)
+    }
+}
+
 #[test]
 fn a_frozen_pin_stays_and_finds_its_rows() {
     let world = World::new(by_hand());
@@ -33,7 +41,7 @@ fn a_frozen_pin_stays_and_finds_its_rows() {
     world.put(&mut rng, &keys(0..500));
     world.table.flush().unwrap();
     world.put(&mut rng, &keys(100..600));
-    let status = world.pins.pin(&request(PinMode::Frozen)).unwrap();
+    let status = world.pins.pin(&copied()).unwrap();
     assert_eq!((status.slots, status.host_bytes), (1, 0));
     world.compare();
     let lease = world.lease(1);
@@ -56,7 +64,7 @@ fn whole_columns_without_nulls_are_loaded_and_the_rest_is_encoded_with_the_cause
     let mut rng = StdRng::seed_from_u64(3);
     world.put(&mut rng, &keys(0..20_000));
     world.table.flush().unwrap();
-    let fill = world.pins.pin(&request(PinMode::Frozen)).unwrap().fill;
+    let fill = world.pins.pin(&copied()).unwrap().fill;
     world.compare();
     assert_eq!(fill.loaded_bytes, 20_000 * (8 + 4));
     assert_eq!(fill.encoded.scattered_bytes, 0);
@@ -120,7 +128,7 @@ fn an_empty_table_can_be_pinned_and_grows() {
     assert_eq!(world.lease(1).generation().rows(), 0);
     let frozen = PinRequest {
         name: Some("none".to_owned()),
-        ..request(PinMode::Frozen)
+        ..copied()
     };
     world.pins.pin(&frozen).unwrap();
     let lease = world.pins.lease("none", 1, holder(1)).unwrap();

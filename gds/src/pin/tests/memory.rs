@@ -381,7 +381,7 @@ fn a_thousand_random_steps_of_leases_evictions_refreshes_and_hang_ups_keep_every
     let (world, mut rng, bytes) = room_for(9);
     let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
     let mut consumers: Vec<Vec<Consumer>> = (0..6).map(|_| Vec::new()).collect();
-    let mut evicted = 0;
+    let (mut evicted, mut lent) = (0, 0);
     for _ in 0..1000 {
         let name = names[rng.random_range(0..names.len())];
         let who = rng.random_range(0..consumers.len());
@@ -389,7 +389,8 @@ fn a_thousand_random_steps_of_leases_evictions_refreshes_and_hang_ups_keep_every
             0..3 => {
                 let mode = [PinMode::Fresh, PinMode::Frozen][rng.random_range(0..2)];
                 match world.pins.pin(&named(name, mode)) {
-                    Ok(_) | Err(PinError::NameTaken { .. } | PinError::Budget { .. }) => {}
+                    Ok(made) => lent += u32::from(made.form == PinForm::Segments),
+                    Err(PinError::NameTaken { .. } | PinError::Budget { .. }) => {}
                     Err(other) => panic!("{other}"),
                 }
             }
@@ -401,6 +402,7 @@ fn a_thousand_random_steps_of_leases_evictions_refreshes_and_hang_ups_keep_every
                     world.delete(&keys(from..from + 3));
                 }
             }
+            5 if rng.random_bool(0.5) => world.table.merge().unwrap(),
             5 => match world.pins.refresh(name) {
                 Ok(_) | Err(PinError::UnknownPin { .. } | PinError::Budget { .. }) => {}
                 Err(other) => panic!("{other}"),
@@ -429,7 +431,7 @@ fn a_thousand_random_steps_of_leases_evictions_refreshes_and_hang_ups_keep_every
             assert_eq!(held.lease.checksums().unwrap(), held.checksums);
         }
     }
-    assert!(evicted > 10, "{evicted}");
+    assert!(evicted > 10 && lent > 0, "{evicted} evicted, {lent} lent");
     for (who, held) in consumers.into_iter().enumerate() {
         drop(held);
         world.pins.release_all(who as u64);

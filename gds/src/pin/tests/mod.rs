@@ -2,6 +2,7 @@
 
 mod fills;
 mod follow;
+mod lent;
 mod memory;
 mod slots;
 mod world;

@@ -206,6 +206,7 @@ pub fn request(mode: PinMode) -> PinRequest {
         features: None,
         device: None,
         mode,
+        form: None,
         slots: None,
         max_slots: None,
         name: None,
