@@ -17,6 +17,7 @@ import numpy as np
 import pinion
 import pyarrow as pa
 import pytest
+from pinion import arrow
 from support.pins import StubServer, TestPin
 from support.process import REPOSITORY
 
@@ -136,6 +137,41 @@ def test_maps_read_equal_as_arrow():
     with pinion.connect(server.url) as client, client.pin("maps").latest() as view:
         assert view.to_arrow(declared=True).equals(table)
     server.stop()
+
+
+@pytest.mark.parametrize("inner", ["list", "large_list", "map", "fixed_size_list", "struct"])
+def test_rows_of_lists_that_begin_in_the_middle_are_declared_as_they_are(inner):
+    """Lists that were replaced lie behind what they were before: the first of them is not the first row of the child."""
+    view = pa.large_list_view(pa.string_view())
+    entries = pa.struct([pa.field("key", pa.string_view(), nullable=False), pa.field("value", pa.int64())])
+    values = {
+        "list": ([["a"], ["b", "c"], [], None, ["d", "e", "f"]], view, pa.list_(pa.string())),
+        "large_list": ([["a"], ["b", "c"], [], None, ["d", "e", "f"]], view, pa.large_list(pa.string())),
+        "map": (
+            [[{"key": "a", "value": 1}], [], None, [{"key": "b", "value": 2}, {"key": "c", "value": None}], []],
+            pa.large_list_view(pa.field("entries", entries, nullable=False)),
+            pa.map_(pa.string(), pa.int64()),
+        ),
+        "fixed_size_list": (
+            [["a", "b"], ["c", "d"], None, ["e", None], ["g", "h"]],
+            pa.list_(pa.string_view(), 2),
+            pa.list_(pa.string(), 2),
+        ),
+        "struct": (
+            [{"x": ["a"]}, {"x": ["b", "c"]}, None, {"x": []}, {"x": ["d"]}],
+            pa.struct([("x", view)]),
+            pa.struct([("x", pa.list_(pa.string()))]),
+        ),
+    }
+    rows, lies_as, declared = values[inner]
+    child = pa.array(rows, lies_as)
+    places = pa.array([2, 1], pa.int64()), pa.array([3, 0], pa.int64())
+    lists = pa.LargeListViewArray.from_arrays(*places, child)
+    restored = arrow.restore(lists, pa.list_(declared))
+    restored.validate(full=True)
+    assert restored.to_pylist() == pa.array([rows[2:], []], pa.list_(declared)).to_pylist() != [[], []]
+    if inner != "map":
+        assert restored.to_pylist() == lists.to_pylist()
 
 
 def test_an_empty_pin_has_all_columns_and_no_rows():
