@@ -18,6 +18,7 @@ import pinion
 import pyarrow as pa
 import pytest
 from pinion import arrow
+from pinion.leases import Releaser, Work
 from support.pins import StubServer, TestPin
 from support.process import REPOSITORY
 
@@ -423,6 +424,25 @@ def test_a_client_that_is_forgotten_leaves_no_thread_and_no_connection(stub):
     for thread in started:
         thread.join(5)
     assert not any(thread.name == "pinion-releases" and thread.is_alive() for thread in started)
+
+
+def test_an_end_that_fails_is_kept_and_those_after_it_are_not(caplog):
+    ended = threading.Event()
+
+    class Ending(Work):
+        def finish(self):
+            raise pinion.DeviceError("cuMemFree_v2 failed with 700", "DEVICE")
+
+    class Good(Work):
+        def finish(self):
+            ended.set()
+
+    releaser = Releaser(None)
+    for work in (Ending, Good):
+        releaser.took()
+        releaser.put(work(releaser, None))
+    assert ended.wait(5)
+    assert "cuMemFree_v2 failed with 700" in caplog.text
 
 
 # -- layouts, restarts, forks
