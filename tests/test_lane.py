@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pytest
 
 from oracle import NOT_FOUND, PRESENT
+from pinion.lane import note_size
 from support import flight as calls
 from support.process import binary, environment
 from support.wait import until
@@ -465,6 +466,34 @@ def test_threads_share_a_client(client):
     for thread in threads:
         thread.join()
     assert not failures, failures
+
+
+@pytest.mark.parametrize("timeout", [None, 20])
+def test_a_lookup_that_spins_does_not_sleep_meanwhile(server, timeout):
+    with connect(server) as client:
+        put = client.put("items", items([1]))
+    log, _, sequence = put["token"]["snapshot"].partition("-")
+    later = {"table": "items", "snapshot": f"{log}-{int(sequence) + 1}"}
+    with pinion.connect(f"lane://{server.lane}", timeout=timeout, spin_micros=400_000) as client:
+        client.lookup(["items:price"], {"item": [1]})
+        began = time.thread_time()
+        with pytest.raises(pinion.DeadlineExceeded):
+            client.lookup(["items:price"], {"item": [1]}, wait=later, wait_timeout=0.6)
+        assert time.thread_time() - began > 0.1
+
+
+def test_a_reply_s_size_is_noted_while_other_threads_forget_them():
+    class Cleared(dict):
+        """What another thread may do between any two looks."""
+
+        def get(self, *arguments):
+            found = super().get(*arguments)
+            self.clear()
+            return found
+
+    sizes = Cleared({3: 640})
+    note_size(sizes, 3, 600)
+    assert sizes == {}
 
 
 def test_lease_limits_name_the_setting_and_the_holder(store, serve):

@@ -205,9 +205,13 @@ class Lane:
     def _spin(self, buffer: pa.Buffer) -> int:
         connection = self._socket
         until = perf_counter_ns() + self.spin_micros * 1000
+        # With a timeout Python's socket sleeps until there is something, whatever the flags say.
+        descriptor = None if self.timeout is None else connection.fileno()
         while perf_counter_ns() < until:
             try:
-                return connection.recv_into(buffer, 0, socket.MSG_DONTWAIT)
+                if descriptor is None:
+                    return connection.recv_into(buffer, 0, socket.MSG_DONTWAIT)
+                return os.readv(descriptor, (buffer,))
             except BlockingIOError:
                 pass
         return connection.recv_into(buffer)
@@ -485,7 +489,9 @@ def note_size(sizes: dict[int, int], rows: int, total: int) -> None:
     """Remembers about how long a reply to so many keys is. Strings vary: some room on top."""
     if len(sizes) > 4096:
         sizes.clear()
-    if sizes.get(rows, 0) < total or sizes[rows] > 2 * total + 4096:
+    # Read once: other threads clear it.
+    known = sizes.get(rows, 0)
+    if known < total or known > 2 * total + 4096:
         sizes[rows] = (total + total // 16 + 63) // 64 * 64
 
 
