@@ -3,6 +3,8 @@
 A `Lane` may be shared by threads: requests take turns. It must not be shared by processes: a forked
 child finds its parent's connection closed and connects anew. A connection that broke (the server was
 restarted) is made again with the next request, and prepared lookups are prepared again.
+
+Elsewhere: a lane on which pins are held, which does not hang up so easily (`held`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ BATCH, END, ERROR = 144, 145, 255
 WANT_JSON = 1
 RELEASE_LEASE, RELEASE_PIN_LEASE, RELEASE_MAPPING = 1, 2, 3
 MAX_DESCRIPTORS = 253
+CONTROL_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
+TOO_FEW_DESCRIPTORS = "not all descriptors came: raise the limit of open files (ulimit -n)"
 
 # payload_bytes, kind, flags, reserved, request_id, detail
 HEADER = struct.Struct("<IBBHII")
@@ -61,6 +65,15 @@ def padded_json(value: Any) -> bytes:
     """JSON with blanks up to a multiple of 8."""
     text = json.dumps(value, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
+
+
+def descriptors_of(control: list[tuple[int, int, bytes]]) -> array.array[int]:
+    """The descriptors that `recvmsg` received beside bytes."""
+    numbers = array.array("i")
+    for level, kind, data in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+    return numbers
 
 
 class Prepared:
@@ -218,16 +231,11 @@ class Lane:
 
     def _receive_with(self, buffer: pa.Buffer, descriptors: list[int]) -> int:
         """As `recv_into`, of a frame's header only, with the descriptors that come with it."""
-        room = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
         view = memoryview(buffer)[:HEADER_BYTES]
-        got, control, flags, _ = self._socket.recvmsg_into([view], room, socket.MSG_CMSG_CLOEXEC)
-        for level, kind, data in control:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                numbers = array.array("i")
-                numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
-                descriptors.extend(numbers)
+        got, control, flags, _ = self._socket.recvmsg_into([view], CONTROL_BYTES, socket.MSG_CMSG_CLOEXEC)
+        descriptors.extend(descriptors_of(control))
         if flags & socket.MSG_CTRUNC:
-            raise OSError("not all descriptors came: raise the limit of open files (ulimit -n)")
+            raise OSError(TOO_FEW_DESCRIPTORS)
         return got
 
     def _ask(
@@ -462,12 +470,17 @@ class Lane:
     ) -> tuple[int, int, int, pa.Buffer]:
         """One request on the very connection that holds what it names; raises `LeaseGone` if that is gone."""
         with self._lock:
-            if generation != self.generation or self._socket is None:
-                raise errors.LeaseGone("the connection that held this pin is gone", "LEASE_GONE")
-            try:
-                return self._ask(kind, payload, detail, flags)
-            except ConnectionLost as error:
-                raise errors.LeaseGone(error.message, "LEASE_GONE") from error
+            return self._ask_on(generation, kind, payload, detail, flags)
+
+    def _ask_on(
+        self, generation: int, kind: int, payload: Any, detail: int, flags: int
+    ) -> tuple[int, int, int, pa.Buffer]:
+        if generation != self.generation or self._socket is None:
+            raise errors.LeaseGone("the connection that held this pin is gone", "LEASE_GONE")
+        try:
+            return self._ask(kind, payload, detail, flags)
+        except ConnectionLost as error:
+            raise errors.LeaseGone(error.message, "LEASE_GONE") from error
 
     def action(self, name: str, body: dict[str, Any]) -> Any:
         """Flight's DoAction."""
