@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pinion import barrier, errors
 from pinion.barrier import Wait
-from pinion.flight import Exchange, Flight
+from pinion.flight import Exchange, Flight, StreamEnded
 from pinion.lane import Lane, Prepared, padded_json
 from pinion.mapped import MappedTable, map_table
 from pinion.pin import Pin, PinLane
@@ -496,13 +496,19 @@ class Lookup:
         return self._flight.exchange(self._command.rstrip(), schema)
 
     def _exchange(self, way: Exchange, keys: pa.RecordBatch) -> pa.RecordBatch:
-        if way.broken:
-            # An error ends a Flight stream, not the lookup.
-            way = self._replace(way, keys.schema)
-        try:
-            return way.lookup(keys)
-        except errors.Unavailable:
-            return self._replace(way, keys.schema).lookup(keys)
+        failed = False
+        while True:
+            if way.broken:
+                # An error ends a Flight stream, not the lookup.
+                way = self._replace(way, keys.schema)
+            try:
+                return way.lookup(keys)
+            except StreamEnded:
+                pass  # nothing was asked: it broke, or was closed, in another thread
+            except errors.Unavailable:
+                if failed:
+                    raise
+                failed = True
 
     def _replace(self, broken: Exchange, schema: pa.Schema) -> Exchange:
         with self._lock:
