@@ -35,7 +35,7 @@ PINNED, GENERATION, ROWS_FOUND, CHECKSUM_IS = range(137, 141)
 BATCH, END, ERROR = 144, 145, 255
 
 WANT_JSON = 1
-RELEASE_LEASE, RELEASE_PIN_LEASE, RELEASE_MAPPING = 1, 2, 3
+RELEASE_HANDLE, RELEASE_LEASE, RELEASE_PIN_LEASE, RELEASE_MAPPING = range(4)
 MAX_DESCRIPTORS = 253
 CONTROL_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
 TOO_FEW_DESCRIPTORS = "not all descriptors came: raise the limit of open files (ulimit -n)"
@@ -46,6 +46,9 @@ HEADER_BYTES = HEADER.size
 _unpack = HEADER.unpack_from
 _read_batch = pa.ipc.read_record_batch
 _allocate = pa.allocate_buffer
+
+# Leases that one connection may have, each of which may be overdue.
+MAX_RENEWALS = 1024
 
 # Replies of which nothing is known yet: enough for a few rows of a wide table.
 FIRST_BYTES = 16 << 10
@@ -79,7 +82,9 @@ def descriptors_of(control: list[tuple[int, int, bytes]]) -> array.array[int]:
 class Prepared:
     """A lookup settled on one connection. `generation` is that connection's."""
 
-    __slots__ = ("command", "generation", "handle", "info", "key_schema", "result", "sizes", "stored")
+    __slots__ = (
+        "__weakref__", "command", "end", "generation", "handle", "info", "key_schema", "result", "sizes", "stored",
+    )  # fmt: skip
 
     def __init__(self, command: bytes, key_schema: pa.Schema):
         self.command = command
@@ -92,6 +97,8 @@ class Prepared:
         self.result: pa.Schema | None = None
         # Keys in a request -> bytes of its reply, so that one read gets all of it.
         self.sizes: dict[int, int] = {}
+        # Gives the handle back when nobody has this any more.
+        self.end: weakref.finalize[..., Prepared] | None = None
 
 
 class Lane:
@@ -113,7 +120,8 @@ class Lane:
         self._lock = threading.Lock()
         self._request = 0
         self._closed = False
-        self._ended: deque[tuple[int, int, int]] = deque()
+        # What is to be released: process, generation, and `detail` and `flags` of RELEASE.
+        self._ended: deque[tuple[int, int, int, int]] = deque()
         self._header = bytearray(HEADER_BYTES)
         _lanes.add(self)
         with self._lock:
@@ -300,9 +308,11 @@ class Lane:
         with self._lock:
             if self._socket is not None and prepared.generation == self.generation:
                 prepared.generation = -1
+                prepared.end.detach()
                 self._ask(RELEASE, b"", prepared.handle)
 
     def _prepare(self, prepared: Prepared) -> None:
+        self._release_some()
         payload = prepared.command + memoryview(prepared.key_schema.serialize())
         kind, detail, size, buffer = self._ask_again(PREPARE, payload, len(prepared.command), 0)
         if kind != PREPARED:
@@ -312,6 +322,10 @@ class Lane:
         prepared.handle = prepared.info["handle"]
         prepared.stored = stored
         prepared.result = None if result.equals(stored) else result
+        if prepared.end is not None:
+            prepared.end.detach()
+        prepared.end = weakref.finalize(prepared, self.ended, self.generation, prepared.handle, RELEASE_HANDLE)
+        prepared.end.atexit = False
         prepared.generation = self.generation
 
     def lookup(self, prepared: Prepared, keys: pa.RecordBatch) -> pa.RecordBatch:
@@ -351,18 +365,37 @@ class Lane:
     ) -> tuple[dict[str, Any], pa.Buffer, int, list[int], dict[int, list[pa.RecordBatch]], int]:
         """Asks for a snapshot's files.
 
-        Returns MAPPED's JSON, its frame, where its schemas start, the descriptors (the caller closes
+        Leases of this connection that are overdue are renewed. Returns MAPPED's JSON, its frame, where its schemas start, the descriptors (the caller closes
         them), the batches sent, by part, and the generation of the connection that holds the lease.
         """
         payload = padded_json({"map": command})
         with self._lock:
-            if self._socket is None:
-                self._connect()
-            try:
-                return self._map(payload)
-            except ConnectionLost:
-                self._connect()
-                return self._map(payload)
+            self._release_some()
+            for _ in range(MAX_RENEWALS):
+                try:
+                    return self._map_again(payload)
+                except errors.LeaseOverdue as overdue:
+                    # Whoever asks for more still uses what there is.
+                    self._renew_overdue(overdue)
+            return self._map_again(payload)
+
+    def _map_again(self, payload: bytes):
+        if self._socket is None:
+            self._connect()
+        try:
+            return self._map(payload)
+        except ConnectionLost:
+            self._connect()
+            return self._map(payload)
+
+    def _renew_overdue(self, overdue: errors.LeaseOverdue) -> None:
+        """Renews the lease that the server named."""
+        lease = overdue.details.get("lease")
+        if not isinstance(lease, int):
+            raise overdue
+        # Released meanwhile, or ended with its connection.
+        with contextlib.suppress(errors.InvalidArgument, ConnectionLost):
+            self._ask(RENEW, b"", lease)
 
     def _map(self, payload: bytes):
         descriptors: list[int] = []
@@ -396,12 +429,12 @@ class Lane:
                 raise ConnectionLost(f"the connection to {self.path} broke: {error}") from error
             raise
 
-    def lease_ended(self, generation: int, lease: int) -> None:
-        """Tells the server, now or with the next request, that nothing maps a lease's files any more.
+    def ended(self, generation: int, number: int, what: int) -> None:
+        """Tells the server, now or with the next request, that a handle or a lease is not used any more.
 
         Called by finalizers, so at any time and on any thread: it never waits for the lock.
         """
-        self._ended.append((os.getpid(), generation, lease))
+        self._ended.append((os.getpid(), generation, number, what))
         if self._lock.acquire(blocking=False):
             try:
                 self._release_ended()
@@ -418,10 +451,10 @@ class Lane:
 
     def _release_ended(self) -> None:
         while self._ended:
-            pid, generation, lease = self._ended.popleft()
+            pid, generation, number, what = self._ended.popleft()
             if pid == os.getpid() and generation == self.generation and self._socket is not None:
                 try:
-                    self._ask(RELEASE, b"", lease, RELEASE_LEASE)
+                    self._ask(RELEASE, b"", number, what)
                 except errors.InvalidArgument:
                     pass
 
