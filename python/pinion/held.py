@@ -1,9 +1,9 @@
 """A lane on which pins are held: the failure of one request does not end them.
 
-When a connection ends, so do its leases, and the server writes what is still being read here. So this lane hangs up only
-where nothing is held on it, or the server has hung up already. Otherwise a request that was interrupted, or whose reply
-did not come in time, is remembered as far as it got: it is gone on with, by a thread of its own and before the next
-request is sent. What its reply leases to nobody is released.
+When a connection ends, so do its leases, and the server writes what is still being read here. So this lane hangs up
+only where nothing is held on it, or the server has hung up already. Otherwise a request that was interrupted, or whose
+reply did not come in time, is remembered as far as it got: it is gone on with, by a thread of its own and before the
+next request is sent. What its reply leases to nobody is released.
 
 A connection whose replies are not understood is *parted*: new requests go over a new one, and the old one stays, and is
 read, until nothing is held on it any more.
@@ -41,17 +41,19 @@ class _Call:
     and the note of what it did are one step of C: `list.extend` over a `map`.
     """
 
-    __slots__ = ("_buffer", "_frame", "_received", "_request", "_sent", "kind")
+    __slots__ = ("_buffer", "_control", "_frame", "_received", "_request", "_sent", "kind")
 
     def __init__(self, kind: int, request: int, payload: Any, detail: int, flags: int, expected: int):
         self.kind = kind
         self._request = request
         header = HEADER.pack(len(payload), kind, flags, 0, request, detail)
-        self._frame = memoryview(b"".join((header, payload)))
-        self._buffer = pa.allocate_buffer(max(expected, HEADER_BYTES))
-        # Bytes, of each send; what `recvmsg_into` returned, each time.
+        self._frame = b"".join((header, payload))
+        self._buffer = pa.allocate_buffer(expected)
+        # Bytes, each time.
         self._sent: list[int] = []
-        self._received: list[tuple[int, Any, int, Any]] = []
+        self._received: list[int] = []
+        # What `recvmsg_into` returned, each time: it stands in for `recv_into` where descriptors may come.
+        self._control: list[tuple[int, Any, int, Any]] = []
 
     @property
     def is_begun(self) -> bool:
@@ -59,32 +61,33 @@ class _Call:
 
     def send(self, connection: socket.socket) -> None:
         """Sends what is left of the request."""
-        while (done := sum(self._sent)) < len(self._frame):
-            self._sent.extend(map(connection.send, (self._frame[done:],)))
+        sent, frame = self._sent, self._frame
+        sent.extend(map(connection.send, () if sent else (frame,)))
+        while (done := sum(sent)) < len(frame):
+            sent.extend(map(connection.send, (memoryview(frame)[done:],)))
 
     def receive(self, connection: socket.socket, control_bytes: int) -> None:
         """Receives what is left of the reply. Descriptors are dropped if there is no room for them."""
-        while missing := self._missing():
-            got = self._got()
-            part = memoryview(self._buffer)[got : got + missing]
-            self._received.extend(
-                map(connection.recvmsg_into, ((part,),), (control_bytes,), (socket.MSG_CMSG_CLOEXEC,))
-            )
-            if self._received[-1][0] == 0:
+        while (got := self._got()) < HEADER_BYTES or self._missing(got):
+            part = memoryview(self._buffer)[got:]
+            if control_bytes:
+                options = ((part,),), (control_bytes,), (socket.MSG_CMSG_CLOEXEC,)
+                self._control.extend(map(connection.recvmsg_into, *options))
+            else:
+                self._received.extend(map(connection.recv_into, (part,)))
+            if self._got() == got:
                 raise ConnectionResetError("the server closed the connection")
 
     def _got(self) -> int:
-        return sum(part[0] for part in self._received)
+        got = sum(self._received)
+        return got + sum(part[0] for part in self._control) if self._control else got
 
-    def _missing(self) -> int:
-        """How many bytes to read: until the header is there, as many as the buffer has room for."""
-        got, room = self._got(), self._buffer.size
-        if got < HEADER_BYTES:
-            return room - got
+    def _missing(self, got: int) -> int:
+        """How many bytes are left, which there is room for then and not for more."""
         total = HEADER_BYTES + HEADER.unpack_from(self._buffer)[0]
         if got > total:
             raise ProtocolError(f"{got - total} bytes that nobody asked for")
-        if total > room:
+        if got < total != self._buffer.size:
             whole = pa.allocate_buffer(total)
             memoryview(whole)[:got] = memoryview(self._buffer)[:got]
             self._buffer = whole
@@ -92,9 +95,9 @@ class _Call:
 
     def take_descriptors(self) -> tuple[list[int], bool]:
         """The descriptors that came, and whether that was all of them. They are the caller's."""
-        received, self._received = self._received, [(self._got(), (), 0, None)]
-        numbers = [number for _, control, _, _ in received for number in wire.descriptors_of(control)]
-        return numbers, not any(flags & socket.MSG_CTRUNC for _, _, flags, _ in received)
+        control, self._control = self._control, [(part[0], (), 0, None) for part in self._control]
+        numbers = [number for _, parts, _, _ in control for number in wire.descriptors_of(parts)]
+        return numbers, not any(flags & socket.MSG_CTRUNC for _, _, flags, _ in control)
 
     def reply(self) -> tuple[int, int, int, pa.Buffer]:
         """The whole reply, as `Lane._ask` returns it. Raises what an ERROR says."""
@@ -156,8 +159,8 @@ class _Parted:
 class HeldLane(Lane):
     """A lane that keeps its connection while mappings are held on it.
 
-    A request that fails by `DeadlineExceeded` or is interrupted leaves everything held as it was. So does one that fails
-    by `ProtocolError`, but then nothing more can be asked about what was held: `LeaseGone`.
+    A request that fails by `DeadlineExceeded` or is interrupted leaves everything held as it was. So does one that
+    fails by `ProtocolError`, but then nothing more can be asked about what was held: `LeaseGone`.
     """
 
     def __init__(self, path: str, timeout: float | None = None):
@@ -248,9 +251,10 @@ class HeldLane(Lane):
         return _Call(kind, request, payload, detail, flags, expected)
 
     def _finish(self, call: _Call, control_bytes: int = 0) -> None:
-        # One that was closed may have said why before.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        try:
             call.send(self._socket)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # whoever closed it may have said why before
         call.receive(self._socket, control_bytes)
 
     def _catch_up(self) -> None:
