@@ -7,13 +7,18 @@ that is dropped, that reads too early, or that the next lookup inherits.
 
 import json
 import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pinion
 import pyarrow as pa
 import pytest
+from pyarrow import flight
 
 from pinion import NOT_FOUND, NOT_READ, NULL_VALUE, PRESENT
+from pinion.flight import Exchange, Flight, StreamEnded
 from support.broker import Log
 
 USERS = """
@@ -373,3 +378,105 @@ format = "json"
     assert unknown.value.error == "UNKNOWN_TOPIC"
     for way in ways:
         way.close()
+
+
+# -- streams of lookups that threads share
+
+
+def test_threads_that_share_a_lookup_over_flight_share_its_stream(server, monkeypatch):
+    opened, failures = [], []
+    exchange = Flight.exchange
+
+    def count(*arguments):
+        opened.append(arguments)
+        return exchange(*arguments)
+
+    monkeypatch.setattr(Flight, "exchange", count)
+    with pinion.connect(server.flight) as client:
+        lookup = client.prepare(["users:score"])
+
+        def work(seed):
+            try:
+                for i in range(150):
+                    assert lookup(keys(seed, 100 + i))["score"].to_pylist() == [seed / 4, 25 + i / 4]
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    assert len(opened) == 1
+
+
+def test_a_lookup_that_is_closed_by_one_thread_goes_on_in_the_others(server):
+    failures = []
+    with pinion.connect(server.flight) as client:
+        lookup = client.prepare(["users:score"])
+
+        def work():
+            try:
+                for _ in range(100):
+                    assert lookup(keys(4))["score"].to_pylist() == [1]
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            lookup.close()
+            time.sleep(0.005)
+    assert failures == []
+
+
+class Stream:
+    """A writer and a reader of Flight. The first write fails, when it is let."""
+
+    def __init__(self):
+        self.writing, self.let = threading.Event(), threading.Event()
+        self.writes = 0
+
+    def do_exchange(self, *_):
+        return self, self
+
+    def begin(self, schema):
+        pass
+
+    def write_batch(self, batch):
+        self.writes += 1
+        self.writing.set()
+        self.let.wait(10)
+        raise flight.FlightInternalError("could not write")
+
+    def read_chunk(self):
+        raise StopIteration
+
+
+def test_a_stream_that_ends_is_said_to_be_and_nothing_is_written_on_it_after():
+    stream = Stream()
+    exchange = Exchange(stream, b"", keys().schema, None)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(exchange.lookup, keys(1))
+        assert stream.writing.wait(5) and not exchange.broken
+        second = pool.submit(exchange.lookup, keys(1))
+        time.sleep(0.05)
+        stream.let.set()
+        with pytest.raises(pinion.ConnectionLost, match="ended the stream") as failed:
+            first.result()
+        assert not isinstance(failed.value, StreamEnded)
+        with pytest.raises(StreamEnded):
+            second.result()
+    assert exchange.broken and stream.writes == 1
+
+
+def test_a_reply_that_was_never_read_is_not_taken_for_the_next_one():
+    stream = Stream()
+    exchange = Exchange(stream, b"", keys().schema, None)
+    # As an interruption leaves it that comes before anything could be noted.
+    exchange._pending = True
+    with pytest.raises(StreamEnded):
+        exchange.lookup(keys(1))
+    assert exchange.broken and stream.writes == 0

@@ -4,6 +4,7 @@ The fears: a mapped table that differs from the scan of the same snapshot while 
 client that dies, forks or hangs and keeps disk, threads or descriptors; a byte that the server trusts.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ import pyarrow.compute as pc
 import pytest
 
 from oracle import NOT_FOUND, PRESENT
+from pinion.lane import note_size, padded_json
 from support import flight as calls
 from support.process import binary, environment
 from support.wait import until
@@ -467,6 +469,34 @@ def test_threads_share_a_client(client):
     assert not failures, failures
 
 
+@pytest.mark.parametrize("timeout", [None, 20])
+def test_a_lookup_that_spins_does_not_sleep_meanwhile(server, timeout):
+    with connect(server) as client:
+        put = client.put("items", items([1]))
+    log, _, sequence = put["token"]["snapshot"].partition("-")
+    later = {"table": "items", "snapshot": f"{log}-{int(sequence) + 1}"}
+    with pinion.connect(f"lane://{server.lane}", timeout=timeout, spin_micros=400_000) as client:
+        client.lookup(["items:price"], {"item": [1]})
+        began = time.thread_time()
+        with pytest.raises(pinion.DeadlineExceeded):
+            client.lookup(["items:price"], {"item": [1]}, wait=later, wait_timeout=0.6)
+        assert time.thread_time() - began > 0.1
+
+
+def test_a_reply_s_size_is_noted_while_other_threads_forget_them():
+    class Cleared(dict):
+        """What another thread may do between any two looks."""
+
+        def get(self, *arguments):
+            found = super().get(*arguments)
+            self.clear()
+            return found
+
+    sizes = Cleared({3: 640})
+    note_size(sizes, 3, 600)
+    assert sizes == {}
+
+
 def test_lease_limits_name_the_setting_and_the_holder(store, serve):
     store.apply(LATEST, HISTORY)
     env = {"PINION__LANE__LEASED_MAX_BYTES": "60 KiB", "PINION__LANE__LEASE_TERM": "1s"}
@@ -482,7 +512,7 @@ def test_lease_limits_name_the_setting_and_the_holder(store, serve):
         time.sleep(1.2)
         assert leases(server)[0]["overdue"]
         with pytest.raises(pinion.LeaseOverdue):
-            client.map("items")
+            client._lane._map(padded_json({"map": {"table": "items"}}))
         mapped.renew()
         assert not leases(server)[0]["overdue"]
         again = client.map("items")
@@ -491,6 +521,75 @@ def test_lease_limits_name_the_setting_and_the_holder(store, serve):
         assert "pinion_leases 2" in metrics and "pinion_lane_connections 2" in metrics
         assert 'pinion_requests_total{method="LaneMap",code="OK"}' in metrics
     until(lambda: "pinion_leases 0" in calls_metrics(server))
+
+
+def test_whoever_maps_more_renews_what_is_overdue(store, serve):
+    store.apply(LATEST, HISTORY)
+    server = serve(env={"PINION__LANE__LEASE_TERM": "1s"})
+    with connect(server) as client:
+        client.put("items", items(range(1000)))
+        client.action("flush", {"table": "items"})
+        held = [client.scan("items") for _ in range(3)]
+        time.sleep(1.2)
+        assert [lease["overdue"] for lease in leases(server)] == [True] * 3
+        held.append(client.scan("items", ["price"]))
+        assert [lease["overdue"] for lease in leases(server)] == [False] * 4
+        held.clear()
+        assert leases(server) == []
+
+
+def test_auto_reads_over_flight_what_may_not_be_mapped(store, serve):
+    store.apply(LATEST, HISTORY)
+    server = serve(env={"PINION__LANE__LEASED_MAX_BYTES": "60 KiB"})
+    with connect(server) as client, pinion.connect(f"lane://{server.lane}") as lane_only:
+        for table in ("items", "prices"):
+            client.put(table, items(range(1000)))
+            client.action("flush", {"table": table})
+        held = client.scan("items")
+        assert client.scan("prices").num_rows == client.scan_batches("prices").read_all().num_rows == 1000
+        assert len(leases(server)) == 1
+        for refused in (lambda: client.scan("prices", local=True), lambda: lane_only.scan("prices")):
+            with pytest.raises(pinion.LeasedMaxBytes):
+                refused()
+        assert held.num_rows == 1000
+
+
+def test_a_table_keeps_its_lease_when_the_client_is_forgotten(server, client):
+    client.put("items", items(range(1000)))
+    client.action("flush", {"table": "items"})
+    table = pinion.connect(f"lane://{server.lane}").scan("items")
+    gc.collect()
+    [lease] = leases(server)
+    connections = "pinion_lane_connections"
+    assert f"{connections} 2" in calls_metrics(server)
+    assert table.num_rows == 1000
+    del table
+    until(lambda: leases(server) == [] and f"{connections} 1" in calls_metrics(server))
+
+
+@pytest.mark.parametrize("used", ["once", "after it was closed"])
+def test_lookups_that_are_dropped_give_their_handles_back(server, client, used):
+    client.put("items", items([1]))
+    keys = pa.record_batch({"item": pa.array([1], pa.int64())})
+    with pinion.connect(f"lane://{server.lane}") as other:
+        for _ in range(other._lane.info["max_handles"] + 100):
+            lookup = other.prepare(["items:price"])
+            lookup(keys)
+            if used != "once":
+                # As one that a client keeps no more, while another thread uses it.
+                lookup.close()
+                lookup(keys)
+
+
+def test_a_lookup_that_is_dropped_in_the_middle_of_a_request_gives_its_handle_back_later(client):
+    lookup, other = client.prepare(["items:price"]), client.prepare(["items:name"])
+    keys = pa.record_batch({"item": pa.array([1], pa.int64())})
+    assert lookup(keys).num_rows == other(keys).num_rows == 1
+    with client._lane._lock:
+        del lookup
+        assert len(client._lane._ended) == 1
+    assert other(keys).num_rows == 1
+    assert not client._lane._ended
 
 
 def calls_metrics(server):

@@ -5,20 +5,28 @@ reads, or never; a fork, a restart or a new layout after which old numbers are b
 the interpreter has gone.
 """
 
+import contextlib
 import gc
 import os
+import random
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+import types
 from decimal import Decimal
 
 import numpy as np
 import pinion
 import pyarrow as pa
 import pytest
+from pinion import arrow
+from pinion.leases import Releaser, Work
 from support.pins import StubServer, TestPin
 from support.process import REPOSITORY
+from support.wait import until
 
 ROWS = 20
 
@@ -136,6 +144,41 @@ def test_maps_read_equal_as_arrow():
     with pinion.connect(server.url) as client, client.pin("maps").latest() as view:
         assert view.to_arrow(declared=True).equals(table)
     server.stop()
+
+
+@pytest.mark.parametrize("inner", ["list", "large_list", "map", "fixed_size_list", "struct"])
+def test_rows_of_lists_that_begin_in_the_middle_are_declared_as_they_are(inner):
+    """Lists that were replaced lie behind what they were before: the first of them is not the first row of the child."""
+    view = pa.large_list_view(pa.string_view())
+    entries = pa.struct([pa.field("key", pa.string_view(), nullable=False), pa.field("value", pa.int64())])
+    values = {
+        "list": ([["a"], ["b", "c"], [], None, ["d", "e", "f"]], view, pa.list_(pa.string())),
+        "large_list": ([["a"], ["b", "c"], [], None, ["d", "e", "f"]], view, pa.large_list(pa.string())),
+        "map": (
+            [[{"key": "a", "value": 1}], [], None, [{"key": "b", "value": 2}, {"key": "c", "value": None}], []],
+            pa.large_list_view(pa.field("entries", entries, nullable=False)),
+            pa.map_(pa.string(), pa.int64()),
+        ),
+        "fixed_size_list": (
+            [["a", "b"], ["c", "d"], None, ["e", None], ["g", "h"]],
+            pa.list_(pa.string_view(), 2),
+            pa.list_(pa.string(), 2),
+        ),
+        "struct": (
+            [{"x": ["a"]}, {"x": ["b", "c"]}, None, {"x": []}, {"x": ["d"]}],
+            pa.struct([("x", view)]),
+            pa.struct([("x", pa.list_(pa.string()))]),
+        ),
+    }
+    rows, lies_as, declared = values[inner]
+    child = pa.array(rows, lies_as)
+    places = pa.array([2, 1], pa.int64()), pa.array([3, 0], pa.int64())
+    lists = pa.LargeListViewArray.from_arrays(*places, child)
+    restored = arrow.restore(lists, pa.list_(declared))
+    restored.validate(full=True)
+    assert restored.to_pylist() == pa.array([rows[2:], []], pa.list_(declared)).to_pylist() != [[], []]
+    if inner != "map":
+        assert restored.to_pylist() == lists.to_pylist()
 
 
 def test_an_empty_pin_has_all_columns_and_no_rows():
@@ -387,6 +430,188 @@ def test_a_client_that_is_forgotten_leaves_no_thread_and_no_connection(stub):
     for thread in started:
         thread.join(5)
     assert not any(thread.name == "pinion-releases" and thread.is_alive() for thread in started)
+
+
+def test_an_end_that_fails_is_kept_and_those_after_it_are_not(caplog):
+    ended = threading.Event()
+
+    class Ending(Work):
+        def finish(self):
+            raise pinion.DeviceError("cuMemFree_v2 failed with 700", "DEVICE")
+
+    class Good(Work):
+        def finish(self):
+            ended.set()
+
+    releaser = Releaser(None)
+    for work in (Ending, Good):
+        releaser.took()
+        releaser.put(work(releaser, None))
+    assert ended.wait(5)
+    assert "cuMemFree_v2 failed with 700" in caplog.text
+
+
+# -- requests that fail while something is leased
+
+
+KINDS = {"latest": 138, "checksum": 140, "row_ids": 139, "pin": 137, "check": 136}
+# What comes of a reply at once: nothing, half of a header, a header and some of what follows it.
+PARTS = [(name, at_once) for name in KINDS for at_once in (0, 9, 20) if (name, at_once) != ("check", 20)]
+
+
+def ask(name, client, pin, view):
+    if name == "row_ids":
+        view.row_ids([10, 20])
+    elif name == "pin":
+        client.pin("users")
+    else:
+        {"latest": pin.latest, "checksum": view.verify, "check": view.check}[name]()
+
+
+def not_late(request):
+    with contextlib.suppress(pinion.DeadlineExceeded):
+        request()
+        return True
+
+
+def leased_once(stub):
+    return stub.wait(lambda: len(stub.leases) == 1 and len(stub.mappings) == 1)
+
+
+@contextlib.contextmanager
+def held_view(stub, **options):
+    """A client and an array of a view of it; the server cannot have written the array's slot when the block ends."""
+    descriptors = len(os.listdir("/proc/self/fd"))
+    client = pinion.connect(stub.url, **options)
+    pin = client.pin("users")
+    view = pin.latest()
+    kept = view["count"].to_numpy()
+    held = types.SimpleNamespace(client=client, pin=pin, view=view)
+    yield held
+    held.__dict__.clear()
+    for version in range(1, 5):
+        stub.publish("users", users(version))
+    assert kept.tolist() == users().column("count").to_pylist()
+    assert not any(c.fileno() == -1 for c in stub.connections)
+    del view, kept
+    assert released(stub)
+    assert pin.latest().to_arrow(declared=True).equals(users(4))
+    pin.close()
+    client.close()
+    del client, pin
+    # Interruptions leave cycles of frames.
+    gc.collect()
+    assert stub.wait(lambda: not stub.mappings)
+    until(lambda: all(c.fileno() == -1 for c in stub.connections), 5)
+    until(lambda: len(os.listdir("/proc/self/fd")) <= descriptors, 5)
+
+
+@pytest.mark.parametrize(("name", "at_once"), PARTS)
+def test_a_reply_that_comes_too_late_ends_nothing(stub, name, at_once):
+    with held_view(stub, timeout=0.2) as held:
+        stub.slow = {KINDS[name]: (at_once, 0.45)}
+        with pytest.raises(pinion.DeadlineExceeded):
+            ask(name, **vars(held))
+        stub.slow = {}
+        # What the late reply gives to nobody is given back, and nobody needs to ask for that.
+        assert leased_once(stub)
+        until(lambda: not_late(held.view.check))
+        assert len(stub.connections) == 2
+        ask(name, **vars(held))
+        assert leased_once(stub)
+
+
+@pytest.mark.parametrize(("name", "at_once"), PARTS)
+@pytest.mark.parametrize("timeout", [None, 20])
+def test_a_request_that_is_interrupted_ends_nothing(stub, interrupts, name, at_once, timeout):
+    with held_view(stub, timeout=timeout) as held, interrupted(after=0.1):
+        stub.slow = {KINDS[name]: (at_once, 0.25)}
+        with pytest.raises(KeyboardInterrupt):
+            ask(name, **vars(held))
+        stub.slow = {}
+        assert leased_once(stub)
+        held.view.check()
+        assert len(stub.connections) == 2
+
+
+@contextlib.contextmanager
+def interrupted(after):
+    """As by Ctrl-C, once, or by the end of the block."""
+
+    def interrupt():
+        time.sleep(after)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@pytest.fixture
+def interrupts():
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_interruptions_at_any_moment_leave_the_connection_in_step(stub, interrupts):
+    generator = random.Random(5)
+    count = 0
+    requests = [([10, 5, 190], [1, -1, 19]), ([0] * 3000, [0] * 3000)]
+    with held_view(stub) as held:
+        lease = held.view.hold().lease.id
+        for _ in range(400):
+            try:
+                with interrupted(after=generator.uniform(1e-5, 1e-3)):
+                    # Python loses an interruption that meets a finalizer.
+                    for _ in range(100):
+                        for keys, rows in requests:
+                            batch = pa.record_batch({"user": pa.array(keys, pa.int64())})
+                            found = held.view.mapping.row_ids(lease, batch)
+                            assert np.frombuffer(found, np.int64).tolist() == rows
+            except KeyboardInterrupt:
+                count += 1
+        held.view.check()
+        assert count > 200 and len(stub.connections) == 2
+
+
+def test_a_release_whose_reply_is_late_is_not_lost(stub):
+    with held_view(stub, timeout=0.2) as held:
+        stub.slow = {KINDS["checksum"]: (0, 0.5)}
+        with held.pin.latest() as second, pytest.raises(pinion.DeadlineExceeded):
+            second.verify()
+        del second
+        assert leased_once(stub)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_reply_that_is_not_understood_ends_nothing(stub, name):
+    """Later requests go over another connection, and what was leased is released on the old one."""
+    client = pinion.connect(stub.url)
+    pin = client.pin("users")
+    view = pin.latest()
+    kept = view["count"].to_numpy()
+    stub.strange.add(KINDS[name])
+    with pytest.raises(pinion.ProtocolError):
+        ask(name, client, pin, view)
+    with pytest.raises(pinion.LeaseGone, match="stays"):
+        view.check()
+    newer = pin.latest()
+    assert newer.verify()["number"] == 1
+    for version in (1, 2, 3):
+        stub.publish("users", users(version))
+    assert kept.tolist() == users().column("count").to_pylist()
+    first = next(iter(stub.mappings))[0]
+    del kept, view
+    gc.collect()
+    # With the mapping its connection goes too, and what was given there and not understood.
+    assert stub.wait(lambda: not any(key[0] is first for book in (stub.leases, stub.mappings) for key in book))
+    assert stub.wait(lambda: first.socket.fileno() == -1)
+    newer.check()
+    assert leased_once(stub)
 
 
 # -- layouts, restarts, forks

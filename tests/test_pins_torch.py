@@ -4,6 +4,7 @@ The fears: a batch that misses or repeats a row; a mask that belongs to another 
 lease go while it lives; a gather whose missing rows read as row 0.
 """
 
+import contextlib
 import threading
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch", exc_type=ImportError)
 
 import pinion.torch
+from pinion.view import View
 from support.pins import StubServer, TestPin
 from test_pins import ROWS, in_child, released, users
 
@@ -167,6 +169,58 @@ def test_what_was_taken_does_not_keep_the_lease(pin, stub):
     assert taken["count"].tolist() == [3, 6]
 
 
+class Noted(torch.Tensor):
+    """A tensor that passes for one on a GPU, and notes the streams that are said to work on it."""
+
+    is_cuda = True
+
+    def record_stream(self, stream):
+        self.__dict__.setdefault("streams", []).append(stream)
+
+
+class Stream:
+    cuda_stream = 77
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """As if torch had a GPU: a current stream, and that of a block."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+
+
+def noted(values, dtype=torch.int64):
+    return torch.tensor(values, dtype=dtype).as_subclass(Noted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_stream_that_takes_is_known_to_the_memory_of_its_arguments(pin, streams, dtype):
+    """They may be let go of at once: torch would give their memory away before the stream has come to the gather."""
+    stream, rows = Stream(), noted([2, -1, 4], dtype)
+    outs = {"score": noted([0] * 3, torch.float32), "count": noted([0] * 3, torch.uint16)}
+    masks = {name: noted([True] * 3, torch.bool) for name in outs}
+    with pin.latest() as view:
+        view.take(rows, ["score", "count"], out=(outs, masks), mask=True, stream=stream)
+        assert view.hold().lease.named == {77}
+        matrix = noted([[0] * 2] * 3, torch.float32)
+        view.take([2, -1, 4], ["score", "rank"], matrix=True, out=matrix, stream=stream)
+    for tensor in (rows, matrix, *outs.values(), *masks.values()):
+        assert tensor.streams == [stream]
+    assert outs["count"].tolist() == [6, 0, 12]
+
+
+def test_a_stream_that_our_own_gather_takes_on_is_known_to_the_row_numbers(monkeypatch, streams):
+    """Those that are no int64 are read on it, and only what comes of them is kept."""
+    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
+    stream, rows = Stream(), noted([2, -1, 4], torch.int32)
+    places, chosen = pinion.torch.on_stream(rows, stream, 0)
+    assert (places.tolist(), places.dtype, chosen) == ([2, -1, 4], torch.int64, stream)
+    assert rows.streams == [stream]
+
+
 def test_no_rows_to_take_from_are_all_missing():
     server = StubServer({"users": TestPin(users(rows=0), ["user"])})
     with pinion.connect(server.url) as client, client.pin("users").latest() as view:
@@ -224,6 +278,17 @@ def test_an_epoch_is_of_one_generation_and_the_next_of_the_newest(pin, stub):
         seen += batch["count"].tolist()
     assert seen == column("count")
     assert torch.cat([b["count"].to(torch.int32) for b in loader]).tolist() == column("count", 4)
+
+
+def test_every_stream_on_which_a_batch_is_gathered_is_waited_for(pin, monkeypatch):
+    """The consumer may be on another stream for each batch."""
+    current = iter(range(101, 200))
+    monkeypatch.setattr(pinion.torch, "_current_stream", lambda view: next(current))
+    named = []
+    monkeypatch.setattr(View, "use", lambda view, stream: named.append(stream))
+    for number, _ in enumerate(pinion.torch.batches(pin, 5, features=["count"])):
+        assert named == list(range(101, 102 + number))
+    assert len(named) == 4
 
 
 def test_an_epoch_that_is_left_ends_its_lease(pin, stub):

@@ -120,7 +120,9 @@ def restore(array: pa.Array, type: pa.DataType) -> pa.Array:
         children = [restore(array.field(i), type.field(i).type) for i in range(type.num_fields)]
         return pa.StructArray.from_arrays(children, fields=list(type), mask=_nulls(array))
     if pa.types.is_fixed_size_list(type):
-        items = restore(array.values, type.value_type)
+        size = type.list_size
+        # `values` are all that were there before a slice was cut, here by `flatten` below.
+        items = restore(array.values.slice(array.offset * size, len(array) * size), type.value_type)
         return pa.FixedSizeListArray.from_arrays(items, type=type, mask=_nulls(array))
     if pa.types.is_map(type) or pa.types.is_list(type) or pa.types.is_large_list(type):
         return _restore_list(array, type)
@@ -128,7 +130,7 @@ def restore(array: pa.Array, type: pa.DataType) -> pa.Array:
 
 
 def _restore_list(array: pa.Array, type: pa.DataType) -> pa.Array:
-    sizes = np.frombuffer(array.buffers()[2], np.int64)[: len(array)]
+    sizes = np.frombuffer(array.buffers()[2], np.int64)[array.offset : array.offset + len(array)]
     if array.null_count:
         sizes = np.where(array.is_valid().to_numpy(zero_copy_only=False), sizes, 0)
     ends = np.concatenate(([0], np.cumsum(sizes)))

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pinion import barrier, errors
 from pinion.barrier import Wait
-from pinion.flight import Exchange, Flight
+from pinion.flight import Exchange, Flight, StreamEnded
 from pinion.lane import Lane, Prepared, padded_json
 from pinion.mapped import MappedTable, map_table
 from pinion.pin import Pin, PinLane
@@ -243,12 +243,12 @@ class Client:
         kept. `snapshot` reads one named by an earlier reply. `wait` and `wait_timeout`: see `lookup`.
 
         `local=True` maps the server's files instead of receiving rows (`map`), `False` reads over Flight,
-        `"auto"` maps when there is a lane and the whole table is asked for. The rows are the same.
+        `"auto"` maps when there is a lane, the whole table is asked for, and mapped files may hold that much more
+        disk (`LeasedMaxBytes`). The rows are the same.
         """
         command = _scan_command(table, features, filter, limit, view, snapshot, wait, wait_timeout)
-        if self._maps(local, filter, limit, view):
-            return map_table(self._lane, command).table
-        return self._over_flight().scan(command)
+        mapped = self._mapped(local, command)
+        return self._over_flight().scan(command) if mapped is None else mapped.table
 
     def scan_batches(
         self,
@@ -265,8 +265,9 @@ class Client:
     ) -> pa.RecordBatchReader:
         """As `scan`, batch by batch: a table over Flight need not fit in memory."""
         command = _scan_command(table, features, filter, limit, view, snapshot, wait, wait_timeout)
-        if self._maps(local, filter, limit, view):
-            return map_table(self._lane, command).table.to_reader()
+        mapped = self._mapped(local, command)
+        if mapped is not None:
+            return mapped.table.to_reader()
         schema, batches = self._over_flight().scan_batches(command)
         return pa.RecordBatchReader.from_batches(schema, batches)
 
@@ -393,18 +394,26 @@ class Client:
 
     # -- which way
 
-    def _maps(self, local: Local, filter: Any, limit: Any, view: Any) -> bool:
+    def _mapped(self, local: Local, command: dict[str, Any]) -> MappedTable | None:
+        """The table of a scan, mapped. None if it is to be read over Flight."""
         if local is False:
-            return False
-        whole = filter is None and limit is None and view is None
+            return None
+        whole = not command.keys() & {"filter", "limit", "view"}
         if local is True:
             if not whole:
                 raise ValueError("a mapped table is whole: leave filter, limit and view out, or read over Flight")
-            self._over_lane()
-            return True
+            return map_table(self._over_lane(), command)
         if self._flight is None and not whole:
             raise ValueError("filters, limits and views are answered over Flight: connect with flight=... too")
-        return whole and self._lane is not None
+        if not whole or self._lane is None:
+            return None
+        try:
+            return map_table(self._lane, command)
+        except (errors.LeaseOverdue, errors.ResourceExhausted):
+            # There is room in this process for what may not be kept on disk.
+            if self._flight is None:
+                raise
+            return None
 
     def _over_flight(self) -> Flight:
         if self._flight is None:
@@ -503,13 +512,19 @@ class Lookup:
         return self._flight.exchange(self._command.rstrip(), schema)
 
     def _exchange(self, way: Exchange, keys: pa.RecordBatch) -> pa.RecordBatch:
-        if way.broken:
-            # An error ends a Flight stream, not the lookup.
-            way = self._replace(way, keys.schema)
-        try:
-            return way.lookup(keys)
-        except errors.Unavailable:
-            return self._replace(way, keys.schema).lookup(keys)
+        failed = False
+        while True:
+            if way.broken:
+                # An error ends a Flight stream, not the lookup.
+                way = self._replace(way, keys.schema)
+            try:
+                return way.lookup(keys)
+            except StreamEnded:
+                pass  # nothing was asked: it broke, or was closed, in another thread
+            except errors.Unavailable:
+                if failed:
+                    raise
+                failed = True
 
     def _replace(self, broken: Exchange, schema: pa.Schema) -> Exchange:
         with self._lock:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 from pyarrow import flight
@@ -192,12 +192,18 @@ class Flight:
         return json.loads(results[0].body.to_pybytes())
 
 
+class StreamEnded(errors.ConnectionLost):
+    """A stream that ended before a request was sent on it: another one can be opened."""
+
+
 class Exchange:
     """One DoExchange stream: batches of keys in, batches of features out. Threads take turns."""
 
     def __init__(self, client: flight.FlightClient, command: bytes, schema: pa.Schema, timeout: float | None):
         self._lock = threading.Lock()
-        self._broken = False
+        self._ended = False
+        # A request was sent whose reply nobody has read. Looked at under the lock: else it is another thread's turn.
+        self._pending = False
         # gRPC's deadline is of the whole call, so a stream is replaced before its deadline comes near.
         self._stale_at = time.monotonic() + timeout if timeout else float("inf")
         options = flight.FlightCallOptions(timeout=2 * timeout) if timeout else flight.FlightCallOptions()
@@ -205,44 +211,63 @@ class Exchange:
             self._writer, self._reader = client.do_exchange(flight.FlightDescriptor.for_command(command), options)
             try:
                 self._writer.begin(schema)
-            except Exception:
-                self._fail()
+            except Exception as error:
+                self._fail(error)
 
     @property
     def broken(self) -> bool:
-        """Whether a new stream must be opened."""
-        return self._broken or time.monotonic() > self._stale_at
+        """Whether a new stream must be opened. One that is in use is not."""
+        return self._ended or time.monotonic() > self._stale_at
 
     def lookup(self, keys: pa.RecordBatch) -> pa.RecordBatch:
-        """Looks keys up."""
+        """Looks keys up. Raises `StreamEnded`, also when the stream broke while other threads had their turns."""
         _check_process()
         with self._lock, translated():
-            # Until the reply is in hand: one that nobody read would be taken for the next one (Ctrl-C, say).
-            self._broken = True
+            if self._pending:
+                # Interrupted (Ctrl-C, say): its reply would be taken for this one's.
+                self._ended = True
+            if self.broken:
+                raise StreamEnded("the stream of lookups ended")
             try:
-                self._writer.write_batch(keys)
-                while True:
-                    chunk = self._reader.read_chunk()
-                    if chunk.data is not None:
-                        self._broken = False
-                        about = chunk.app_metadata
-                        if about is not None and b'"partial"' in memoryview(about).tobytes():
-                            return marked(chunk.data, json.loads(about.to_pybytes()))
-                        return chunk.data
+                self._pending = True
+                reply = self._exchange(keys)
+                self._pending = False
+            except BaseException:
+                self._ended = True
+                raise
+            return reply
+
+    def _exchange(self, keys: pa.RecordBatch) -> pa.RecordBatch:
+        try:
+            self._writer.write_batch(keys)
+        except (flight.FlightError, pa.ArrowException, OSError) as error:
+            self._fail(error)
+        while True:
+            try:
+                chunk = self._reader.read_chunk()
             except StopIteration:
                 raise errors.ConnectionLost("the server ended the stream of lookups") from None
-            except (flight.FlightError, pa.ArrowException):
-                self._fail()
-                raise
+            if chunk.data is not None:
+                about = chunk.app_metadata
+                if about is not None and b'"partial"' in memoryview(about).tobytes():
+                    return marked(chunk.data, json.loads(about.to_pybytes()))
+                return chunk.data
 
-    def _fail(self) -> None:
+    def _fail(self, error: Exception) -> NoReturn:
         """A write that failed says little: the reader knows why the stream ended."""
-        self._broken = True
-        self._reader.read_chunk()
+        self._ended = True
+        try:
+            self._reader.read_chunk()
+        except StopIteration:
+            raise errors.ConnectionLost("the server ended the stream of lookups") from error
+        raise error
 
     def close(self) -> None:
-        with self._lock, contextlib.suppress(Exception):
-            self._writer.close()
+        """Ends the stream, after the request under way."""
+        with self._lock:
+            self._ended = True
+            with contextlib.suppress(Exception):
+                self._writer.close()
 
 
 def _ticket(verb: str, command: dict[str, Any]) -> flight.Ticket:

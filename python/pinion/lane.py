@@ -3,6 +3,8 @@
 A `Lane` may be shared by threads: requests take turns. It must not be shared by processes: a forked
 child finds its parent's connection closed and connects anew. A connection that broke (the server was
 restarted) is made again with the next request, and prepared lookups are prepared again.
+
+Elsewhere: a lane on which pins are held, which does not hang up so easily (`held`).
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ PINNED, GENERATION, ROWS_FOUND, CHECKSUM_IS = range(137, 141)
 BATCH, END, ERROR = 144, 145, 255
 
 WANT_JSON = 1
-RELEASE_LEASE, RELEASE_PIN_LEASE, RELEASE_MAPPING = 1, 2, 3
+RELEASE_HANDLE, RELEASE_LEASE, RELEASE_PIN_LEASE, RELEASE_MAPPING = range(4)
 MAX_DESCRIPTORS = 253
+CONTROL_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
+TOO_FEW_DESCRIPTORS = "not all descriptors came: raise the limit of open files (ulimit -n)"
 
 # payload_bytes, kind, flags, reserved, request_id, detail
 HEADER = struct.Struct("<IBBHII")
@@ -42,6 +46,9 @@ HEADER_BYTES = HEADER.size
 _unpack = HEADER.unpack_from
 _read_batch = pa.ipc.read_record_batch
 _allocate = pa.allocate_buffer
+
+# Leases that one connection may have, each of which may be overdue.
+MAX_RENEWALS = 1024
 
 # Replies of which nothing is known yet: enough for a few rows of a wide table.
 FIRST_BYTES = 16 << 10
@@ -63,10 +70,21 @@ def padded_json(value: Any) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
+def descriptors_of(control: list[tuple[int, int, bytes]]) -> array.array[int]:
+    """The descriptors that `recvmsg` received beside bytes."""
+    numbers = array.array("i")
+    for level, kind, data in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+    return numbers
+
+
 class Prepared:
     """A lookup settled on one connection. `generation` is that connection's."""
 
-    __slots__ = ("command", "generation", "handle", "info", "key_schema", "result", "sizes", "stored")
+    __slots__ = (
+        "__weakref__", "command", "end", "generation", "handle", "info", "key_schema", "result", "sizes", "stored",
+    )  # fmt: skip
 
     def __init__(self, command: bytes, key_schema: pa.Schema):
         self.command = command
@@ -79,6 +97,8 @@ class Prepared:
         self.result: pa.Schema | None = None
         # Keys in a request -> bytes of its reply, so that one read gets all of it.
         self.sizes: dict[int, int] = {}
+        # Gives the handle back when nobody has this any more.
+        self.end: weakref.finalize[..., Prepared] | None = None
 
 
 class Lane:
@@ -100,7 +120,8 @@ class Lane:
         self._lock = threading.Lock()
         self._request = 0
         self._closed = False
-        self._ended: deque[tuple[int, int, int]] = deque()
+        # What is to be released: process, generation, and `detail` and `flags` of RELEASE.
+        self._ended: deque[tuple[int, int, int, int]] = deque()
         self._header = bytearray(HEADER_BYTES)
         _lanes.add(self)
         with self._lock:
@@ -205,25 +226,24 @@ class Lane:
     def _spin(self, buffer: pa.Buffer) -> int:
         connection = self._socket
         until = perf_counter_ns() + self.spin_micros * 1000
+        # With a timeout Python's socket sleeps until there is something, whatever the flags say.
+        descriptor = None if self.timeout is None else connection.fileno()
         while perf_counter_ns() < until:
             try:
-                return connection.recv_into(buffer, 0, socket.MSG_DONTWAIT)
+                if descriptor is None:
+                    return connection.recv_into(buffer, 0, socket.MSG_DONTWAIT)
+                return os.readv(descriptor, (buffer,))
             except BlockingIOError:
                 pass
         return connection.recv_into(buffer)
 
     def _receive_with(self, buffer: pa.Buffer, descriptors: list[int]) -> int:
         """As `recv_into`, of a frame's header only, with the descriptors that come with it."""
-        room = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
         view = memoryview(buffer)[:HEADER_BYTES]
-        got, control, flags, _ = self._socket.recvmsg_into([view], room, socket.MSG_CMSG_CLOEXEC)
-        for level, kind, data in control:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                numbers = array.array("i")
-                numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
-                descriptors.extend(numbers)
+        got, control, flags, _ = self._socket.recvmsg_into([view], CONTROL_BYTES, socket.MSG_CMSG_CLOEXEC)
+        descriptors.extend(descriptors_of(control))
         if flags & socket.MSG_CTRUNC:
-            raise OSError("not all descriptors came: raise the limit of open files (ulimit -n)")
+            raise OSError(TOO_FEW_DESCRIPTORS)
         return got
 
     def _ask(
@@ -288,9 +308,11 @@ class Lane:
         with self._lock:
             if self._socket is not None and prepared.generation == self.generation:
                 prepared.generation = -1
+                prepared.end.detach()
                 self._ask(RELEASE, b"", prepared.handle)
 
     def _prepare(self, prepared: Prepared) -> None:
+        self._release_some()
         payload = prepared.command + memoryview(prepared.key_schema.serialize())
         kind, detail, size, buffer = self._ask_again(PREPARE, payload, len(prepared.command), 0)
         if kind != PREPARED:
@@ -300,6 +322,10 @@ class Lane:
         prepared.handle = prepared.info["handle"]
         prepared.stored = stored
         prepared.result = None if result.equals(stored) else result
+        if prepared.end is not None:
+            prepared.end.detach()
+        prepared.end = weakref.finalize(prepared, self.ended, self.generation, prepared.handle, RELEASE_HANDLE)
+        prepared.end.atexit = False
         prepared.generation = self.generation
 
     def lookup(self, prepared: Prepared, keys: pa.RecordBatch) -> pa.RecordBatch:
@@ -339,18 +365,37 @@ class Lane:
     ) -> tuple[dict[str, Any], pa.Buffer, int, list[int], dict[int, list[pa.RecordBatch]], int]:
         """Asks for a snapshot's files.
 
-        Returns MAPPED's JSON, its frame, where its schemas start, the descriptors (the caller closes
+        Leases of this connection that are overdue are renewed. Returns MAPPED's JSON, its frame, where its schemas start, the descriptors (the caller closes
         them), the batches sent, by part, and the generation of the connection that holds the lease.
         """
         payload = padded_json({"map": command})
         with self._lock:
-            if self._socket is None:
-                self._connect()
-            try:
-                return self._map(payload)
-            except ConnectionLost:
-                self._connect()
-                return self._map(payload)
+            self._release_some()
+            for _ in range(MAX_RENEWALS):
+                try:
+                    return self._map_again(payload)
+                except errors.LeaseOverdue as overdue:
+                    # Whoever asks for more still uses what there is.
+                    self._renew_overdue(overdue)
+            return self._map_again(payload)
+
+    def _map_again(self, payload: bytes):
+        if self._socket is None:
+            self._connect()
+        try:
+            return self._map(payload)
+        except ConnectionLost:
+            self._connect()
+            return self._map(payload)
+
+    def _renew_overdue(self, overdue: errors.LeaseOverdue) -> None:
+        """Renews the lease that the server named."""
+        lease = overdue.details.get("lease")
+        if not isinstance(lease, int):
+            raise overdue
+        # Released meanwhile, or ended with its connection.
+        with contextlib.suppress(errors.InvalidArgument, ConnectionLost):
+            self._ask(RENEW, b"", lease)
 
     def _map(self, payload: bytes):
         descriptors: list[int] = []
@@ -384,12 +429,12 @@ class Lane:
                 raise ConnectionLost(f"the connection to {self.path} broke: {error}") from error
             raise
 
-    def lease_ended(self, generation: int, lease: int) -> None:
-        """Tells the server, now or with the next request, that nothing maps a lease's files any more.
+    def ended(self, generation: int, number: int, what: int) -> None:
+        """Tells the server, now or with the next request, that a handle or a lease is not used any more.
 
         Called by finalizers, so at any time and on any thread: it never waits for the lock.
         """
-        self._ended.append((os.getpid(), generation, lease))
+        self._ended.append((os.getpid(), generation, number, what))
         if self._lock.acquire(blocking=False):
             try:
                 self._release_ended()
@@ -406,10 +451,10 @@ class Lane:
 
     def _release_ended(self) -> None:
         while self._ended:
-            pid, generation, lease = self._ended.popleft()
+            pid, generation, number, what = self._ended.popleft()
             if pid == os.getpid() and generation == self.generation and self._socket is not None:
                 try:
-                    self._ask(RELEASE, b"", lease, RELEASE_LEASE)
+                    self._ask(RELEASE, b"", number, what)
                 except errors.InvalidArgument:
                     pass
 
@@ -458,12 +503,17 @@ class Lane:
     ) -> tuple[int, int, int, pa.Buffer]:
         """One request on the very connection that holds what it names; raises `LeaseGone` if that is gone."""
         with self._lock:
-            if generation != self.generation or self._socket is None:
-                raise errors.LeaseGone("the connection that held this pin is gone", "LEASE_GONE")
-            try:
-                return self._ask(kind, payload, detail, flags)
-            except ConnectionLost as error:
-                raise errors.LeaseGone(error.message, "LEASE_GONE") from error
+            return self._ask_on(generation, kind, payload, detail, flags)
+
+    def _ask_on(
+        self, generation: int, kind: int, payload: Any, detail: int, flags: int
+    ) -> tuple[int, int, int, pa.Buffer]:
+        if generation != self.generation or self._socket is None:
+            raise errors.LeaseGone("the connection that held this pin is gone", "LEASE_GONE")
+        try:
+            return self._ask(kind, payload, detail, flags)
+        except ConnectionLost as error:
+            raise errors.LeaseGone(error.message, "LEASE_GONE") from error
 
     def action(self, name: str, body: dict[str, Any]) -> Any:
         """Flight's DoAction."""
@@ -485,7 +535,9 @@ def note_size(sizes: dict[int, int], rows: int, total: int) -> None:
     """Remembers about how long a reply to so many keys is. Strings vary: some room on top."""
     if len(sizes) > 4096:
         sizes.clear()
-    if sizes.get(rows, 0) < total or sizes[rows] > 2 * total + 4096:
+    # Read once: other threads clear it.
+    known = sizes.get(rows, 0)
+    if known < total or known > 2 * total + 4096:
         sizes[rows] = (total + total // 16 + 63) // 64 * 64
 
 

@@ -240,12 +240,12 @@ class Releaser:
                 return False
             if work.unknown:
                 work.device.synchronize()
+            work.finish()
         except Exception as error:
             # Its memory is kept: a slot that is written under a reader is worse than one that is not.
             log.warning("%s is kept until this process ends: %s", work, error)
             self._kept.append(work)
             return True
-        work.finish()
         self._let_go()
         return True
 

@@ -51,7 +51,10 @@ class MappedTable:
         self._lease = lease
 
     def renew(self) -> None:
-        """Starts the lease's term anew: call it within the term when a table is used for longer."""
+        """Starts the lease's term anew: call it within the term when a table is used for longer.
+
+        Mapping another table does it too, for leases that are past their term.
+        """
         self._lease.renew()
 
 
@@ -59,7 +62,8 @@ class _Lease:
     """Ends the server's lease once every mapping of it is gone."""
 
     def __init__(self, lane: Lane, generation: int, lease: int):
-        self._lane = weakref.ref(lane)
+        # Also for whoever keeps a table and no client: the lease ends with its connection.
+        self._lane = lane
         self._pid = os.getpid()
         self._generation = generation
         self._id = lease
@@ -75,16 +79,14 @@ class _Lease:
         with self._lock:
             self._left -= 1
             last = self._left == 0
-        lane = self._lane()
         # A forked child has a copy of the mappings, and of this count; the lease is its parent's.
-        if last and lane is not None and os.getpid() == self._pid:
-            lane.lease_ended(self._generation, self._id)
+        if last and os.getpid() == self._pid:
+            self._lane.ended(self._generation, self._id, wire.RELEASE_LEASE)
 
     def renew(self) -> None:
-        lane = self._lane()
-        if lane is None or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             raise wire.errors.FailedPrecondition("the connection that held this lease is gone", "LEASE_GONE")
-        lane.renew(self._generation, self._id)
+        self._lane.renew(self._generation, self._id)
 
 
 def map_table(lane: Lane, command: dict[str, Any]) -> MappedTable:

@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pinion import errors
+from pinion import errors, held
 from pinion import lane as wire
 from pinion.leases import Releaser
 from pinion.lent import LentView
@@ -39,7 +39,7 @@ class PinLane:
 
     def __init__(self, path: str, timeout: float | None):
         self.pid = os.getpid()
-        self.lane = wire.Lane(path, timeout)
+        self.lane = held.HeldLane(path, timeout)
         self.releaser = Releaser(self.lane)
         weakref.finalize(self, self.releaser.close).atexit = False
 

@@ -80,10 +80,29 @@ def take(
         view.use(stream)
         # The row numbers may still be on their way.
         stream.wait_stream(torch.cuda.current_stream(_device(view.mapping.dlpack_device)))
+        _work_on(stream, rows, out)
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         values = tensors(view, features, matrix=matrix, mask=mask)
         places = torch.as_tensor(rows, dtype=torch.int64, device=_device(view.mapping.dlpack_device))
         return _Gather(places, view.rows).all(values, out)
+
+
+def _work_on(stream: torch.cuda.Stream, *given: Any) -> None:
+    """Says that a stream works on the caller's tensors: let go of, their memory is nobody else's before it has."""
+    for part in given:
+        if isinstance(part, torch.Tensor):
+            if part.is_cuda:
+                part.record_stream(stream)
+        elif isinstance(part, dict):
+            _work_on(stream, *part.values())
+        elif isinstance(part, (tuple, list)):
+            _work_on(stream, *part)
+
+
+def _current_stream(view: View) -> torch.cuda.Stream | None:
+    """torch's current stream on the view's GPU; None on the host."""
+    device = _device(view.mapping.dlpack_device)
+    return None if device.type == "cpu" else torch.cuda.current_stream(device)
 
 
 # -- for the gather of this package
@@ -120,6 +139,7 @@ def on_stream(rows: Any, stream: Any, ordinal: int) -> tuple[torch.Tensor, torch
     else:
         # The row numbers may still be on their way.
         stream.wait_stream(current)
+        _work_on(stream, rows)
     with torch.cuda.stream(stream):
         places = torch.as_tensor(rows, dtype=torch.int64, device=torch.device("cuda", ordinal)).contiguous()
     if places.dim() != 1:
@@ -211,6 +231,9 @@ class Batches(torch.utils.data.IterableDataset):
             whole = len(order) // self.batch_size * self.batch_size
             stop = whole if self.drop_last else len(order)
             for start in range(0, stop, self.batch_size):
+                # It may be another one for each batch.
+                if (stream := _current_stream(view)) is not None:
+                    view.use(stream)
                 yield taken(order[start : start + self.batch_size])
 
     def _taker(self, view: View) -> Callable[[torch.Tensor], Any]:

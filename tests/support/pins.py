@@ -13,6 +13,7 @@ import socket
 import struct
 import tempfile
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -308,6 +309,10 @@ class StubServer:
         self.requests = []
         # What the server says of a slot instead of the truth.
         self.lie = None
+        # Kind of a reply -> how many bytes of it come at once, and after how many seconds the others do.
+        self.slow = {}
+        # Kinds of which the next reply comes under another request's number.
+        self.strange = set()
         self.connections = []
         self.start()
 
@@ -406,9 +411,16 @@ class Connection:
         return data
 
     def send(self, kind, request, payload=b"", detail=0, descriptors=()):
+        if kind in self.server.strange:
+            self.server.strange.remove(kind)
+            request += 1000
         frame = HEADER.pack(len(payload), kind, 0, 0, request, detail) + payload
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-        sent = self.socket.sendmsg([frame], control)
+        at_once, seconds = self.server.slow.get(kind, (len(frame), 0))
+        sent = self.socket.sendmsg([frame[:at_once]], control) if at_once else 0
+        time.sleep(seconds)
+        if sent == 0:
+            sent = self.socket.sendmsg([frame], control)
         self.socket.sendall(frame[sent:])
         for descriptor in descriptors:
             os.close(descriptor)
@@ -423,8 +435,9 @@ class Connection:
         else:
             try:
                 with self.server.released:
-                    self.send(*handlers[kind](request, flags, detail, payload))
+                    reply = handlers[kind](request, flags, detail, payload)
                     self.server.released.notify_all()
+                self.send(*reply)
             except Refused as refused:
                 self.send(255, request, text(refused.details), refused.code)
 
