@@ -217,6 +217,8 @@ fn a_stop_gives_up_pins_that_are_being_made_and_waits_for_the_others_threads() {
     world.backend.load_millis.store(20, Ordering::Relaxed);
     let slow = PinRequest {
         name: Some("slow".to_owned()),
+        // Lent, nothing would be loaded.
+        form: Some(PinForm::Columns),
         ..request(PinMode::Frozen)
     };
     std::thread::scope(|scope| {
