@@ -13,7 +13,9 @@ use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use pinion_feature_store::{Store, StoreOptions};
-use pinion_gds::{Backend, DmaFile, HostBackend, Piece, PinForm, PinMode, PinOptions, PinRequest, Pins};
+use pinion_gds::{
+    Backend, DmaFile, HostBackend, Piece, PinForm, PinMode, PinOptions, PinRequest, Pins,
+};
 use serde_json::{Value, json};
 
 type Failure = Box<dyn std::error::Error>;
