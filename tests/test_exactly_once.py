@@ -417,7 +417,8 @@ def test_every_record_is_there_once_whatever_is_killed(store, kafka, serve, soak
         assert len(lost) == 0, f"{len(lost)} {what} records are not in the topic: {lost[:5]}"
     leaked = numpy.intersect1d(transactions.aborted, written)
     assert len(leaked) == 0, f"{len(leaked)} aborted records are in the topic: {leaked[:5]}"
-    assert len(transactions.aborted) > 100 and len(transactions.committed) > 100
+    # Most transactions are in doubt while a broker is killed every few seconds; the last one's 16 records alone are not enough.
+    assert len(transactions.aborted) > 32 and len(transactions.committed) > 32
     assert campaign.rows == len(written)
 
     print(f"kills: {len(kinds)}, {({kind: kinds.count(kind) for kind in FAST})}, in {time.monotonic() - began:.0f} s")
