@@ -3,7 +3,6 @@
 
 use std::convert::Infallible;
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
@@ -16,7 +15,6 @@ use tokio::sync::watch;
 use tonic::body::Body;
 use tower::ServiceExt;
 
-use crate::bulk::Bulk;
 use crate::connection::Connection;
 
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -31,7 +29,6 @@ const MAX_HEADER_BYTES: u32 = 64 << 10;
 pub(crate) async fn accept<S>(
     connections: impl Stream<Item = Connection>,
     routes: S,
-    bulk: Arc<Bulk>,
     max_concurrent_streams: u32,
     stopped: impl Future<Output = ()>,
 ) where
@@ -51,9 +48,9 @@ pub(crate) async fn accept<S>(
                 connection = connections.next() => connection,
             };
             let Some(connection) = connection else { break };
-            let class = bulk.connection();
             let greeting = connection.greeting();
-            let peer = connection.peer(class.clone());
+            let peer = connection.peer();
+            let class = peer.class.clone();
             let service = routes
                 .clone()
                 .map_request(move |mut request: Request<Incoming>| {

@@ -5,7 +5,7 @@
 //! are worked off by the bulk runtime, whose threads yield to the others (their nice value is
 //! higher), and otherwise by the runtime that the server was started on. A future moves when it
 //! is next polled: its task ends and hands it to a task of the other runtime, which polls it at
-//! once, so no wake-up is lost.
+//! once, so no wake-up is lost. Its socket follows (`connection`).
 
 use std::io;
 use std::pin::Pin;
@@ -35,13 +35,16 @@ struct Handles {
 }
 
 impl Bulk {
-    /// Starts the bulk runtime beside the one that this runs on.
+    /// Starts the bulk runtime beside the one that this runs on: one thread for every two cores,
+    /// the others are for what is to be answered at once, and for the clients.
     ///
     /// # Errors
     ///
     /// No thread could be made.
     pub(crate) fn start() -> io::Result<Bulk> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let runtime = Builder::new_multi_thread()
+            .worker_threads(threads.div_ceil(2))
             .thread_name("pinion-bulk")
             .enable_all()
             .on_thread_start(yield_to_others)
@@ -104,20 +107,24 @@ impl Class {
 
     fn spawn_boxed(&self, future: Boxed) {
         let bulk = self.is_bulk();
-        let handle = if bulk {
-            &self.handles.bulk
-        } else {
-            &self.handles.quick
-        };
-        handle.spawn(Movable {
+        self.handle().spawn(Movable {
             future: Some(future),
             class: self.clone(),
             bulk,
         });
     }
 
-    fn is_bulk(&self) -> bool {
+    /// Whether the bulk runtime works the connection off.
+    pub(crate) fn is_bulk(&self) -> bool {
         self.streams.load(Ordering::Relaxed) > 0
+    }
+
+    /// The runtime that works the connection off.
+    pub(crate) fn handle(&self) -> &Handle {
+        match self.is_bulk() {
+            true => &self.handles.bulk,
+            false => &self.handles.quick,
+        }
     }
 }
 

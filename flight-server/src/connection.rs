@@ -1,6 +1,7 @@
 //! Sockets: TCP and Unix listeners as one kind of stream of connections.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -11,12 +12,13 @@ use std::time::Duration;
 
 use futures::{Stream, stream};
 use metrics::counter;
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::authority::Mender;
-use crate::bulk::Class;
+use crate::bulk::{Bulk, Class};
 use crate::sendfile;
 
 /// How long to wait when no connection can be accepted (no file descriptors left).
@@ -24,10 +26,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Congestion control between processes of one machine. Others pace what they send, which on
 /// loopback only costs throughput: bbr, a common default, halves it.
 const LOOPBACK_CONGESTION: &str = "reno";
-/// Bytes under way between processes of one machine. The system would let them grow to several
-/// MB, which then leave the processor's cache before the peer reads them: that costs the peer
-/// up to twice the time (docs/benchmarks.md). The kernel doubles the number for its own use.
-const LOOPBACK_SEND_BUFFER_BYTES: usize = 256 << 10;
+/// Bytes under way between processes of one machine. Over TCP the system would let them grow to
+/// several MB, which then leave the processor's cache before the peer reads them: that costs the
+/// peer up to twice the time (docs/benchmarks.md). Over a Unix socket it would hold half of this,
+/// and wake both sides twice as often. The kernel doubles the number for its own use.
+const LOCAL_SEND_BUFFER_BYTES: usize = 256 << 10;
 /// Mode of the Unix socket: its owner and group.
 const SOCKET_MODE: u32 = 0o660;
 
@@ -42,6 +45,9 @@ pub(crate) enum Listener {
 #[derive(Debug)]
 pub(crate) struct Connection {
     transport: Transport,
+    class: Class,
+    /// Whether the bulk runtime is told what the socket is ready for.
+    in_bulk: bool,
     greeting: Arc<Greeting>,
     _permit: OwnedSemaphorePermit,
 }
@@ -74,6 +80,10 @@ impl Listener {
             }
             Listener::Unix(listener) => {
                 let (stream, _) = listener.accept().await?;
+                tuned(sockopt::set_socket_send_buffer_size(
+                    &stream,
+                    LOCAL_SEND_BUFFER_BYTES,
+                ));
                 Ok(Transport::Unix(stream, Mender::new()))
             }
         }
@@ -81,52 +91,101 @@ impl Listener {
 
     /// Accepts for ever. A connection over the limit is closed at once; an accept that fails
     /// is tried again after a pause, so that running out of descriptors passes.
-    pub(crate) fn incoming(self, permits: Arc<Semaphore>) -> impl Stream<Item = Connection> {
-        stream::unfold((self, permits), |(listener, permits)| async move {
-            loop {
-                match listener.accept().await {
-                    Ok(transport) => match Arc::clone(&permits).try_acquire_owned() {
-                        Ok(permit) => {
-                            counter!("pinion_connections_total").increment(1);
-                            let connection = Connection {
-                                transport,
-                                greeting: Arc::default(),
-                                _permit: permit,
-                            };
-                            return Some((connection, (listener, permits)));
+    pub(crate) fn incoming(
+        self,
+        permits: Arc<Semaphore>,
+        bulk: Arc<Bulk>,
+    ) -> impl Stream<Item = Connection> {
+        stream::unfold(
+            (self, permits, bulk),
+            |(listener, permits, bulk)| async move {
+                loop {
+                    match listener.accept().await {
+                        Ok(transport) => match Arc::clone(&permits).try_acquire_owned() {
+                            Ok(permit) => {
+                                counter!("pinion_connections_total").increment(1);
+                                let connection = Connection {
+                                    transport,
+                                    class: bulk.connection(),
+                                    in_bulk: false,
+                                    greeting: Arc::default(),
+                                    _permit: permit,
+                                };
+                                return Some((connection, (listener, permits, bulk)));
+                            }
+                            Err(_) => {
+                                counter!("pinion_connections_refused_total").increment(1);
+                            }
+                        },
+                        Err(error) => {
+                            tracing::warn!(%error, "cannot accept a connection");
+                            tokio::time::sleep(ACCEPT_PAUSE).await;
                         }
-                        Err(_) => {
-                            counter!("pinion_connections_refused_total").increment(1);
-                        }
-                    },
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot accept a connection");
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 }
+            },
+        )
+    }
+}
+
+impl Transport {
+    /// Registers with the runtime that is entered, and no longer with the one before, which then
+    /// wakes nobody.
+    fn register_anew(&mut self) -> io::Result<()> {
+        match self {
+            Transport::Tcp(stream) => {
+                let same = stream.as_fd().try_clone_to_owned()?;
+                *stream = TcpStream::from_std(same.into())?;
             }
-        })
+            Transport::Unix(stream, _) => {
+                let same = stream.as_fd().try_clone_to_owned()?;
+                *stream = UnixStream::from_std(same.into())?;
+            }
+        }
+        Ok(())
     }
 }
 
 /// A connection within the machine: no pacing, and few enough bytes under way.
 fn tune_for_loopback(stream: &TcpStream) {
-    use rustix::net::sockopt;
-    let tuned = [
-        sockopt::set_tcp_congestion(stream, LOOPBACK_CONGESTION),
-        sockopt::set_socket_send_buffer_size(stream, LOOPBACK_SEND_BUFFER_BYTES),
-    ];
-    for error in tuned.into_iter().filter_map(Result::err) {
-        tracing::debug!(%error, "a loopback connection stays as the system made it");
+    tuned(sockopt::set_tcp_congestion(stream, LOOPBACK_CONGESTION));
+    tuned(sockopt::set_socket_send_buffer_size(
+        stream,
+        LOCAL_SEND_BUFFER_BYTES,
+    ));
+}
+
+fn tuned(set: rustix::io::Result<()>) {
+    if let Err(error) = set {
+        tracing::debug!(%error, "a connection within the machine stays as the system made it");
     }
 }
 
 impl Connection {
     /// What requests of this connection may know.
-    pub(crate) fn peer(&self, class: Class) -> Peer {
+    pub(crate) fn peer(&self) -> Peer {
         Peer {
             unix: matches!(self.transport, Transport::Unix(..)),
-            class,
+            class: self.class.clone(),
+        }
+    }
+
+    /// Lets the runtime that works the connection off hear by itself what the socket is ready for:
+    /// told by the other, it would be woken on another thread each time.
+    fn follow(&mut self, cx: &Context<'_>) {
+        let bulk = self.class.is_bulk();
+        if self.in_bulk == bulk {
+            return;
+        }
+        // A socket that cannot be registered anew goes on as it is.
+        self.in_bulk = bulk;
+        let _entered = self.class.handle().enter();
+        match self.transport.register_anew() {
+            // Whoever waited for the other direction is forgotten: both are polled again.
+            Ok(()) => cx.waker().wake_by_ref(),
+            Err(error) => {
+                tracing::debug!(%error, "a connection is worked off by one runtime and told of by the other");
+            }
         }
     }
 
@@ -173,6 +232,7 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        self.follow(cx);
         let before = buf.filled().len();
         let read = match &mut self.transport {
             Transport::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
@@ -189,6 +249,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.follow(cx);
         match &mut self.transport {
             Transport::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Transport::Unix(stream, _) => Pin::new(stream).poll_write(cx, buf),
@@ -200,6 +261,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.follow(cx);
         match &mut self.transport {
             Transport::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Transport::Unix(stream, _) => sendfile::poll_write_vectored(stream, cx, bufs),
@@ -328,6 +390,45 @@ mod tests {
             bind_unix(&path).unwrap_err().kind(),
             io::ErrorKind::AlreadyExists
         );
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn who_waits_to_read_is_woken_also_when_the_socket_moves_before_a_write() {
+        use tokio::io::AsyncWriteExt;
+        let bulk = Bulk::start().unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let class = bulk.connection();
+        let mut connection = Connection {
+            transport: Transport::Unix(ours, Mender::new()),
+            class: class.clone(),
+            in_bulk: false,
+            greeting: Arc::default(),
+            _permit: Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap(),
+        };
+        let mut open = Vec::new();
+        let (waits, waiting) = tokio::sync::oneshot::channel();
+        let mut waits = Some(waits);
+        let read = std::future::poll_fn(move |cx| {
+            let mut room = [0; 8];
+            let mut buf = ReadBuf::new(&mut room);
+            let read = Pin::new(&mut connection).poll_read(cx, &mut buf);
+            if open.is_empty() {
+                assert!(read.is_pending());
+                open.push(class.stream());
+                assert!(Pin::new(&mut connection).poll_write(cx, b"x").is_ready());
+                assert!(connection.in_bulk);
+                let _ = waits.take().unwrap().send(());
+            }
+            read
+        });
+        let reader = tokio::spawn(read);
+        waiting.await.unwrap();
+        theirs.write_all(b"y").await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), reader)
+            .await
+            .expect("the reader is woken")
+            .unwrap()
+            .unwrap();
     }
 
     #[tokio::test(start_paused = true)]

@@ -127,9 +127,8 @@ pub async fn serve(
             context: Arc::clone(&context),
         });
         let server = accept(
-            listener.incoming(Arc::clone(&permits)),
+            listener.incoming(Arc::clone(&permits), Arc::clone(&bulk)),
             routes.prepare(),
-            Arc::clone(&bulk),
             context.config.max_concurrent_streams,
             until_stopped(stopped.clone()),
         );

@@ -21,7 +21,6 @@ use crate::error::Failure;
 use crate::hooks::Hooks;
 use crate::intake::Received;
 use crate::lane::Leases;
-use crate::wire::Turns;
 use crate::{action, info, measure, put};
 
 /// Smallest message size a request may ask for.
@@ -36,8 +35,6 @@ pub(crate) struct Context {
     pub(crate) scans: Arc<Semaphore>,
     /// One permit per step of a DoGet stream that is being worked off.
     pub(crate) turns: Arc<Semaphore>,
-    /// One permit per DoGet stream that is sending.
-    pub(crate) senders: Arc<Turns>,
     /// One permit per request that waits for a barrier.
     pub(crate) waiters: Semaphore,
     /// Who holds which mapped files.
@@ -50,8 +47,6 @@ impl Context {
     pub(crate) fn new(store: Store, hooks: Hooks, config: ServerConfig) -> SharedContext {
         let scans = Arc::new(Semaphore::new(config.max_scans));
         let turns = Arc::new(Semaphore::new(config.scan_threads));
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let senders = Turns::new(threads);
         let waiters = Semaphore::new(config.max_waiters);
         let leases = Leases::new(config.lane.leased_max_bytes, config.lane.lease_term);
         Arc::new(Context {
@@ -60,7 +55,6 @@ impl Context {
             config,
             scans,
             turns,
-            senders,
             waiters,
             leases,
         })

@@ -145,7 +145,6 @@ async fn open(
         permit,
         open: Arc::new(peer.class.stream()),
         turns: Arc::clone(&context.turns),
-        senders: Arc::clone(&context.senders),
         reader_idle: context.config.reader_idle,
     };
     Ok((reply, limits))

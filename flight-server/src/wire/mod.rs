@@ -13,7 +13,6 @@
 //! | `frame` | one message as gRPC and protobuf frame it, in chunks |
 //! | `messages` | the body of a DoExchange: messages that are made already |
 //! | `stream` | the pace: a window of chunks, made ready on a bounded pool; idle readers |
-//! | `turns` | how many streams send at the same time |
 //!
 //! What a batch's header says and where its buffers lie is the segments' own writer's:
 //! `pinion_feature_store::segment::ipc`.
@@ -24,10 +23,8 @@ mod layer;
 mod messages;
 mod reply;
 mod stream;
-mod turns;
 
 pub(crate) use layer::Layer;
 pub(crate) use messages::Outgoing;
 pub(crate) use reply::{Opened, Reply};
 pub(crate) use stream::reader_idle;
-pub(crate) use turns::Turns;

@@ -11,7 +11,7 @@
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -23,7 +23,6 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tonic::{Code, Status};
 
 use super::reply::{Reply, Step};
-use super::turns::{Turn, TurnTaker, Turns};
 use crate::bulk::OpenStream;
 use crate::error::Failure;
 use crate::measure;
@@ -37,7 +36,6 @@ pub(crate) struct WireStream {
     open: Arc<OpenStream>,
     in_flight: Gauge,
     request: Option<measure::Request>,
-    turns: TurnTaker,
     done: bool,
 }
 
@@ -75,8 +73,6 @@ pub(crate) struct Limits {
     pub(crate) open: Arc<OpenStream>,
     /// Turns in the pool of blocking threads, given in the order asked.
     pub(crate) turns: Arc<Semaphore>,
-    /// Turns at the wire: see `turns`.
-    pub(crate) senders: Arc<Turns>,
     pub(crate) reader_idle: Duration,
 }
 
@@ -85,7 +81,6 @@ impl WireStream {
     /// dropping the body before that counts as cancelled.
     pub(super) fn start(reply: Reply, limits: Limits, request: measure::Request) -> WireStream {
         let shared = Arc::new(Shared::default());
-        let turns = TurnTaker::new(Arc::clone(&limits.senders));
         let handle = limits.open.handle().clone();
         let open = Arc::clone(&limits.open);
         handle.spawn(drive(Arc::clone(&shared), reply, limits));
@@ -94,7 +89,6 @@ impl WireStream {
             open,
             in_flight: measure::bytes_in_flight(),
             request: Some(request),
-            turns,
             done: false,
         }
     }
@@ -111,40 +105,21 @@ impl http_body::Body for WireStream {
         if self.done {
             return Poll::Ready(None);
         }
-        let this = &mut *self;
-        let next = this
-            .shared
-            .queue
-            .lock()
-            .chunks
-            .front()
-            .map(|c| c.bytes.len());
-        if let Some(bytes) = next {
-            let turn = ready!(this.turns.poll_turn(bytes, cx));
-            let mut queue = this.shared.queue.lock();
-            // Only a stream that was cut off has fewer chunks than a moment ago.
-            if let Some(chunk) = queue.chunks.pop_front() {
-                queue.bytes -= chunk.bytes.len();
-                queue.last_taken = Some(Instant::now());
-                let enough = queue.bytes < queue.wake_below;
-                if enough {
-                    queue.wake_below = 0;
-                }
-                drop(queue);
-                if enough {
-                    this.shared.taken.notify_one();
-                }
-                let tracked = InFlight::new(chunk.bytes, this, turn);
-                return Poll::Ready(Some(Ok(Frame::data(Bytes::from_owner(tracked)))));
-            }
-        }
-        this.turns.pass();
+        let this = &*self;
         let mut queue = this.shared.queue.lock();
-        if !queue.chunks.is_empty() {
-            // They came since.
+        if let Some(chunk) = queue.chunks.pop_front() {
+            queue.bytes -= chunk.bytes.len();
+            queue.last_taken = Some(Instant::now());
+            let enough = queue.bytes < queue.wake_below;
+            if enough {
+                queue.wake_below = 0;
+            }
             drop(queue);
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
+            if enough {
+                this.shared.taken.notify_one();
+            }
+            let tracked = InFlight::new(chunk.bytes, this);
+            return Poll::Ready(Some(Ok(Frame::data(Bytes::from_owner(tracked)))));
         }
         let Some(end) = queue.end.take() else {
             queue.reader = Some(cx.waker().clone());
@@ -192,18 +167,16 @@ pub(super) fn trailers(end: Result<(), Failure>) -> HeaderMap {
 struct InFlight {
     bytes: Bytes,
     gauge: Gauge,
-    _turn: Arc<Turn>,
     /// Until these bytes are in the socket too.
     _open: Arc<OpenStream>,
 }
 
 impl InFlight {
-    fn new(bytes: Bytes, stream: &WireStream, turn: Arc<Turn>) -> InFlight {
+    fn new(bytes: Bytes, stream: &WireStream) -> InFlight {
         stream.in_flight.increment(bytes.len() as f64);
         InFlight {
             bytes,
             gauge: stream.in_flight.clone(),
-            _turn: turn,
             _open: Arc::clone(&stream.open),
         }
     }
@@ -226,7 +199,6 @@ async fn drive(shared: Arc<Shared>, mut reply: Reply, limits: Limits) {
         permit: _permit,
         open: _open,
         turns,
-        senders: _,
         reader_idle,
     } = limits;
     loop {
