@@ -42,7 +42,7 @@ pub struct Pins {
     made: Condvar,
     /// Set for good: no pin is made any more.
     stopping: AtomicBool,
-    /// Of fresh pins; some may have ended.
+    /// Of fresh pins and of lent ones; some may have ended.
     threads: Mutex<Vec<JoinHandle<()>>>,
     run: u32,
     next_pin: AtomicU64,
@@ -311,7 +311,8 @@ impl Pins {
         };
         if pin.is_lent() && self.options.background {
             let max_bytes = self.options.stale_max_bytes;
-            worker::look_after_files(Arc::clone(&pin), max_bytes).map_err(no_thread)?;
+            let thread = worker::look_after_files(Arc::clone(&pin), max_bytes);
+            self.keep(thread.map_err(no_thread)?);
         }
         if pin.spec.mode == PinMode::Fresh
             && let Some(head) = head
@@ -319,10 +320,7 @@ impl Pins {
             let made = Refresher::new(Arc::clone(&pin), Arc::clone(&self.options), head);
             if self.options.background {
                 let options = Arc::clone(&self.options);
-                let thread = worker::start(made, options).map_err(no_thread)?;
-                let mut threads = self.threads.lock();
-                threads.retain(|thread| !thread.is_finished());
-                threads.push(thread);
+                self.keep(worker::start(made, options).map_err(no_thread)?);
             } else {
                 refresher = Some(Arc::new(Mutex::new(made)));
             }
@@ -335,6 +333,13 @@ impl Pins {
         drop(pins);
         pin.device.add(Arc::clone(&pin));
         Ok(PinStatus::of(&pin))
+    }
+
+    /// Remembers a thread, for `stop` to wait for.
+    fn keep(&self, thread: JoinHandle<()>) {
+        let mut threads = self.threads.lock();
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
     }
 
     fn device(&self, name: Option<&DeviceName>) -> Result<Arc<Device>, PinError> {

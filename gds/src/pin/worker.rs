@@ -55,7 +55,7 @@ pub(crate) fn join_all(threads: Vec<JoinHandle<()>>, deadline: Instant) -> bool 
 }
 
 /// Starts the thread that looks after the files of a pin that is lent; it ends with the pin.
-pub(crate) fn look_after_files(pin: Arc<Pin>, stale_max_bytes: u64) -> io::Result<()> {
+pub(crate) fn look_after_files(pin: Arc<Pin>, stale_max_bytes: u64) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name("pin-files".to_owned())
         .spawn(move || {
@@ -64,7 +64,6 @@ pub(crate) fn look_after_files(pin: Arc<Pin>, stale_max_bytes: u64) -> io::Resul
                 pin.device.evict_stale(stale_max_bytes);
             }
         })
-        .map(drop)
 }
 
 fn run(mut refresher: Refresher, options: &PinOptions) {

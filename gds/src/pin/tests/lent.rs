@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -315,4 +316,28 @@ fn a_pin_has_its_files_also_when_their_names_are_gone() {
     remove(world.store.dir());
     let shared = world.pins.share("items", holder(1)).unwrap();
     assert_eq!(shared.descriptors.len(), 2);
+}
+
+#[test]
+fn a_stop_waits_for_who_looks_after_the_files() {
+    let options = PinOptions {
+        background: true,
+        ..by_hand()
+    };
+    let (world, _) = clean_world(options);
+    let open = || {
+        let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let paths = descriptors.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        let dir = world.store.dir();
+        paths
+            .filter(|path| path.starts_with(dir) && path.extension().is_some_and(|e| e == "arrow"))
+            .count()
+    };
+    let before = open();
+    for name in ["a", "b", "c", "d"] {
+        world.pins.pin(&named(name)).unwrap();
+    }
+    assert!(open() > before);
+    assert!(world.pins.stop(Duration::from_secs(30)));
+    assert_eq!(open(), before, "no thread keeps a file open");
 }
