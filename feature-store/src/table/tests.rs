@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow_array::{ArrayRef, Int64Array, RecordBatch, TimestampSecondArray};
+use arrow_array::{
+    ArrayRef, DictionaryArray, Int32Array, Int64Array, RecordBatch, StringArray,
+    TimestampSecondArray,
+};
 use pinion_schemas::TableDefinition;
 
 use super::Table;
@@ -308,4 +311,94 @@ fn a_damaged_newest_catalog_costs_no_table_its_files() {
     replace(&whole);
     let repaired = store(&dir);
     assert_eq!(scanned_rows(&repaired.table("b").unwrap()), 1);
+}
+
+/// Keys from 0 on and times, without the features.
+fn keys(rows: i64) -> Vec<(&'static str, ArrayRef)> {
+    let times = TimestampSecondArray::from_iter_values(std::iter::repeat_n(1, rows as usize));
+    vec![
+        ("k", Arc::new(Int64Array::from_iter_values(0..rows))),
+        ("t", Arc::new(times.with_timezone("UTC"))),
+    ]
+}
+
+fn small_commits(dir: &tempfile::TempDir) -> Store {
+    store_with(
+        dir,
+        StoreOptions {
+            put_max_bytes: 1 << 20,
+            ..StoreOptions::default()
+        },
+    )
+}
+
+#[test]
+fn a_commit_is_refused_before_absent_features_are_filled_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = small_commits(&dir);
+    let features: Vec<String> = (0..100).map(|i| format!("f{i} = \"float64\"")).collect();
+    let wide = definition("a", "history = \"all\"", &features.join("\n"));
+    store.apply(vec![wide]).unwrap();
+    let table = store.table("a").unwrap();
+
+    let narrow = RecordBatch::try_from_iter(keys(100_000)).unwrap();
+    for change in [Change::Upsert(narrow.clone()), Change::Delete(narrow)] {
+        let error = table.commit(commit(change)).unwrap_err();
+        // Of the record, made, it would be more: it has validity as well.
+        let CommitError::TooLarge { bytes, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!(bytes, 100_000 * (8 + 8 + 8 + 100 * 8));
+    }
+    let few = RecordBatch::try_from_iter(keys(1_000)).unwrap();
+    table.commit(commit(Change::Upsert(few))).unwrap();
+    assert_eq!(scanned_rows(&table), 1_000);
+}
+
+#[test]
+fn a_commit_is_refused_before_a_long_default_is_repeated() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = small_commits(&dir);
+    let long = format!(
+        "v = \"int64\"\n[[feature]]\nname = \"s\"\ntype = \"string\"\ndefault = \"{}\"",
+        "x".repeat(1_000)
+    );
+    store
+        .apply(vec![definition("a", "history = \"all\"", &long)])
+        .unwrap();
+    let table = store.table("a").unwrap();
+
+    let without = RecordBatch::try_from_iter(keys(10_000)).unwrap();
+    let error = table.commit(commit(Change::Upsert(without))).unwrap_err();
+    let CommitError::TooLarge { bytes, .. } = error else {
+        panic!("{error}");
+    };
+    assert_eq!(bytes, 10_000 * (8 + 8 + 8 + 8 + 1_000));
+}
+
+#[test]
+fn a_commit_is_refused_before_its_dictionaries_are_expanded() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = small_commits(&dir);
+    store
+        .apply(vec![definition("a", "history = \"all\"", "s = \"string\"")])
+        .unwrap();
+    let table = store.table("a").unwrap();
+
+    let long: ArrayRef = Arc::new(StringArray::from(vec!["x".repeat(1_000)]));
+    let dictionary = DictionaryArray::new(Int32Array::from(vec![0; 256]), long);
+    let mut columns = keys(256);
+    columns.push(("s", Arc::new(dictionary)));
+    let batch = RecordBatch::try_from_iter(columns).unwrap();
+    let hundred = Commit {
+        changes: vec![Change::Upsert(batch.clone()); 100],
+        ..Commit::default()
+    };
+    let error = table.commit(hundred).unwrap_err();
+    let CommitError::TooLarge { bytes, .. } = error else {
+        panic!("{error}");
+    };
+    assert!(bytes < 2 << 20, "counted on past the limit: {bytes}");
+    table.commit(commit(Change::Upsert(batch))).unwrap();
+    assert_eq!(scanned_rows(&table), 256);
 }
