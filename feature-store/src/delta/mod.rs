@@ -21,6 +21,7 @@ use std::sync::OnceLock;
 
 use crate::compat::Version;
 use crate::error::ReadError;
+use crate::ipc_gate::expand::plain_bytes;
 use crate::order::RowOrder;
 use crate::superseded::Superseded;
 use arrow_array::RecordBatch;
@@ -172,7 +173,8 @@ impl LogView {
             None => self
                 .live_rows
                 .batches()
-                .map(|(_, b)| b.get_array_memory_size() as u64)
+                // Chunks of one put share its buffers: each counts its rows only.
+                .flat_map(|(_, batch)| batch.columns().iter().map(plain_bytes).collect::<Vec<_>>())
                 .sum(),
         }
     }

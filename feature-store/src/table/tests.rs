@@ -402,3 +402,24 @@ fn a_commit_is_refused_before_its_dictionaries_are_expanded() {
     table.commit(commit(Change::Upsert(batch))).unwrap();
     assert_eq!(scanned_rows(&table), 256);
 }
+
+#[test]
+fn one_large_put_is_scanned_in_pieces_and_counted_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir);
+    store.apply(vec![one("a")]).unwrap();
+    let table = store.table("a").unwrap();
+    let many: Vec<(i64, i64, i64)> = (0..50_000).map(|i| (i, 1, i)).collect();
+    put(&table, &many);
+    let check = |table: &Table| {
+        let snapshot = table.snapshot();
+        let scan = snapshot.scan(&ScanRequest::default()).unwrap();
+        let pieces: Vec<usize> = scan.map(|b| b.unwrap().batch.num_rows()).collect();
+        assert_eq!(pieces.iter().sum::<usize>(), 50_000);
+        assert!(pieces.iter().all(|rows| *rows <= 16_384), "{pieces:?}");
+        snapshot.bytes()
+    };
+    assert_eq!(check(&table), 50_000 * 24);
+    drop((store, table));
+    check(&self::store(&dir).table("a").unwrap());
+}
