@@ -139,11 +139,11 @@ impl ScanFilter {
 }
 
 impl Snapshot {
-    /// Starts a scan.
+    /// Starts a scan. Reads nothing: that begins with the first batch.
     ///
     /// # Errors
     ///
-    /// `UnknownFeature`, `Filter` and `Part` before anything is read.
+    /// `UnknownFeature`, `Filter` and `Part`.
     pub fn scan(&self, request: &ScanRequest) -> Result<Scan, ReadError> {
         let version = &self.0.version;
         let all = version.schema.fields();

@@ -423,3 +423,38 @@ fn one_large_put_is_scanned_in_pieces_and_counted_once() {
     drop((store, table));
     check(&self::store(&dir).table("a").unwrap());
 }
+
+/// The logs of a table's snapshot that hold rows, and whether each is in memory.
+fn warm_logs(table: &Table) -> Vec<bool> {
+    let snapshot = table.snapshot();
+    let logs = snapshot.0.oldest_first().filter_map(|level| match level {
+        crate::level::Level::Log(log) if log.visible_rows > 0 => Some(log.is_warm()),
+        _ => None,
+    });
+    logs.collect()
+}
+
+#[test]
+fn a_scan_of_the_latest_rows_of_a_history_reads_nothing_before_its_first_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = store(&dir);
+    first
+        .apply(vec![definition("a", "history = \"all\"", "v = \"int64\"")])
+        .unwrap();
+    put(
+        &first.table("a").unwrap(),
+        &[(1, 1, 1), (1, 2, 2), (2, 1, 3)],
+    );
+    drop(first);
+    let again = store(&dir);
+    let table = again.table("a").unwrap();
+    let request = ScanRequest {
+        view: crate::View::Latest,
+        ..ScanRequest::default()
+    };
+    let scan = table.snapshot().scan(&request).unwrap();
+    assert_eq!(scan.schema().fields().len(), 3);
+    assert_eq!(warm_logs(&table), [false]);
+    assert_eq!(scan.map(|b| b.unwrap().batch.num_rows()).sum::<usize>(), 2);
+    assert_eq!(warm_logs(&table), [true]);
+}
