@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arrow_array::{
-    ArrayRef, DictionaryArray, Int32Array, Int64Array, RecordBatch, StringArray,
+    Array, ArrayRef, DictionaryArray, Int32Array, Int64Array, RecordBatch, StringArray,
     TimestampSecondArray,
 };
 use pinion_schemas::TableDefinition;
@@ -457,4 +457,39 @@ fn a_scan_of_the_latest_rows_of_a_history_reads_nothing_before_its_first_batch()
     assert_eq!(warm_logs(&table), [false]);
     assert_eq!(scan.map(|b| b.unwrap().batch.num_rows()).sum::<usize>(), 2);
     assert_eq!(warm_logs(&table), [true]);
+}
+
+#[test]
+fn readers_who_come_at_once_after_a_restart_decode_the_log_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = store(&dir);
+    first.apply(vec![one("a")]).unwrap();
+    let many: Vec<(i64, i64, i64)> = (0..50_000).map(|i| (i, 1, i)).collect();
+    put(&first.table("a").unwrap(), &many);
+    drop(first);
+    let again = store(&dir);
+    let snapshot = again.table("a").unwrap().snapshot();
+    assert!(!snapshot.is_warm());
+    let start = std::sync::Barrier::new(8);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                start.wait();
+                let request = LookupRequest {
+                    keys: vec![Arc::new(Int64Array::from_iter_values(0..9))],
+                    features: vec!["v".to_owned()],
+                    ..LookupRequest::default()
+                };
+                let found = snapshot.lookup(&request).unwrap();
+                assert_eq!(found.columns[0].null_count(), 0);
+            });
+        }
+    });
+    assert!(snapshot.is_warm());
+    let decoded = snapshot.0.oldest_first().filter_map(|level| match level {
+        crate::level::Level::Log(log) => log.log.replayed_part(),
+        crate::level::Level::Segment(_) => None,
+    });
+    let times = decoded.map(|log| log.materialised.load(std::sync::atomic::Ordering::Relaxed));
+    assert_eq!(times.collect::<Vec<_>>(), [1]);
 }
