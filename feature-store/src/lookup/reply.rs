@@ -164,6 +164,12 @@ pub struct ReplyScratch {
     /// Number of the plan it is prepared for; 0 for none.
     plan: u64,
     prepared: Vec<PreparedPart>,
+    room: Room,
+}
+
+/// The part of a scratch that grows with the replies, and is of no plan.
+#[derive(Default)]
+struct Room {
     fills: Vec<Fill>,
     places: Vec<usize>,
     found: Vec<Found>,
@@ -175,6 +181,14 @@ pub struct ReplyScratch {
 impl std::fmt::Debug for ReplyScratch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ReplyScratch").finish_non_exhaustive()
+    }
+}
+
+impl ReplyScratch {
+    /// Trades the memory that replies are made in for that of `other`; what is prepared for a
+    /// plan stays. So many plans that are asked in turns share the memory of one.
+    pub fn swap_room(&mut self, other: &mut ReplyScratch) {
+        std::mem::swap(&mut self.room, &mut other.room);
     }
 }
 
@@ -264,13 +278,16 @@ impl ReplyPlan {
         let ReplyScratch {
             plan: _,
             prepared,
+            room,
+        } = scratch;
+        let Room {
             fills,
             places,
             found,
             probe,
             header,
             body,
-        } = scratch;
+        } = room;
         prepared.resize_with(self.parts.len(), PreparedPart::default);
         fills.resize_with(self.parts.len(), Fill::default);
         for ((part, prepared), snapshot) in self.parts.iter().zip(&mut *prepared).zip(snapshots) {
