@@ -150,7 +150,8 @@ impl Snapshot {
     /// # Errors
     ///
     /// `UnknownFeature` and `Keys` before anything is read. `Segment` or `Log` if stored
-    /// data is damaged, `ReplyTooLarge` before more than `max_bytes` are copied: nothing is
+    /// data is damaged, `ReplyTooLarge` before more than `max_bytes` are copied, `DictionaryFull`
+    /// if the indices of a dictionary cannot name the values of so many keys: nothing is
     /// returned, and the snapshot stays usable.
     pub fn lookup(&self, request: &LookupRequest) -> Result<LookupResult, ReadError> {
         let inner = self.0.as_ref();
@@ -364,9 +365,16 @@ impl Snapshot {
                 kept = self.with_default(column, &kept).map_err(compute)?;
             }
             let field = version.schema.field(column);
-            result
-                .columns
-                .push(to_user_type(&kept, field.data_type()).map_err(compute)?);
+            let column = to_user_type(&kept, field.data_type()).map_err(|error| match error {
+                ArrowError::DictionaryKeyOverflowError => ReadError::DictionaryFull {
+                    table: self.table().to_owned(),
+                    feature: field.name().clone(),
+                    data_type: pinion_schemas::format_type(field.data_type()),
+                    rows: answers.len(),
+                },
+                error => compute(error),
+            })?;
+            result.columns.push(column);
             result
                 .fields
                 .push(Arc::new(field.clone().with_nullable(true)));

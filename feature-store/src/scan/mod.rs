@@ -259,8 +259,8 @@ impl Scan {
                 None => filtered,
             });
         }
-        let picks = picks(&piece.rows, passed);
-        if picks.is_empty() {
+        let mut left = picks(&piece.rows, passed);
+        if left.is_empty() {
             return Ok(());
         }
         let output = Output {
@@ -272,8 +272,16 @@ impl Scan {
         let needed = output.needed().map_err(|e| self.compute(e))?;
         piece.stored.read(&needed)?;
         let storage = piece.stored.storage();
-        for pick in &picks {
-            let found = output.batch(&piece.stored, &storage, pick);
+        left.reverse();
+        while let Some(pick) = left.pop() {
+            let found = output.batch(&piece.stored, &storage, &pick);
+            // More values than the indices of a dictionary can name: fewer rows have fewer.
+            if let Err(ArrowError::DictionaryKeyOverflowError) = found
+                && let Some(halves) = pick.halves()
+            {
+                left.extend(halves.into_iter().rev());
+                continue;
+            }
             self.ready.push_back(found.map_err(|e| self.compute(e))?);
         }
         Ok(())

@@ -493,3 +493,45 @@ fn readers_who_come_at_once_after_a_restart_decode_the_log_once() {
     let times = decoded.map(|log| log.materialised.load(std::sync::atomic::Ordering::Relaxed));
     assert_eq!(times.collect::<Vec<_>>(), [1]);
 }
+
+#[test]
+fn narrow_indices_of_a_dictionary_hide_no_rows_from_scans() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir);
+    let narrow = "d = \"dictionary<values=string, indices=int8, ordered=0>\"";
+    store
+        .apply(vec![definition("a", "history = \"latest\"", narrow)])
+        .unwrap();
+    let table = store.table("a").unwrap();
+    let rows = |names: &mut dyn Iterator<Item = i64>| {
+        let names: Vec<i64> = names.collect();
+        let texts = names.iter().map(|i| format!("name {i}"));
+        let times = TimestampSecondArray::from(vec![1; names.len()]).with_timezone("UTC");
+        RecordBatch::try_from_iter([
+            ("k", Arc::new(Int64Array::from(names.clone())) as ArrayRef),
+            ("t", Arc::new(times)),
+            ("d", Arc::new(StringArray::from_iter_values(texts))),
+        ])
+        .unwrap()
+    };
+    let put = |rows| table.commit(commit(Change::Upsert(rows))).unwrap();
+    put(rows(&mut (0..1_000)));
+    assert_eq!(scanned_rows(&table), 1_000);
+    table.flush().unwrap();
+    put(rows(&mut (0..1_000).step_by(3)));
+    assert_eq!(scanned_rows(&table), 1_000);
+
+    let look_up = |keys: std::ops::Range<i64>| {
+        table.snapshot().lookup(&LookupRequest {
+            keys: vec![Arc::new(Int64Array::from_iter_values(keys))],
+            features: vec!["d".to_owned()],
+            ..LookupRequest::default()
+        })
+    };
+    assert_eq!(look_up(0..100).unwrap().columns[0].null_count(), 0);
+    let error = look_up(0..1_000).unwrap_err();
+    assert!(
+        matches!(error, crate::ReadError::DictionaryFull { rows: 1_000, .. }),
+        "{error}"
+    );
+}
