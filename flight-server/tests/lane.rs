@@ -503,6 +503,11 @@ async fn map_requests_that_cannot_be_met_leave_no_lease() {
             FAILED_PRECONDITION,
         ),
         (
+            json!({"table": "weather", "snapshot": "1-1", "at_least": {"t": {"0": 1}}}),
+            "COMMAND_MEMBER",
+            INVALID_ARGUMENT,
+        ),
+        (
             json!({"table": "../weather"}),
             "COMMAND_MEMBER",
             INVALID_ARGUMENT,
