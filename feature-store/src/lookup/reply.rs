@@ -71,7 +71,8 @@ pub struct ReplyMessage {
     /// The flatbuffer, without the framing of 8 bytes that streams put before it; with that
     /// its length is a multiple of 64.
     pub header: Bytes,
-    /// The buffers. Those of 64 bytes or more start on multiples of 64, others of 16.
+    /// The buffers. Those of 64 bytes or more start on multiples of 64, of 32 or more on
+    /// multiples of 32, others of 16.
     pub body: Bytes,
     /// True when the deadline passed before all keys were looked for.
     pub partial: bool,
