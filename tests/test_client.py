@@ -18,6 +18,7 @@ import pytest
 from pyarrow import flight
 
 from pinion import NOT_FOUND, NOT_READ, NULL_VALUE, PRESENT
+from pinion.barrier import members
 from pinion.flight import Exchange, Flight, StreamEnded
 from support.broker import Log
 
@@ -159,6 +160,18 @@ def test_a_version_of_a_service_stays_what_it_was(client, operator):
     assert before(keys(1)).schema.names == ["id", "visits", "score"]
 
 
+def test_a_lookup_by_the_name_of_a_service_follows_its_versions(client, operator, monkeypatch):
+    monkeypatch.setattr("pinion.client.SERVICE_SECONDS", 0.2)
+    for service in ("ranking", "ranking@v1"):
+        assert client.lookup(service=service, keys=keys(1)).schema.names == ["id", "visits", "score"]
+    operator.action("apply", {"definitions": [RANKING_2]})
+    until = time.monotonic() + 10
+    while client.lookup(service="ranking", keys=keys(1)).schema.names != ["id", "name"]:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert client.lookup(service="ranking@v1", keys=keys(1)).schema.names == ["id", "visits", "score"]
+
+
 def test_a_service_that_is_not_there_is_named(client):
     for service in ("rankign", "ranking@v9"):
         with pytest.raises(pinion.PinionError, match="ranki") as refused:
@@ -167,6 +180,20 @@ def test_a_service_that_is_not_there_is_named(client):
     with pytest.raises(pinion.InvalidArgument):
         client.lookup(["users:score"], keys(1), service="ranking")
     assert client.lookup(keys=keys(1), service="ranking")["score"].to_pylist() == [0.25]
+
+
+# -- puts
+
+
+def test_a_table_in_one_chunk_larger_than_a_message_is_put(operator):
+    many = users(range(COUNT, COUNT + 80_000), version=1)
+    text = pa.array(["x" * 1000]).take(pa.array([0] * len(many)))
+    many = many.set_column(many.schema.get_field_index("name"), "name", text)
+    assert many.nbytes > 80_000_000 and many["name"].num_chunks == 1
+    assert operator.put("users", many)["rows"] == 80_000
+    found = operator.lookup(["users:name"], keys(COUNT, COUNT + 79_999))
+    assert [len(name) for name in found["name"].to_pylist()] == [1000, 1000]
+    assert operator.put("users", many.slice(0, 0))["rows"] == 0
 
 
 # -- defaults
@@ -300,6 +327,17 @@ def test_offsets_are_gathered_from_delivery_reports():
     assert pickle.loads(pickle.dumps(seen)).token() == seen.token()
     with pytest.raises(ValueError, match="acks=0"):
         seen.add(Report("a", 0, -1001))
+
+
+def test_topics_may_have_the_names_of_an_acknowledgements_members():
+    for topics in (["durable"], ["token"], ["durable", "token"], ["durable", "token", "snapshot"]):
+        offsets = {topic: {"0": 5} for topic in topics}
+        for wait in (offsets, pinion.Offsets(offsets), [offsets]):
+            assert members(wait, None) == {"at_least": offsets}, wait
+    token = {"table": "users", "snapshot": "1-2"}
+    acknowledged = {"rows": 1, "applied": True, "durable": True, "token": token}
+    assert members([acknowledged, {"durable": {0: 5}}], None) == {"at_least": {"durable": {"0": 5}}, "token": [token]}
+    assert members({**acknowledged, "token": None}, None) == {}
 
 
 def test_what_a_put_returned_can_be_waited_for(client, operator):

@@ -12,7 +12,7 @@ use arrow_cast::{CastOptions, can_cast_types, cast_with_options};
 use arrow_schema::DataType;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use pinion_feature_store::json::parse_time_text;
+use pinion_feature_store::json::{DecimalProblem, parse_decimal, parse_time_text};
 use pinion_schemas::format_type;
 use serde_json::Value;
 
@@ -75,17 +75,16 @@ pub fn key_column(texts: &[&str], data_type: &DataType) -> Result<ArrayRef, Valu
             }
             Ok(Arc::new(builder.finish()))
         }
-        DataType::Decimal128(_, scale) | DataType::Decimal256(_, scale) => {
+        DataType::Decimal128(precision, scale) | DataType::Decimal256(precision, scale) => {
             for text in texts {
                 // The cast rounds; a key that was rounded is another key.
-                let places = text.split_once('.').map_or(0, |(_, after)| after.len());
-                if i64::try_from(places).unwrap_or(i64::MAX) > i64::from(*scale).max(0) {
-                    return Err(refuse(
-                        text,
-                        data_type,
-                        Some("too many decimal places".to_owned()),
-                    ));
-                }
+                let problem = match parse_decimal(text, *precision, *scale) {
+                    Ok(_) => continue,
+                    Err(DecimalProblem::NotANumber) => None,
+                    Err(DecimalProblem::TooFine) => Some("too many decimal places".to_owned()),
+                    Err(DecimalProblem::TooLarge) => Some("too many digits".to_owned()),
+                };
+                return Err(refuse(text, data_type, problem));
             }
             cast(
                 Arc::new(StringArray::from(texts.to_vec())),
@@ -301,6 +300,7 @@ mod tests {
             ("300", DataType::Int8),
             ("yes", DataType::Boolean),
             ("1.555", DataType::Decimal128(10, 2)),
+            ("15e-1", DataType::Decimal128(10, 0)),
             ("0xf", DataType::Binary),
             ("0x+1", DataType::Binary),
             ("0x00", DataType::FixedSizeBinary(16)),

@@ -10,8 +10,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Float64Type, Int32Type, Int64Type, TimestampMicrosecondType, UInt8Type};
-use arrow_array::{Array, ArrayRef, Int32Array, Int64Array, RecordBatch};
+use arrow_array::types::{
+    Decimal256Type, Float64Type, Int32Type, Int64Type, TimestampMicrosecondType, UInt8Type,
+};
+use arrow_array::{Array, ArrayRef, Decimal256Array, Int32Array, Int64Array, RecordBatch};
+use arrow_buffer::i256;
 use model::{
     DELETED, REPLACED, USER_IDS, VISIT_IDS, VISITS_WIDER, at, count, flight, is_user, keys, many,
     name, score, start,
@@ -354,5 +357,39 @@ async fn what_the_server_refuses_leaves_the_lane_good() {
     let stats = lane.action("stats", &json!({"table": "visits"})).unwrap();
     assert_eq!(stats["tables"].as_array().unwrap().len(), 1);
     lane.ping().unwrap();
+    server.stop().await;
+}
+
+const PRICES: &str = r#"
+[table]
+name = "prices"
+entity = [{ name = "id", type = "int64" }]
+
+[features]
+price = "decimal256(50, 2)"
+"#;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_single_value_of_32_bytes_is_read_in_place() {
+    let server = start().await;
+    server.apply(&[PRICES]).await.unwrap();
+    let (mut lane, flight) = (lane(&server), flight(&server).await);
+    let prices: Vec<i256> = (0..9).map(|id| i256::from_i128(id * 1_001)).collect();
+    let column = Decimal256Array::from_iter_values(prices.iter().copied());
+    let column: ArrayRef = Arc::new(column.with_precision_and_scale(50, 2).unwrap());
+    let ids: Vec<i64> = (0..9).collect();
+    let rows = [("id", Arc::clone(keys(&ids).column(0))), ("price", column)];
+    let rows = RecordBatch::try_from_iter(rows).unwrap();
+    let put = Put::upsert("prices");
+    flight.put(&put, &rows.schema(), [rows]).await.unwrap();
+    let lookup = Lookup::features(["prices:price"]);
+    let prepared = lane.prepare(&lookup, &keys(&[]).schema()).unwrap();
+    let mut in_place = LaneRows::default();
+    for count in 1..=ids.len() {
+        let asked = keys(&ids[..count]);
+        lane.lookup_into(&prepared, &asked, &mut in_place).unwrap();
+        let found = in_place.values::<Decimal256Type>(1).unwrap();
+        assert_eq!(found, &prices[..count]);
+    }
     server.stop().await;
 }

@@ -12,11 +12,13 @@ use arrow_array::{
 use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
 use arrow_select::take::take;
 use pinion_schemas::{
-    Feature, History, KeyEncoder, LookupLayout, TableDefinition, can_widen, format_type,
-    storage_type,
+    Feature, History, KeyEncoder, LookupLayout, TableDefinition, can_widen, fixed_bytes,
+    format_type, storage_type,
 };
+use serde_json::Value;
 
 use crate::error::RowProblem;
+use crate::ipc_gate::expand::plain_bytes;
 use crate::order::{self, ticks_of};
 use crate::segment::SegmentWriterOptions;
 
@@ -217,6 +219,35 @@ impl Version {
             columns,
             &RecordBatchOptions::new().with_row_count(Some(batch.num_rows())),
         )
+    }
+
+    /// About how many bytes `rows_in`, or `deletes_in` for deletes, makes of a batch: columns
+    /// that are absent are filled, dictionaries and views expanded. Saturating; makes nothing.
+    pub(crate) fn log_bytes(&self, batch: &RecordBatch, deletes: bool) -> u64 {
+        let rows = batch.num_rows() as u64;
+        let of_column = |(i, field): (usize, &Arc<Field>)| {
+            let fixed = fixed_bytes(field.data_type(), rows);
+            let feature = self.feature_at(i);
+            let given = batch
+                .column_by_name(field.name())
+                .filter(|column| !matches!(column.data_type(), DataType::Null))
+                .filter(|_| feature.is_none() || !deletes);
+            if let Some(column) = given {
+                return plain_bytes(column).max(fixed);
+            }
+            let default = feature.and_then(|feature| feature.default.as_ref());
+            let one = match default.filter(|_| !deletes) {
+                Some(Value::String(text)) => text.len() as u64,
+                // One that makes no value is refused when the column is made.
+                Some(Value::Array(_) | Value::Object(_)) => feature
+                    .and_then(|feature| default_value(feature, field.data_type()).ok())
+                    .map_or(0, |one| plain_bytes(&one)),
+                _ => 0,
+            };
+            one.saturating_mul(rows).max(fixed)
+        };
+        let columns = self.log_schema.fields().iter().enumerate();
+        columns.map(of_column).fold(0, u64::saturating_add)
     }
 
     /// Brings rows from outside into the log's columns: matched by name, absent nullable

@@ -330,6 +330,21 @@ pub enum ReadError {
         /// The limit.
         limit_bytes: usize,
     },
+    /// A lookup's answer, which is one batch, has more values of a dictionary than its indices
+    /// can name.
+    #[error(
+        "the reply to {rows} keys has more values of {feature:?} than a {data_type} can name: send fewer keys"
+    )]
+    DictionaryFull {
+        /// Table name.
+        table: String,
+        /// The feature.
+        feature: String,
+        /// Its type.
+        data_type: String,
+        /// Keys asked.
+        rows: usize,
+    },
     /// An Arrow kernel refused; a bug of ours or values out of its range.
     #[error("table {table}: {problem}")]
     Compute {

@@ -16,7 +16,7 @@
 //! after another from memory.
 
 mod compression;
-mod expand;
+pub(crate) mod expand;
 mod layout;
 mod reader;
 mod stream;
@@ -177,6 +177,8 @@ pub struct Gate {
     stream: Option<Stream>,
     dictionaries: HashMap<i64, ArrayRef>,
     dictionary_bytes: HashMap<i64, u64>,
+    /// Of all batches so far, in their plain form.
+    plain_bytes: u64,
 }
 
 /// What the schema message said.
@@ -196,7 +198,14 @@ impl Gate {
             stream: None,
             dictionaries: HashMap::new(),
             dictionary_bytes: HashMap::new(),
+            plain_bytes: 0,
         }
+    }
+
+    /// Bytes of all batches admitted so far, in their plain form: dictionaries and views
+    /// expanded. An upper estimate.
+    pub fn plain_bytes(&self) -> u64 {
+        self.plain_bytes
     }
 
     /// The stream's schema, once its message was admitted.
@@ -424,6 +433,7 @@ impl Gate {
             plain,
             self.limits.max_decoded_bytes,
         )?;
+        self.plain_bytes = self.plain_bytes.saturating_add(plain);
         Ok(batch)
     }
 }

@@ -166,6 +166,16 @@ impl Snapshot {
         self.0.live_rows
     }
 
+    /// True when all logs are in memory. One that an earlier process left is decoded by the
+    /// first lookup of more than a few keys, and read from its file by the others: until then
+    /// a lookup may take as long as reading the whole log does.
+    pub fn is_warm(&self) -> bool {
+        self.0.oldest_first().all(|level| match level {
+            Level::Segment(_) => true,
+            Level::Log(log) => log.visible_rows == 0 || log.is_warm(),
+        })
+    }
+
     /// Bytes of the stored columns, about what a scan of the whole table transfers.
     pub fn bytes(&self) -> u64 {
         self.0

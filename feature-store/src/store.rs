@@ -33,7 +33,8 @@ pub struct StoreOptions {
     pub snapshot_grace: Duration,
     /// Retained snapshots may keep at most this many bytes of files out of use.
     pub retained_max_bytes: u64,
-    /// Largest single commit.
+    /// Largest single commit, as the log keeps its rows: absent features filled in,
+    /// dictionaries and views expanded.
     pub put_max_bytes: u64,
     /// How often logs are synced that nobody waits for.
     pub sync_interval: Duration,

@@ -219,6 +219,17 @@ impl Barrier {
     pub(crate) fn is_empty(&self) -> bool {
         self.at_least.is_empty() && self.tokens.is_empty()
     }
+
+    /// Refuses to wait for anything in a read of a snapshot that is named: it is what it is.
+    pub(crate) fn check_snapshot(&self, snapshot: Option<&str>) -> Result<(), CommandError> {
+        match snapshot {
+            Some(_) if !self.is_empty() => Err(CommandError::member(
+                "snapshot",
+                "a snapshot that is named is read as it is: leave it out, or at_least and token",
+            )),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl ScanCommand {

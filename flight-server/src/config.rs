@@ -65,7 +65,7 @@ pub struct ServerConfig {
     pub max_message_cap_bytes: usize,
     /// A request message is at most this large. Default 64 MiB.
     pub max_request_bytes: usize,
-    /// Rows of one put together, in memory. Default 256 MiB.
+    /// Rows of one put together, as plain columns in memory. Default 256 MiB.
     pub put_max_bytes: u64,
     /// Keys of one lookup. Default 1 Mi.
     pub lookup_max_rows: usize,

@@ -123,65 +123,6 @@ fn internal(error: arrow_schema::ArrowError) -> Failure {
     )
 }
 
-/// Bytes that the rows of `array` take in a message, nothing behind the slice counted.
-pub(crate) fn rows_bytes(array: &ArrayRef) -> usize {
-    let rows = array.len();
-    let validity = if array.null_count() > 0 {
-        rows.div_ceil(8)
-    } else {
-        0
-    };
-    let values = match array.data_type() {
-        DataType::Null => 0,
-        DataType::Boolean => rows.div_ceil(8),
-        DataType::Utf8 => offsets_bytes(array.as_string::<i32>().value_offsets()),
-        DataType::LargeUtf8 => offsets_bytes(array.as_string::<i64>().value_offsets()),
-        DataType::Binary => offsets_bytes(array.as_binary::<i32>().value_offsets()),
-        DataType::LargeBinary => offsets_bytes(array.as_binary::<i64>().value_offsets()),
-        DataType::Utf8View => views_bytes(array.as_string_view().views()),
-        DataType::BinaryView => views_bytes(array.as_binary_view().views()),
-        // Inline views carry their value; only the others count again.
-        DataType::List(_) => {
-            let list = array.as_list::<i32>();
-            items_bytes(list.values(), list.value_offsets())
-        }
-        DataType::LargeList(_) => {
-            let list = array.as_list::<i64>();
-            items_bytes(list.values(), list.value_offsets())
-        }
-        DataType::Map(_, _) => {
-            let map = array.as_map();
-            let entries: ArrayRef = Arc::new(map.entries().clone());
-            items_bytes(&entries, map.value_offsets())
-        }
-        DataType::FixedSizeList(_, _) => rows_bytes(array.as_fixed_size_list().values()),
-        DataType::Struct(_) => array.as_struct().columns().iter().map(rows_bytes).sum(),
-        DataType::Dictionary(key, _) => rows * key.primitive_width().unwrap_or(8),
-        DataType::FixedSizeBinary(size) => rows * usize::try_from(*size).unwrap_or(0),
-        other => rows * other.primitive_width().unwrap_or(16),
-    };
-    values + validity
-}
-
-/// Offsets of a variable-length column, and the bytes between the first and the last.
-fn offsets_bytes<O: Copy + Into<i64>>(offsets: &[O]) -> usize {
-    span(offsets).map_or(0, |(start, end)| end - start) + std::mem::size_of_val(offsets)
-}
-
-fn items_bytes<O: Copy + Into<i64>>(values: &ArrayRef, offsets: &[O]) -> usize {
-    let Some((start, end)) = span(offsets) else {
-        return 0;
-    };
-    let length = end.min(values.len()).saturating_sub(start);
-    rows_bytes(&values.slice(start.min(values.len()), length)) + std::mem::size_of_val(offsets)
-}
-
-fn span<O: Copy + Into<i64>>(offsets: &[O]) -> Option<(usize, usize)> {
-    let start = usize::try_from((*offsets.first()?).into()).ok()?;
-    let end = usize::try_from((*offsets.last()?).into()).ok()?;
-    (start <= end).then_some((start, end))
-}
-
 fn views_bytes(views: &[u128]) -> usize {
     views
         .iter()

@@ -242,6 +242,11 @@ impl From<ReadError> for Failure {
             } => Failure::of(Code::ResourceExhausted, "MESSAGE_TOO_LARGE", &error)
                 .with("bytes", *bytes as u64)
                 .with("limit_bytes", *limit_bytes as u64),
+            ReadError::DictionaryFull { table, feature, .. } => {
+                Failure::of(Code::ResourceExhausted, "DICTIONARY_FULL", &error)
+                    .with("table", table.clone())
+                    .with("feature", feature.clone())
+            }
             ReadError::Compute { table, .. } => {
                 Failure::of(Code::Internal, "COMPUTE", &error).with("table", table.clone())
             }

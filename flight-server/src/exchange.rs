@@ -29,7 +29,7 @@ use crate::service::SharedContext;
 use crate::wire::{Outgoing, reader_idle};
 
 /// Lookups of up to this many keys take microseconds and run where they are; larger ones
-/// move to a blocking thread.
+/// move to a blocking thread, and so do all while a log is still to be decoded.
 const INLINE_ROWS: usize = 1_000;
 /// Replies that wait for a slow reader.
 const WINDOW_MESSAGES: usize = 4;
@@ -210,7 +210,8 @@ impl Session {
         let bound = Arc::clone(bound);
         let snapshots = await_barrier(&bound.tables(), &self.barrier, &self.context).await?;
         let rows = keys.num_rows();
-        let (reply, snapshots) = if rows <= INLINE_ROWS {
+        let quick = rows <= INLINE_ROWS && snapshots.iter().all(Snapshot::is_warm);
+        let (reply, snapshots) = if quick {
             let reply = bound.reply(&mut self.scratch, &keys, &snapshots, arrived)?;
             (reply, snapshots)
         } else {

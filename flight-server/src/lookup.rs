@@ -19,10 +19,10 @@ use arrow_schema::{DataType, Field, FieldRef, Schema, SchemaRef};
 use bytes::Bytes;
 use chrono::Utc;
 use pinion_feature_store::{
-    LookupRequest, LookupResult, ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest, ReplyScratch,
-    ReplyShape, Snapshot, Table, ValueStatus,
+    LookupRequest, LookupResult, ReadError, ReplyMessage, ReplyPart, ReplyPlan, ReplyRequest,
+    ReplyScratch, ReplyShape, Snapshot, Table,
 };
-use pinion_schemas::{TableDefinition, storage_type};
+use pinion_schemas::{TableDefinition, fixed_bytes, storage_type};
 use serde_json::Value;
 use tonic::Code;
 
@@ -334,6 +334,7 @@ impl LookupPlan {
             now_nanos: Some(moment.now_nanos),
             keep_expired: self.keep_expired,
             defaults: self.defaults,
+            status: self.status,
             deadline: moment.deadline,
             max_bytes: Some(moment.max_body_bytes),
         };
@@ -483,7 +484,9 @@ impl BoundLookup {
     }
 
     /// Answers one batch of keys in columns; says whether the deadline passed before all were
-    /// looked for. `max_bytes` bounds the values of each table before they are copied.
+    /// looked for. `max_bytes` bounds the values of each table before they are copied, and what
+    /// the reply takes whatever is found before anything is looked for: a null is as wide as a
+    /// value.
     pub(crate) fn answer(
         &self,
         request: &RecordBatch,
@@ -493,6 +496,7 @@ impl BoundLookup {
     ) -> Result<(RecordBatch, bool), Failure> {
         let rows = request.num_rows();
         self.check_rows(rows)?;
+        self.check_fixed_bytes(rows, max_bytes)?;
         // One clock for every table of the request.
         let moment = ReplyRequest {
             now_nanos: now_nanos(),
@@ -503,12 +507,7 @@ impl BoundLookup {
         for ((part, snapshot), columns) in self.plan.parts.iter().zip(snapshots).zip(&self.keys) {
             results.push(self.plan.ask(part, snapshot, request, columns, moment)?);
         }
-        let not_read = ValueStatus::NotRead as u8;
-        let partial = moment.deadline.is_some()
-            && results.iter().any(|result| {
-                let status = result.status.first();
-                status.is_some_and(|status| status.values().contains(&not_read))
-            });
+        let partial = results.iter().any(|result| result.partial);
         let mut columns = request.columns().to_vec();
         let features = self.plan.reply_columns(&results)?;
         for ((_, column), field) in features.into_iter().zip(
@@ -538,6 +537,27 @@ impl BoundLookup {
             return Ok(());
         }
         Err(too_many_keys(rows, self.plan.max_rows))
+    }
+
+    fn check_fixed_bytes(&self, rows: usize, limit_bytes: usize) -> Result<(), Failure> {
+        let fixed = |data_type: &DataType| fixed_bytes(data_type, rows as u64);
+        let of_field = |field: &FieldRef| match field.data_type() {
+            // As its values count where they are found.
+            DataType::Dictionary(_, values) => fixed(field.data_type()).max(fixed(values) / 8),
+            plain => fixed(plain),
+        };
+        let fields = self.schema.fields().iter();
+        let bytes = fields.map(of_field).fold(0, u64::saturating_add);
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        if bytes <= limit_bytes {
+            return Ok(());
+        }
+        Err(ReadError::ReplyTooLarge {
+            rows,
+            bytes,
+            limit_bytes,
+        }
+        .into())
     }
 
     fn deadline(&self, arrived: Instant) -> Option<Instant> {

@@ -1,8 +1,9 @@
 //! DoPut: a stream of rows becomes one commit, acknowledged when it is durable.
 //!
 //! The schema is checked against the table before any row is taken. Rows are gathered in
-//! memory up to `put_max_bytes`; the whole put is one commit, so a put that fails or is
-//! cancelled leaves nothing behind.
+//! memory up to `put_max_bytes`, counted as the table keeps them, without dictionaries and
+//! views; the whole put is one commit, so a put that fails or is cancelled leaves nothing
+//! behind.
 
 use std::pin::Pin;
 
@@ -22,7 +23,6 @@ use crate::bulk::Class;
 use crate::command::{
     Command, CommandError, PutCommand, PutMode, Target, Token, checked_table_name,
 };
-use crate::encode::rows_bytes;
 use crate::error::Failure;
 use crate::intake::Intake;
 use crate::measure;
@@ -113,7 +113,7 @@ async fn take(
     };
     let mut gate = Gate::new(limits);
     let mut batches: Vec<RecordBatch> = Vec::new();
-    let (mut rows, mut bytes) = (0u64, 0u64);
+    let mut rows = 0u64;
     let mut message = Some(first);
     while let Some(data) = message {
         if !data.data_header.is_empty() {
@@ -123,8 +123,7 @@ async fn take(
                 Admitted::Dictionary => {}
                 Admitted::Batch(batch) => {
                     rows += batch.num_rows() as u64;
-                    bytes += batch.columns().iter().map(rows_bytes).sum::<usize>() as u64;
-                    check_size(bytes, max_bytes, batches.len())?;
+                    check_size(gate.plain_bytes(), max_bytes, batches.len())?;
                     batches.push(batch);
                     let _ = results.send(Ok(result(
                         &json!({"rows": rows, "durable": false, "token": null}),

@@ -25,6 +25,8 @@ pub(crate) struct ScanPlan {
 /// Settles a scan on the newest snapshot, or on the one the command names.
 pub(crate) async fn plan(context: &Context, command: &ScanCommand) -> Result<ScanPlan, Failure> {
     let table = context.store.table(checked_table_name(&command.table)?)?;
+    let barrier = command.barrier();
+    barrier.check_snapshot(command.snapshot.as_deref())?;
     let snapshot = match &command.snapshot {
         Some(text) => {
             let id: SnapshotId = text.parse().map_err(|_| {
@@ -37,7 +39,7 @@ pub(crate) async fn plan(context: &Context, command: &ScanCommand) -> Result<Sca
         }
         None => {
             let tables = [table.clone()];
-            let reached = await_barrier(&tables, &command.barrier(), context).await?;
+            let reached = await_barrier(&tables, &barrier, context).await?;
             let snapshot = reached
                 .into_iter()
                 .next()

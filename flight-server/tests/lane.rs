@@ -503,6 +503,11 @@ async fn map_requests_that_cannot_be_met_leave_no_lease() {
             FAILED_PRECONDITION,
         ),
         (
+            json!({"table": "weather", "snapshot": "1-1", "at_least": {"t": {"0": 1}}}),
+            "COMMAND_MEMBER",
+            INVALID_ARGUMENT,
+        ),
+        (
             json!({"table": "../weather"}),
             "COMMAND_MEMBER",
             INVALID_ARGUMENT,
@@ -722,5 +727,38 @@ state = "dictionary<values=string, indices=int16, ordered=0>"
     let mapped = lane.map(json!({"table": "coded"})).ok().unwrap();
     assert_eq!(mapped.files.len(), 1);
     assert_ne!(mapped.result, mapped.stored.schema());
+    server.stop().await;
+}
+
+/// Memory of this process that is in use, in bytes.
+fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
+    pages * 4096
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prepared_lookups_share_the_memory_that_their_replies_are_made_in() {
+    let _turn = TURN.lock().await;
+    let (server, path) = server(|_| {}).await;
+    let wide = PLANES.replace("\"planes\"", "\"wide\"").replace(
+        "seats = \"float64\"",
+        "v = \"fixed_size_list<item: float>[256]\"",
+    );
+    server.apply(&[&wide]).await.unwrap();
+    let mut lane = LaneClient::connect(&path);
+    let unknown = keys("tailnum", &["nowhere"; 12_000]);
+    let command = json!({"lookup": {"features": ["wide:v"]}});
+    let mut before = 0;
+    for round in 0..32 {
+        let prepared = lane.prepare(&command, &unknown.schema()).unwrap();
+        // Of twelve megabytes, and the buffer of each would be kept.
+        assert_eq!(lane.lookup(&prepared, &unknown).num_rows(), 12_000);
+        if round == 4 {
+            before = resident_bytes();
+        }
+    }
+    let grown = resident_bytes().saturating_sub(before);
+    assert!(grown < 160 << 20, "{grown} bytes more");
     server.stop().await;
 }

@@ -243,3 +243,26 @@ async fn a_reply_over_the_message_limit_is_refused_with_both_sizes() {
     assert_eq!(details(&error)["limit_bytes"], 65_536);
     server.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_are_not_there_count_against_the_message_limit_before_the_reply_is_made() {
+    let server = server().await;
+    let mut client = server.client().await;
+    // The dictionary leaves the reply to Arrow columns.
+    let command = |status: bool| {
+        json!({"lookup": {"features": ["users:score", "users:name", "users:group"],
+            "status": status, "max_message_bytes": 65_536}})
+    };
+    for (status, bytes_a_row) in [(false, 24), (true, 27)] {
+        let unknown = vec![request(10_000..14_000)];
+        let error = exchange(&mut client, command(status), unknown).await;
+        let details = details(&error.err().unwrap());
+        assert_eq!(details["error"], "MESSAGE_TOO_LARGE");
+        // Key, score, offsets of the names, indices of the groups, statuses: no validity yet.
+        assert_eq!(details["bytes"], 4_000 * bytes_a_row);
+    }
+    let few = vec![request(10_000..11_000)];
+    let read = exchange(&mut client, command(false), few).await.unwrap();
+    assert_eq!(read.batches[0].num_rows(), 1_000);
+    server.stop().await;
+}

@@ -276,6 +276,12 @@ async fn every_wrong_request_is_refused_with_its_reason_and_the_server_lives() {
             "snapshot",
         ),
         (
+            json!({"scan": {"table": "weather", "snapshot": "1-1",
+                "token": {"table": "weather", "snapshot": "1-3"}}}),
+            Code::InvalidArgument,
+            "read as it is",
+        ),
+        (
             json!({"scan": {"table": "weather", "limitt": 1}}),
             Code::InvalidArgument,
             "limitt",

@@ -5,7 +5,10 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow_array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray};
+use arrow_array::{
+    ArrayRef, DictionaryArray, Float64Array, Int32Array, Int64Array, RecordBatch, StringArray,
+    TimestampSecondArray,
+};
 use arrow_flight::{FlightData, FlightDescriptor, Ticket, utils};
 use arrow_ipc::CompressionType;
 use arrow_ipc::writer::{DictionaryTracker, IpcDataGenerator, IpcWriteOptions};
@@ -204,6 +207,32 @@ async fn a_put_over_the_limit_names_it_and_leaves_nothing() {
         .await
         .unwrap();
     assert_eq!(read.rows(), 0);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_put_of_dictionaries_counts_as_the_plain_values_that_the_table_keeps() {
+    let server = TestServer::start_with(|config| config.put_max_bytes = 1 << 20).await;
+    server.apply(&[WEATHER]).await.unwrap();
+    let mut client = server.client().await;
+    let long: ArrayRef = Arc::new(StringArray::from(vec!["x".repeat(64 << 10)]));
+    let notes = DictionaryArray::new(Int32Array::from(vec![0; 8]), long);
+    let times = TimestampSecondArray::from(vec![1; 8]).with_timezone("UTC");
+    let batch = RecordBatch::try_from_iter([
+        (
+            "origin",
+            Arc::new(StringArray::from(vec!["LGA"; 8])) as ArrayRef,
+        ),
+        ("time_hour", Arc::new(times)),
+        ("note", Arc::new(notes)),
+    ])
+    .unwrap();
+    let path = || FlightDescriptor::new_path(vec!["weather".into()]);
+    // Of each batch but the first only the keys are sent: half a kilobyte, for half a mebibyte.
+    let error = put_as(&mut client, path(), vec![batch.clone(); 3]).await;
+    let error = error.err().unwrap();
+    assert_eq!(details(&error)["error"], "PUT_TOO_LARGE", "{error}");
+    put_as(&mut client, path(), vec![batch]).await.unwrap();
     server.stop().await;
 }
 

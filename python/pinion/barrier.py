@@ -112,8 +112,9 @@ def _gather(wait: Any, offsets: Offsets, tokens: list[Any]) -> None:
         wait = wait.token()
     if not isinstance(wait, Mapping):
         raise TypeError(f"wait for Offsets, {{topic: {{partition: offset}}}} or a put's token, not {wait!r}")
-    if "durable" in wait:
-        wait = wait.get("token") or {}
+    # Topics may have these names; what they map to is a partition's offsets.
+    if isinstance(wait.get("durable"), bool) and "token" in wait:
+        wait = wait["token"] or {}
     if isinstance(wait.get("snapshot"), str):
         tokens.append(dict(wait))
         return

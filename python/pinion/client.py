@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -27,6 +28,9 @@ _NO_SCHEMA = pa.schema([])
 
 # Lookups that a client keeps prepared for calls of `lookup`.
 MAX_KEPT = 128
+
+# How long `lookup` goes on with the version of a service that was the newest.
+SERVICE_SECONDS = 5.0
 
 _locked: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -157,7 +161,8 @@ class Client:
         `DeadlineExceeded` after `wait_timeout` seconds (5 when None, 60 at most), with the positions reached
         in its details. `FailedPrecondition` says that a topic feeds none of the tables, or is not being read.
 
-        The lookup is prepared once per set of arguments, and kept: `prepare` saves finding it again.
+        The lookup is prepared once per set of arguments, and kept: `prepare` saves finding it again. A `service`
+        without a version is its newest, which is looked for anew every five seconds.
         """
         command = _lookup_command(
             features,
@@ -172,6 +177,8 @@ class Client:
             max_message_bytes=max_message_bytes,
         )
         lookup = self._lookups.get(command) or self._kept(command)
+        if service is not None and "@" not in service and time.monotonic() - lookup.settled_at > SERVICE_SECONDS:
+            lookup.close()
         keys = _key_batch(keys)
         try:
             return lookup.lookup(keys, wait=wait, wait_timeout=wait_timeout)
@@ -441,6 +448,8 @@ class Lookup:
         self._last: tuple[pa.Schema, Any] = (_NO_SCHEMA, None)
         self._ways: list[tuple[pa.Schema, Any]] = []
         self._lock = threading.Lock()
+        # When it was last settled after it was closed or made.
+        self.settled_at = time.monotonic()
         _locked.add(self)
 
     def lookup(
@@ -499,6 +508,8 @@ class Lookup:
         with self._lock:
             way = next((way for known, way in self._ways if known.equals(schema)), None)
             if way is None:
+                if not self._ways:
+                    self.settled_at = time.monotonic()
                 if self._lane is not None:
                     way = Prepared(self._command, schema)
                     self._lane.prepare(way)

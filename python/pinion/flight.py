@@ -34,6 +34,9 @@ _CODES = {
     "data loss": 15,
 }
 
+# About how much of a put goes into one message.
+MESSAGE_BYTES = 2 << 20
+
 _details = threading.local()
 
 # The process that gRPC's threads run in, once there are any.
@@ -176,8 +179,10 @@ class Flight:
         last: dict[str, Any] = {}
         with translated():
             writer, results = self._client.do_put(descriptor, rows.schema, self._options)
+            # The server takes messages of 64 MiB; a table may be one chunk of more.
+            chunk_rows = max(1, rows.num_rows * MESSAGE_BYTES // max(rows.nbytes, 1))
             with writer:
-                writer.write_table(rows)
+                writer.write_table(rows, max_chunksize=chunk_rows)
                 writer.done_writing()
                 while (result := results.read()) is not None:
                     last = json.loads(result.to_pybytes())

@@ -66,4 +66,4 @@ pub use policies::{
 };
 pub use service::{Definition, ServiceDefinition};
 pub use span::{Span, SpanError};
-pub use types::{TypeError, format_type, parse_type, storage_type};
+pub use types::{TypeError, fixed_bytes, format_type, parse_type, storage_type};

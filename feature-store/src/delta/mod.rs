@@ -21,9 +21,11 @@ use std::sync::OnceLock;
 
 use crate::compat::Version;
 use crate::error::ReadError;
+use crate::ipc_gate::expand::plain_bytes;
 use crate::order::RowOrder;
 use crate::superseded::Superseded;
 use arrow_array::RecordBatch;
+use parking_lot::Mutex;
 
 use self::index::LogIndex;
 use self::replay::Replayed;
@@ -57,6 +59,8 @@ enum Content {
     Replayed {
         replayed: Box<Replayed>,
         warm: OnceLock<(LogRows, LogIndex)>,
+        /// Held while they are made: the other readers wait for the one copy.
+        making: Mutex<()>,
     },
 }
 
@@ -97,6 +101,7 @@ impl Log {
             content: Content::Replayed {
                 replayed: Box::new(replayed),
                 warm: OnceLock::new(),
+                making: Mutex::new(()),
             },
         }
     }
@@ -151,11 +156,16 @@ impl LogView {
     fn make_warm(&self) -> Result<(&LogRows, &LogIndex), ReadError> {
         match &self.log.content {
             Content::Live(index) => Ok((&self.live_rows, index)),
-            Content::Replayed { replayed, warm } => {
+            Content::Replayed {
+                replayed,
+                warm,
+                making,
+            } => {
                 if warm.get().is_none() {
-                    let made = replayed.materialise(&self.log.version)?;
-                    // Another reader may have been first; both hold the same rows.
-                    let _ = warm.set(made);
+                    let _making = making.lock();
+                    if warm.get().is_none() {
+                        let _ = warm.set(replayed.materialise(&self.log.version)?);
+                    }
                 }
                 match warm.get() {
                     Some((rows, index)) => Ok((rows, index)),
@@ -172,12 +182,13 @@ impl LogView {
             None => self
                 .live_rows
                 .batches()
-                .map(|(_, b)| b.get_array_memory_size() as u64)
+                // Chunks of one put share its buffers: each counts its rows only.
+                .flat_map(|(_, batch)| batch.columns().iter().map(plain_bytes).collect::<Vec<_>>())
                 .sum(),
         }
     }
 
-    /// All rows, as batches. Decodes a replayed log once.
+    /// All rows, as batches. Decodes a replayed log once; those who come meanwhile wait.
     pub(crate) fn rows(&self) -> Result<LogRows, ReadError> {
         Ok(self.make_warm()?.0.prefix(self.visible_rows))
     }

@@ -23,6 +23,8 @@ use crate::positions::Position;
 
 pub(crate) const MAGIC: u32 = u32::from_le_bytes(*b"PREC");
 pub(crate) const FIXED_BYTES: usize = 32;
+/// Of the hash of one row's key.
+pub(crate) const HASH_BYTES: u64 = 8;
 pub(crate) const FLAG_DELETES: u32 = 1;
 pub(crate) const FLAG_SEALED: u32 = 2;
 

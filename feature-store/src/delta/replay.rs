@@ -56,6 +56,9 @@ pub(crate) struct Replayed {
     records: Vec<RecordAt>,
     deleted_rows: HashSet<u32>,
     lost_at_birth: HashSet<u32>,
+    /// How often all rows were decoded.
+    #[cfg(test)]
+    pub materialised: std::sync::atomic::AtomicU32,
 }
 
 /// What a record changed beside adding rows.
@@ -134,6 +137,8 @@ impl Replayed {
             records: Vec::new(),
             deleted_rows: HashSet::new(),
             lost_at_birth: HashSet::new(),
+            #[cfg(test)]
+            materialised: Default::default(),
         };
         let mut topics = record::TopicTable::default();
         let mut at = HEADER_BYTES as usize;
@@ -283,6 +288,9 @@ impl Replayed {
 
     /// All rows as coalesced batches, with an index.
     pub(crate) fn materialise(&self, version: &Version) -> Result<(LogRows, LogIndex), ReadError> {
+        #[cfg(test)]
+        self.materialised
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let mut rows = LogRows::default();
         let compute = |e: arrow_schema::ArrowError| self.damaged(&e.to_string());
         let mut pending: Vec<RecordBatch> = Vec::new();

@@ -3,7 +3,8 @@
 //! Appending a batch merges it with the ones before while they are no larger than it, like
 //! the digits of a binary counter, and freezes chunks of some thousand rows. So a row is
 //! copied O(log) times, a table fed one row at a time holds a dozen small batches at most,
-//! and cloning for a snapshot clones one pointer per open chunk.
+//! and cloning for a snapshot clones one pointer per open chunk. A larger batch is cut into
+//! chunks, without a copy: no reader has to hold more than a chunk's rows at a time.
 
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use arrow_select::concat::concat_batches;
 
 /// Chunks of this many rows are final.
 const FROZEN_ROWS: usize = 4096;
-/// Chunks are not merged past this.
+/// Chunks are not merged past this, and larger batches are cut.
 const MERGED_ROWS: usize = 16384;
 
 struct Chunk {
@@ -36,16 +37,27 @@ impl LogRows {
 
     /// Adds rows at the end. All batches of a log have one schema.
     pub(crate) fn push(&mut self, batch: RecordBatch) -> Result<(), ArrowError> {
-        let rows = u32::try_from(batch.num_rows())
+        let rows = batch.num_rows();
+        let end = u32::try_from(rows)
             .ok()
-            .and_then(|rows| self.len.checked_add(rows))
-            .ok_or_else(|| {
-                ArrowError::InvalidArgumentError("more than 2^32 rows in one log".to_owned())
-            })?
-            - self.len;
-        if rows == 0 {
-            return Ok(());
+            .and_then(|rows| self.len.checked_add(rows));
+        if end.is_none() {
+            return Err(ArrowError::InvalidArgumentError(
+                "more than 2^32 rows in one log".to_owned(),
+            ));
         }
+        if (1..=MERGED_ROWS).contains(&rows) {
+            return self.push_chunk(batch);
+        }
+        for first in (0..rows).step_by(MERGED_ROWS) {
+            self.push_chunk(batch.slice(first, MERGED_ROWS.min(rows - first)))?;
+        }
+        Ok(())
+    }
+
+    /// Adds 1 to `MERGED_ROWS` rows, for which there is room.
+    fn push_chunk(&mut self, batch: RecordBatch) -> Result<(), ArrowError> {
+        let rows = batch.num_rows() as u32;
         let mut last = Chunk {
             first_row: self.len,
             batch,
@@ -64,9 +76,7 @@ impl LogRows {
         let freeze = last.batch.num_rows() >= FROZEN_ROWS;
         self.open.push(Arc::new(last));
         if freeze {
-            let mut frozen = self.frozen.as_ref().clone();
-            frozen.append(&mut self.open);
-            self.frozen = Arc::new(frozen);
+            Arc::make_mut(&mut self.frozen).append(&mut self.open);
         }
         self.len += rows;
         Ok(())
@@ -129,15 +139,51 @@ mod tests {
     use super::*;
     use arrow_array::{Int64Array, cast::AsArray, types::Int64Type};
 
+    fn batch(from: i64, rows: i64) -> RecordBatch {
+        RecordBatch::try_from_iter([(
+            "x",
+            Arc::new(Int64Array::from_iter_values(from..from + rows)) as _,
+        )])
+        .unwrap()
+    }
+
+    #[test]
+    fn a_large_batch_is_cut_uncopied_and_its_rows_keep_their_numbers() {
+        let mut rows = LogRows::default();
+        let mut total = 0;
+        let (small, large) = (batch(0, 100), batch(100, 50_000));
+        let values = large
+            .column(0)
+            .as_primitive::<Int64Type>()
+            .values()
+            .inner()
+            .clone();
+        for pushed in [small, large, batch(50_100, 0), batch(50_100, 1)] {
+            total += pushed.num_rows();
+            rows.push(pushed).unwrap();
+        }
+        assert_eq!(rows.len() as usize, total);
+        for seen in [&rows, &rows.prefix(40_000)] {
+            let mut next = 0;
+            for (first, batch) in seen.batches() {
+                assert_eq!(first, next);
+                assert!(batch.num_rows() <= MERGED_ROWS);
+                next += batch.num_rows() as u32;
+            }
+            assert_eq!(next, seen.len());
+            for row in 0..seen.len() {
+                let (batch, at) = seen.row(row).unwrap();
+                let column = batch.column(0).as_primitive::<Int64Type>();
+                assert_eq!(column.value(at), i64::from(row));
+                let cut = column.values().inner();
+                let of_large = (100..50_100).contains(&row);
+                assert_eq!(cut.data_ptr() == values.data_ptr(), of_large);
+            }
+        }
+    }
+
     #[test]
     fn single_rows_coalesce_and_old_clones_stay() {
-        let batch = |from: i64, rows: i64| {
-            RecordBatch::try_from_iter([(
-                "x",
-                Arc::new(Int64Array::from_iter_values(from..from + rows)) as _,
-            )])
-            .unwrap()
-        };
         let mut rows = LogRows::default();
         let mut clones = Vec::new();
         let mut total = 0i64;

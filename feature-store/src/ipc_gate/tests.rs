@@ -464,3 +464,28 @@ fn random_bytes_are_refused() {
         assert!(GatedReader::open(Cursor::new(bytes), GateLimits::for_files()).is_err());
     }
 }
+
+#[test]
+fn plain_bytes_count_the_rows_of_a_slice_only() {
+    let batch = wide_batch();
+    let bytes = |batch: &RecordBatch| -> Vec<u64> {
+        batch.columns().iter().map(expand::plain_bytes).collect()
+    };
+    let (whole, one) = (bytes(&batch), bytes(&batch.slice(20, 1)));
+    for (column, (whole, one)) in whole.iter().zip(&one).enumerate() {
+        assert!(one * 5 <= *whole, "column {column}: {one} of {whole}");
+    }
+}
+
+#[test]
+fn batches_of_one_dictionary_add_up_in_their_plain_form() {
+    let long: ArrayRef = Arc::new(StringArray::from(vec!["x".repeat(1_000)]));
+    let column: ArrayRef = Arc::new(DictionaryArray::new(Int8Array::from(vec![0; 100]), long));
+    let batch = RecordBatch::try_from_iter([("d", column)]).unwrap();
+    let sent = messages(&batch, &IpcWriteOptions::default());
+    let mut gate = Gate::new(GateLimits::default());
+    for (header, body) in sent.iter().chain(sent.last()) {
+        gate.admit(header, &Buffer::from(body.as_slice())).unwrap();
+    }
+    assert_eq!(gate.plain_bytes(), 2 * 100 * (1_000 + 8));
+}

@@ -60,7 +60,7 @@ pub enum ValueStatus {
 const DEADLINE_STEP: usize = 256;
 
 /// Which values to look up.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct LookupRequest {
     /// Key columns in the order of the definition's `entity`, of equal length. Types that
     /// widen to the key's are cast.
@@ -77,11 +77,29 @@ pub struct LookupRequest {
     /// Return a feature's default, if it has one, where the value would be null. The status
     /// stays.
     pub defaults: bool,
+    /// Say what became of each value; by default so.
+    pub status: bool,
     /// Keys not looked for by then are answered [`ValueStatus::NotRead`].
     pub deadline: Option<Instant>,
     /// Most bytes of values to return. What a dictionary encodes counts an eighth: the reply
     /// holds each of its values once.
     pub max_bytes: Option<usize>,
+}
+
+impl Default for LookupRequest {
+    fn default() -> LookupRequest {
+        LookupRequest {
+            keys: Vec::new(),
+            features: Vec::new(),
+            as_of_nanos: None,
+            now_nanos: None,
+            keep_expired: false,
+            defaults: false,
+            status: true,
+            deadline: None,
+            max_bytes: None,
+        }
+    }
 }
 
 /// One row per key asked, one column per feature asked, both in the order asked.
@@ -91,11 +109,13 @@ pub struct LookupResult {
     pub columns: Vec<ArrayRef>,
     /// Field of each column, nullable.
     pub fields: Vec<FieldRef>,
-    /// A [`ValueStatus`] per value.
+    /// A [`ValueStatus`] per value; none at all unless asked for.
     pub status: Vec<UInt8Array>,
     /// Event time of each row, null where none was found; `None` for tables without event
     /// time.
     pub event_time: Option<ArrayRef>,
+    /// True when the deadline passed before all keys were looked for.
+    pub partial: bool,
 }
 
 /// Where the row for one key was found.
@@ -130,7 +150,8 @@ impl Snapshot {
     /// # Errors
     ///
     /// `UnknownFeature` and `Keys` before anything is read. `Segment` or `Log` if stored
-    /// data is damaged, `ReplyTooLarge` before more than `max_bytes` are copied: nothing is
+    /// data is damaged, `ReplyTooLarge` before more than `max_bytes` are copied, `DictionaryFull`
+    /// if the indices of a dictionary cannot name the values of so many keys: nothing is
     /// returned, and the snapshot stays usable.
     pub fn lookup(&self, request: &LookupRequest) -> Result<LookupResult, ReadError> {
         let inner = self.0.as_ref();
@@ -303,6 +324,7 @@ impl Snapshot {
             fields: Vec::new(),
             status: Vec::new(),
             event_time: None,
+            partial: answers.iter().any(|a| matches!(a, Answer::NotRead)),
         };
         let mut bytes = 0_usize;
         for &column in features {
@@ -322,8 +344,8 @@ impl Snapshot {
                 }
             }
             let stored = sources.column(version, column).map_err(compute)?;
-            let status = (0..answers.len())
-                .map(|i| {
+            if request.status {
+                let status = (0..answers.len()).map(|i| {
                     let status = match (&answers[i], expired[i]) {
                         (Answer::Missing, _) => ValueStatus::NotFound,
                         (Answer::NotRead, _) => ValueStatus::NotRead,
@@ -332,8 +354,9 @@ impl Snapshot {
                         (Answer::Row(_), false) => ValueStatus::Present,
                     };
                     status as u8
-                })
-                .collect::<Vec<u8>>();
+                });
+                result.status.push(UInt8Array::from_iter_values(status));
+            }
             let mut kept = match &blank {
                 Some(mask) => arrow_select::nullif::nullif(&stored, mask).map_err(compute)?,
                 None => stored,
@@ -342,13 +365,19 @@ impl Snapshot {
                 kept = self.with_default(column, &kept).map_err(compute)?;
             }
             let field = version.schema.field(column);
-            result
-                .columns
-                .push(to_user_type(&kept, field.data_type()).map_err(compute)?);
+            let column = to_user_type(&kept, field.data_type()).map_err(|error| match error {
+                ArrowError::DictionaryKeyOverflowError => ReadError::DictionaryFull {
+                    table: self.table().to_owned(),
+                    feature: field.name().clone(),
+                    data_type: pinion_schemas::format_type(field.data_type()),
+                    rows: answers.len(),
+                },
+                error => compute(error),
+            })?;
+            result.columns.push(column);
             result
                 .fields
                 .push(Arc::new(field.clone().with_nullable(true)));
-            result.status.push(UInt8Array::from(status));
         }
         if let Some(data_type) = version.event_type() {
             let events = answers.iter().map(|a| a.row().map(|h| h.found.order.event));

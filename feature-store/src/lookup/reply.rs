@@ -71,7 +71,8 @@ pub struct ReplyMessage {
     /// The flatbuffer, without the framing of 8 bytes that streams put before it; with that
     /// its length is a multiple of 64.
     pub header: Bytes,
-    /// The buffers. Those of 64 bytes or more start on multiples of 64, others of 16.
+    /// The buffers. Those of 64 bytes or more start on multiples of 64, of 32 or more on
+    /// multiples of 32, others of 16.
     pub body: Bytes,
     /// True when the deadline passed before all keys were looked for.
     pub partial: bool,
@@ -164,6 +165,12 @@ pub struct ReplyScratch {
     /// Number of the plan it is prepared for; 0 for none.
     plan: u64,
     prepared: Vec<PreparedPart>,
+    room: Room,
+}
+
+/// The part of a scratch that grows with the replies, and is of no plan.
+#[derive(Default)]
+struct Room {
     fills: Vec<Fill>,
     places: Vec<usize>,
     found: Vec<Found>,
@@ -175,6 +182,14 @@ pub struct ReplyScratch {
 impl std::fmt::Debug for ReplyScratch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ReplyScratch").finish_non_exhaustive()
+    }
+}
+
+impl ReplyScratch {
+    /// Trades the memory that replies are made in for that of `other`; what is prepared for a
+    /// plan stays. So many plans that are asked in turns share the memory of one.
+    pub fn swap_room(&mut self, other: &mut ReplyScratch) {
+        std::mem::swap(&mut self.room, &mut other.room);
     }
 }
 
@@ -264,13 +279,16 @@ impl ReplyPlan {
         let ReplyScratch {
             plan: _,
             prepared,
+            room,
+        } = scratch;
+        let Room {
             fills,
             places,
             found,
             probe,
             header,
             body,
-        } = scratch;
+        } = room;
         prepared.resize_with(self.parts.len(), PreparedPart::default);
         fills.resize_with(self.parts.len(), Fill::default);
         for ((part, prepared), snapshot) in self.parts.iter().zip(&mut *prepared).zip(snapshots) {

@@ -11,16 +11,19 @@ use super::template::{Shape, Template};
 
 /// Buffers of this size or more start on a multiple of it in the body.
 const ALIGNMENT_BYTES: usize = 64;
-/// Smaller ones on a multiple of this: small replies are mostly padding otherwise.
+/// Smaller ones that may hold a value of 32 bytes, the widest there is, on a multiple of that:
+/// a reader may take it in place.
+const WIDEST_VALUE_BYTES: usize = 32;
+/// Smaller ones yet on a multiple of this: small replies are mostly padding otherwise.
 const SMALL_ALIGNMENT_BYTES: usize = 16;
 /// The body's length is a multiple of this.
 const BODY_ALIGNMENT_BYTES: usize = 8;
 /// Where a buffer of so many bytes starts after `end`.
 pub(super) fn aligned(end: usize, bytes: usize) -> usize {
-    end.next_multiple_of(if bytes >= ALIGNMENT_BYTES {
-        ALIGNMENT_BYTES
-    } else {
-        SMALL_ALIGNMENT_BYTES
+    end.next_multiple_of(match bytes {
+        ALIGNMENT_BYTES.. => ALIGNMENT_BYTES,
+        WIDEST_VALUE_BYTES.. => WIDEST_VALUE_BYTES,
+        _ => SMALL_ALIGNMENT_BYTES,
     })
 }
 

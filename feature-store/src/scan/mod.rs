@@ -139,11 +139,11 @@ impl ScanFilter {
 }
 
 impl Snapshot {
-    /// Starts a scan.
+    /// Starts a scan. Reads nothing: that begins with the first batch.
     ///
     /// # Errors
     ///
-    /// `UnknownFeature`, `Filter` and `Part` before anything is read.
+    /// `UnknownFeature`, `Filter` and `Part`.
     pub fn scan(&self, request: &ScanRequest) -> Result<Scan, ReadError> {
         let version = &self.0.version;
         let all = version.schema.fields();
@@ -259,8 +259,8 @@ impl Scan {
                 None => filtered,
             });
         }
-        let picks = picks(&piece.rows, passed);
-        if picks.is_empty() {
+        let mut left = picks(&piece.rows, passed);
+        if left.is_empty() {
             return Ok(());
         }
         let output = Output {
@@ -272,8 +272,16 @@ impl Scan {
         let needed = output.needed().map_err(|e| self.compute(e))?;
         piece.stored.read(&needed)?;
         let storage = piece.stored.storage();
-        for pick in &picks {
-            let found = output.batch(&piece.stored, &storage, pick);
+        left.reverse();
+        while let Some(pick) = left.pop() {
+            let found = output.batch(&piece.stored, &storage, &pick);
+            // More values than the indices of a dictionary can name: fewer rows have fewer.
+            if let Err(ArrowError::DictionaryKeyOverflowError) = found
+                && let Some(halves) = pick.halves()
+            {
+                left.extend(halves.into_iter().rev());
+                continue;
+            }
             self.ready.push_back(found.map_err(|e| self.compute(e))?);
         }
         Ok(())

@@ -24,12 +24,38 @@ const BLOCK_ROWS: usize = 64;
 const MIN_RUN_ROWS: usize = 2048;
 
 /// Rows of a stored batch that go out as one batch.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Pick {
     /// All of these.
     Run(Range<usize>),
     /// Of these, those set, counted from the start of the range.
     Scattered(Range<usize>, BooleanArray),
+}
+
+impl Pick {
+    /// Its first half and its second, those of them that have rows; `None` of a single row.
+    pub(crate) fn halves(&self) -> Option<Vec<Pick>> {
+        let (Pick::Run(range) | Pick::Scattered(range, _)) = self;
+        let first_rows = range.len() / 2;
+        if first_rows == 0 {
+            return None;
+        }
+        let middle = range.start + first_rows;
+        let (first, second) = (range.start..middle, middle..range.end);
+        let Pick::Scattered(_, set) = self else {
+            return Some(vec![Pick::Run(first), Pick::Run(second)]);
+        };
+        let halves = [
+            (set.slice(0, first.len()), first),
+            (set.slice(first_rows, second.len()), second),
+        ];
+        let halves = halves.into_iter().filter(|(set, _)| set.has_true());
+        Some(
+            halves
+                .map(|(set, rows)| Pick::Scattered(rows, set))
+                .collect(),
+        )
+    }
 }
 
 /// Of the rows in `range`, those set in `passed`, all when there is none; in order.
@@ -247,6 +273,34 @@ mod tests {
                     range.clone().filter(|row| !dropped.contains(row)).collect();
                 assert_eq!(picked(range.clone(), &set).1, expected, "{dropped:?}");
             }
+        }
+    }
+
+    #[test]
+    fn halves_of_a_pick_are_its_rows_and_none_is_empty() {
+        let rows = |pick: &Pick| -> Vec<usize> {
+            match pick {
+                Pick::Run(run) => run.clone().collect(),
+                Pick::Scattered(range, set) => {
+                    let set = set.values().set_indices();
+                    set.map(|row| range.start + row).collect()
+                }
+            }
+        };
+        let set: Vec<bool> = (0..101).map(|row| row % 7 == 0 || row > 90).collect();
+        for whole in [
+            Pick::Run(30..131),
+            Pick::Scattered(30..131, BooleanArray::from(set)),
+        ] {
+            let (mut left, mut singles) = (vec![whole.clone()], Vec::new());
+            while let Some(pick) = left.pop() {
+                assert!(!rows(&pick).is_empty());
+                match pick.halves() {
+                    Some(halves) => left.extend(halves.into_iter().rev()),
+                    None => singles.extend(rows(&pick)),
+                }
+            }
+            assert_eq!(singles, rows(&whole));
         }
     }
 

@@ -123,6 +123,9 @@ enum Source {
         part: Range<u64>,
         open: Option<OpenLevel>,
     },
+    /// The latest rows of a history table, before the first is asked for: a merge begins with
+    /// reading every log and every delete.
+    Unmerged,
     Merged(Box<Merged>),
     Done,
 }
@@ -146,12 +149,13 @@ struct OpenSegment {
 }
 
 impl Walk {
+    /// Reads nothing.
     pub(super) fn new(inner: &SnapshotInner, request: &ScanRequest) -> Result<Walk, ReadError> {
         let source = if request.view == View::Latest && !inner.version.latest() {
             if let Some(part) = &request.part {
                 part::check_whole(inner, part)?;
             }
-            Source::Merged(Box::new(Merged::latest_of(inner)?))
+            Source::Unmerged
         } else {
             Source::Levels {
                 level: 0,
@@ -189,6 +193,10 @@ impl Walk {
         loop {
             let (level, unit, part, open) = match &mut self.source {
                 Source::Done => return Ok(None),
+                Source::Unmerged => {
+                    self.source = Source::Merged(Box::new(Merged::latest_of(inner)?));
+                    continue;
+                }
                 Source::Merged(merged) => {
                     let Some(batch) = merged.next_batch()? else {
                         return Ok(None);

@@ -148,11 +148,34 @@ impl TableInner {
             .collect()
     }
 
+    /// Refuses a commit whose rows would take more than `put_max_bytes` as the log keeps them,
+    /// before any of them is made: filled with absent features and expanded they may be many
+    /// times what came.
+    fn check_room(&self, version: &Version, changes: &[Change]) -> Result<(), CommitError> {
+        let limit_bytes = self.options.put_max_bytes;
+        let mut bytes = 0u64;
+        for change in changes {
+            let (batch, deletes) = match change {
+                Change::Upsert(batch) => (batch, false),
+                Change::Delete(batch) => (batch, true),
+            };
+            let hashes = (batch.num_rows() as u64).saturating_mul(record::HASH_BYTES);
+            bytes = bytes
+                .saturating_add(hashes)
+                .saturating_add(version.log_bytes(batch, deletes));
+            if bytes > limit_bytes {
+                return Err(CommitError::TooLarge { bytes, limit_bytes });
+            }
+        }
+        Ok(())
+    }
+
     fn prepare(&self, version: &Version, changes: &[Change]) -> Result<Prepared, CommitError> {
         let now = order::now_nanos();
         let compute = |e: arrow_schema::ArrowError| self.schema_error(e.to_string());
         let mut batches = Vec::with_capacity(changes.len());
         let mut deleted = Vec::new();
+        self.check_room(version, changes)?;
         for change in changes {
             let deletes = matches!(change, Change::Delete(_));
             let rows = match change {

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow_array::{ArrayRef, Int64Array, RecordBatch, TimestampSecondArray};
+use arrow_array::{
+    Array, ArrayRef, DictionaryArray, Int32Array, Int64Array, RecordBatch, StringArray,
+    TimestampSecondArray,
+};
 use pinion_schemas::TableDefinition;
 
 use super::Table;
@@ -308,4 +311,227 @@ fn a_damaged_newest_catalog_costs_no_table_its_files() {
     replace(&whole);
     let repaired = store(&dir);
     assert_eq!(scanned_rows(&repaired.table("b").unwrap()), 1);
+}
+
+/// Keys from 0 on and times, without the features.
+fn keys(rows: i64) -> Vec<(&'static str, ArrayRef)> {
+    let times = TimestampSecondArray::from_iter_values(std::iter::repeat_n(1, rows as usize));
+    vec![
+        ("k", Arc::new(Int64Array::from_iter_values(0..rows))),
+        ("t", Arc::new(times.with_timezone("UTC"))),
+    ]
+}
+
+fn small_commits(dir: &tempfile::TempDir) -> Store {
+    store_with(
+        dir,
+        StoreOptions {
+            put_max_bytes: 1 << 20,
+            ..StoreOptions::default()
+        },
+    )
+}
+
+#[test]
+fn a_commit_is_refused_before_absent_features_are_filled_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = small_commits(&dir);
+    let features: Vec<String> = (0..100).map(|i| format!("f{i} = \"float64\"")).collect();
+    let wide = definition("a", "history = \"all\"", &features.join("\n"));
+    store.apply(vec![wide]).unwrap();
+    let table = store.table("a").unwrap();
+
+    let narrow = RecordBatch::try_from_iter(keys(100_000)).unwrap();
+    for change in [Change::Upsert(narrow.clone()), Change::Delete(narrow)] {
+        let error = table.commit(commit(change)).unwrap_err();
+        // Of the record, made, it would be more: it has validity as well.
+        let CommitError::TooLarge { bytes, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!(bytes, 100_000 * (8 + 8 + 8 + 100 * 8));
+    }
+    let few = RecordBatch::try_from_iter(keys(1_000)).unwrap();
+    table.commit(commit(Change::Upsert(few))).unwrap();
+    assert_eq!(scanned_rows(&table), 1_000);
+}
+
+#[test]
+fn a_commit_is_refused_before_a_long_default_is_repeated() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = small_commits(&dir);
+    let long = format!(
+        "v = \"int64\"\n[[feature]]\nname = \"s\"\ntype = \"string\"\ndefault = \"{}\"",
+        "x".repeat(1_000)
+    );
+    store
+        .apply(vec![definition("a", "history = \"all\"", &long)])
+        .unwrap();
+    let table = store.table("a").unwrap();
+
+    let without = RecordBatch::try_from_iter(keys(10_000)).unwrap();
+    let error = table.commit(commit(Change::Upsert(without))).unwrap_err();
+    let CommitError::TooLarge { bytes, .. } = error else {
+        panic!("{error}");
+    };
+    assert_eq!(bytes, 10_000 * (8 + 8 + 8 + 8 + 1_000));
+}
+
+#[test]
+fn a_commit_is_refused_before_its_dictionaries_are_expanded() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = small_commits(&dir);
+    store
+        .apply(vec![definition("a", "history = \"all\"", "s = \"string\"")])
+        .unwrap();
+    let table = store.table("a").unwrap();
+
+    let long: ArrayRef = Arc::new(StringArray::from(vec!["x".repeat(1_000)]));
+    let dictionary = DictionaryArray::new(Int32Array::from(vec![0; 256]), long);
+    let mut columns = keys(256);
+    columns.push(("s", Arc::new(dictionary)));
+    let batch = RecordBatch::try_from_iter(columns).unwrap();
+    let hundred = Commit {
+        changes: vec![Change::Upsert(batch.clone()); 100],
+        ..Commit::default()
+    };
+    let error = table.commit(hundred).unwrap_err();
+    let CommitError::TooLarge { bytes, .. } = error else {
+        panic!("{error}");
+    };
+    assert!(bytes < 2 << 20, "counted on past the limit: {bytes}");
+    table.commit(commit(Change::Upsert(batch))).unwrap();
+    assert_eq!(scanned_rows(&table), 256);
+}
+
+#[test]
+fn one_large_put_is_scanned_in_pieces_and_counted_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir);
+    store.apply(vec![one("a")]).unwrap();
+    let table = store.table("a").unwrap();
+    let many: Vec<(i64, i64, i64)> = (0..50_000).map(|i| (i, 1, i)).collect();
+    put(&table, &many);
+    let check = |table: &Table| {
+        let snapshot = table.snapshot();
+        let scan = snapshot.scan(&ScanRequest::default()).unwrap();
+        let pieces: Vec<usize> = scan.map(|b| b.unwrap().batch.num_rows()).collect();
+        assert_eq!(pieces.iter().sum::<usize>(), 50_000);
+        assert!(pieces.iter().all(|rows| *rows <= 16_384), "{pieces:?}");
+        snapshot.bytes()
+    };
+    assert_eq!(check(&table), 50_000 * 24);
+    drop((store, table));
+    check(&self::store(&dir).table("a").unwrap());
+}
+
+/// The logs of a table's snapshot that hold rows, and whether each is in memory.
+fn warm_logs(table: &Table) -> Vec<bool> {
+    let snapshot = table.snapshot();
+    let logs = snapshot.0.oldest_first().filter_map(|level| match level {
+        crate::level::Level::Log(log) if log.visible_rows > 0 => Some(log.is_warm()),
+        _ => None,
+    });
+    logs.collect()
+}
+
+#[test]
+fn a_scan_of_the_latest_rows_of_a_history_reads_nothing_before_its_first_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = store(&dir);
+    first
+        .apply(vec![definition("a", "history = \"all\"", "v = \"int64\"")])
+        .unwrap();
+    put(
+        &first.table("a").unwrap(),
+        &[(1, 1, 1), (1, 2, 2), (2, 1, 3)],
+    );
+    drop(first);
+    let again = store(&dir);
+    let table = again.table("a").unwrap();
+    let request = ScanRequest {
+        view: crate::View::Latest,
+        ..ScanRequest::default()
+    };
+    let scan = table.snapshot().scan(&request).unwrap();
+    assert_eq!(scan.schema().fields().len(), 3);
+    assert_eq!(warm_logs(&table), [false]);
+    assert_eq!(scan.map(|b| b.unwrap().batch.num_rows()).sum::<usize>(), 2);
+    assert_eq!(warm_logs(&table), [true]);
+}
+
+#[test]
+fn readers_who_come_at_once_after_a_restart_decode_the_log_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = store(&dir);
+    first.apply(vec![one("a")]).unwrap();
+    let many: Vec<(i64, i64, i64)> = (0..50_000).map(|i| (i, 1, i)).collect();
+    put(&first.table("a").unwrap(), &many);
+    drop(first);
+    let again = store(&dir);
+    let snapshot = again.table("a").unwrap().snapshot();
+    assert!(!snapshot.is_warm());
+    let start = std::sync::Barrier::new(8);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                start.wait();
+                let request = LookupRequest {
+                    keys: vec![Arc::new(Int64Array::from_iter_values(0..9))],
+                    features: vec!["v".to_owned()],
+                    ..LookupRequest::default()
+                };
+                let found = snapshot.lookup(&request).unwrap();
+                assert_eq!(found.columns[0].null_count(), 0);
+            });
+        }
+    });
+    assert!(snapshot.is_warm());
+    let decoded = snapshot.0.oldest_first().filter_map(|level| match level {
+        crate::level::Level::Log(log) => log.log.replayed_part(),
+        crate::level::Level::Segment(_) => None,
+    });
+    let times = decoded.map(|log| log.materialised.load(std::sync::atomic::Ordering::Relaxed));
+    assert_eq!(times.collect::<Vec<_>>(), [1]);
+}
+
+#[test]
+fn narrow_indices_of_a_dictionary_hide_no_rows_from_scans() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir);
+    let narrow = "d = \"dictionary<values=string, indices=int8, ordered=0>\"";
+    store
+        .apply(vec![definition("a", "history = \"latest\"", narrow)])
+        .unwrap();
+    let table = store.table("a").unwrap();
+    let rows = |names: &mut dyn Iterator<Item = i64>| {
+        let names: Vec<i64> = names.collect();
+        let texts = names.iter().map(|i| format!("name {i}"));
+        let times = TimestampSecondArray::from(vec![1; names.len()]).with_timezone("UTC");
+        RecordBatch::try_from_iter([
+            ("k", Arc::new(Int64Array::from(names.clone())) as ArrayRef),
+            ("t", Arc::new(times)),
+            ("d", Arc::new(StringArray::from_iter_values(texts))),
+        ])
+        .unwrap()
+    };
+    let put = |rows| table.commit(commit(Change::Upsert(rows))).unwrap();
+    put(rows(&mut (0..1_000)));
+    assert_eq!(scanned_rows(&table), 1_000);
+    table.flush().unwrap();
+    put(rows(&mut (0..1_000).step_by(3)));
+    assert_eq!(scanned_rows(&table), 1_000);
+
+    let look_up = |keys: std::ops::Range<i64>| {
+        table.snapshot().lookup(&LookupRequest {
+            keys: vec![Arc::new(Int64Array::from_iter_values(keys))],
+            features: vec!["d".to_owned()],
+            ..LookupRequest::default()
+        })
+    };
+    assert_eq!(look_up(0..100).unwrap().columns[0].null_count(), 0);
+    let error = look_up(0..1_000).unwrap_err();
+    assert!(
+        matches!(error, crate::ReadError::DictionaryFull { rows: 1_000, .. }),
+        "{error}"
+    );
 }

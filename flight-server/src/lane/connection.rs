@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow_flight::Action;
-use pinion_feature_store::{Snapshot, Table};
+use pinion_feature_store::{ReplyScratch, Snapshot, Table};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -78,6 +78,7 @@ pub(super) fn serve(connection: Connection) {
         incoming: Incoming::new(Arc::clone(&socket), context.config.lane.spin),
         outgoing: Outgoing::new(socket),
         handles: Handles::new(context.config.lane.max_handles),
+        room: ReplyScratch::default(),
         pins,
         meter: Meter::new(),
         context,
@@ -101,6 +102,8 @@ struct Session {
     incoming: Incoming,
     outgoing: Outgoing,
     handles: Handles,
+    /// Where replies are made, whichever handle they are of.
+    room: ReplyScratch,
     pins: Pins,
     meter: Meter,
     holder: Holder,
@@ -295,7 +298,8 @@ impl Session {
             &handle.tables,
             &handle.barrier,
         )?;
-        let message = handle.answer(self.incoming.payload(header), &snapshots, arrived)?;
+        let payload = self.incoming.payload(header);
+        let message = handle.answer(&mut self.room, payload, &snapshots, arrived)?;
         let frame = self.outgoing.begin();
         push_message_head(frame, &message.metadata);
         let message_bytes = (frame.len() - HEADER_BYTES + message.body.len()) as u32;

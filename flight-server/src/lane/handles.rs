@@ -38,6 +38,7 @@ pub(super) struct Handle {
     pub(super) tables: Vec<Table>,
     pub(super) barrier: Barrier,
     gate: Gate,
+    /// Its room is that of the connection, and here only while it answers.
     scratch: ReplyScratch,
     max_reply_bytes: usize,
     meters: Vec<TableMeter>,
@@ -191,9 +192,11 @@ fn unknown(handle: u32) -> Failure {
 }
 
 impl Handle {
-    /// Answers one batch of keys, an encapsulated IPC message that arrived then.
+    /// Answers one batch of keys, an encapsulated IPC message that arrived then, in the room of
+    /// the connection's scratch.
     pub(super) fn answer(
         &mut self,
+        room: &mut ReplyScratch,
         keys: &[u8],
         snapshots: &[Snapshot],
         arrived: Instant,
@@ -208,6 +211,7 @@ impl Handle {
                 ));
             }
         };
+        self.scratch.swap_room(room);
         let message = reply_message(
             &self.bound,
             &mut self.scratch,
@@ -215,7 +219,9 @@ impl Handle {
             snapshots,
             arrived,
             self.max_reply_bytes,
-        )?;
+        );
+        self.scratch.swap_room(room);
+        let message = message?;
         let bytes = message.metadata.len() + message.body.len();
         if bytes > self.max_reply_bytes {
             return Err(Failure::new(

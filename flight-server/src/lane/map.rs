@@ -61,6 +61,7 @@ impl MapCommand {
         if map.features.as_ref().is_some_and(Vec::is_empty) {
             return Err(CommandError::member("features", "name at least one column").into());
         }
+        map.barrier().check_snapshot(map.snapshot.as_deref())?;
         Ok(map)
     }
 

@@ -7,6 +7,7 @@
 mod parser;
 #[cfg(test)]
 mod tests;
+mod width;
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 use arrow_schema::{DataType, Field, FieldRef, TimeUnit};
 
 pub use parser::parse_type;
+pub use width::fixed_bytes;
 
 /// Names without parameters. The first name of a type is the one that [`format_type`] writes.
 const SIMPLE: &[(&str, DataType)] = &[

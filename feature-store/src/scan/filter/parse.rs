@@ -367,13 +367,13 @@ impl Parser<'_> {
         self.at += 1;
         // Not `slice`, which counts from the start of the text: lists may be long.
         let mut text = String::new();
+        let mut signs_only = true;
         for token in self.tokens.get(start..self.at).unwrap_or_default() {
-            text.push_str(if text.chars().all(|c| c == '-' || c == '+') {
-                ""
-            } else {
-                " "
-            });
+            if !signs_only {
+                text.push(' ');
+            }
             text.push_str(&token.token.to_string());
+            signs_only &= matches!(token.token, Token::Plus | Token::Minus);
         }
         Ok(Literal {
             text: cut(text),

@@ -512,3 +512,12 @@ fn a_slice_of_a_batch_answers_as_the_rows_it_shows() {
         assert_eq!(rows(filter, &whole.slice(1, 2)), answer[1..3], "{filter}");
     }
 }
+
+#[test]
+fn a_literal_of_many_signs_takes_no_longer_than_other_text() {
+    let started = std::time::Instant::now();
+    let signs = "- ".repeat(16_000) + &"+".repeat(33_001);
+    assert_eq!(rows(&format!("i8 = {signs}127"), &numbers()), "fft-");
+    // Milliseconds; with a look back at each sign it was a second and more.
+    assert!(started.elapsed() < std::time::Duration::from_millis(500));
+}
