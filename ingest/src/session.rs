@@ -16,7 +16,7 @@ use rdkafka::consumer::Consumer as _;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
 
-use crate::assign::{NAMED, Offsets, least_positions};
+use crate::assign::{Kept, NAMED, Offsets, least_positions};
 use crate::broker::{Consumer, TopicWatch, resolve_start, watermarks};
 use crate::control::{Control, Desired, KeptStop};
 use crate::decode::Incoming;
@@ -40,8 +40,8 @@ const CLOCK_STEPS: usize = 32;
 /// leader-2073493717 not found in cache") and stayed out of reach for 8 minutes, while another
 /// client was answered. Whether the one caused the other is not known.
 const FRESH_CLIENT_AFTER: Duration = Duration::from_secs(15);
-/// Times an offset must be past the end before that is believed: a broker that just restarted
-/// may not yet know its own end.
+/// Times in a row that a partition must end before a position until that is believed: a broker
+/// that just restarted may not yet know its own end.
 const PAST_END_TRIES: u32 = 4;
 
 /// One connection.
@@ -64,7 +64,8 @@ pub(crate) struct Session<'s> {
     assigned: Option<Offsets>,
     /// True while the consumer has partitions.
     consuming: bool,
-    past_end_tries: u32,
+    /// How often in a row each partition ended before a position.
+    past_end_tries: BTreeMap<i32, u32>,
     /// Since when the watch has not reached the brokers.
     out_of_reach: Option<Instant>,
     /// By the wall clock: records from before count as backlog.
@@ -90,6 +91,14 @@ impl Gathered<'_> {
             partition: record.partition(),
             received: *self.clock.get(index / CLOCK_STEPS)?,
             timestamp: record.timestamp(),
+        })
+    }
+
+    /// The partition of each step.
+    fn partitions(&self) -> impl Iterator<Item = i32> {
+        self.steps.iter().filter_map(|step| match *step {
+            Step::Record(index) => self.records.get(index).map(Record::partition),
+            Step::End { partition, .. } => Some(partition),
         })
     }
 
@@ -136,7 +145,7 @@ impl<'s> Session<'s> {
             trouble: None,
             assigned: None,
             consuming: false,
-            past_end_tries: 0,
+            past_end_tries: BTreeMap::new(),
             out_of_reach: None,
             started_millis: now_millis(),
             ends: Offsets::new(),
@@ -448,7 +457,10 @@ impl<'s> Session<'s> {
             return;
         }
         self.trouble = None;
-        self.past_end_tries = 0;
+        for partition in gathered.partitions() {
+            // What stands there was fetched, or is the end: the position exists.
+            self.past_end_tries.remove(&partition);
+        }
         // An event sent after a definition was applied is read by it, though the supervisor
         // may not have looked at the catalog yet.
         let reopened = self.reopen(|slot| {
@@ -521,12 +533,10 @@ impl<'s> Session<'s> {
         match code {
             RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => {
                 match partition {
-                    Some(partition) => {
-                        let truncated = message.contains("truncation");
-                        self.check_range(partition, truncated)
-                            .err()
-                            .map(Ended::Retry)
-                    }
+                    Some(partition) => self
+                        .check_range(partition, common_end(message))
+                        .err()
+                        .map(Ended::Retry),
                     None => Some(Ended::Retry(format!(
                         "offset of {topic} out of range: {message}"
                     ))),
@@ -559,14 +569,27 @@ impl<'s> Session<'s> {
     }
 
     /// Stops the tables whose position the partition no longer has, or moves them as their
-    /// `on_lost` says, and reads on for the rest. `truncated`: librdkafka found that the
-    /// brokers' records before the position are not those that were read.
-    fn check_range(&mut self, partition: i32, truncated: bool) -> Result<(), String> {
+    /// `on_lost` says, and reads on for the rest. `common_end`: where librdkafka found that the
+    /// brokers' records cease to be those that were read.
+    fn check_range(&mut self, partition: i32, common_end: Option<i64>) -> Result<(), String> {
         let timeout = self.source.config.request_timeout;
         let topic = self.topic.name.clone();
         let (low, high) = watermarks(self.consumer, &topic, partition, timeout)?;
-        self.past_end_tries += 1;
-        let past_end = self.past_end_tries >= PAST_END_TRIES;
+        let mut feeds = self.slots.iter().filter_map(Slot::feed);
+        let tries = if feeds.any(|f| f.positions().get(&partition).is_some_and(|n| *n > high)) {
+            let tries = self.past_end_tries.entry(partition).or_default();
+            *tries += 1;
+            *tries
+        } else {
+            self.past_end_tries.remove(&partition);
+            0
+        };
+        let kept = Kept {
+            low,
+            high,
+            is_end_sure: tries >= PAST_END_TRIES,
+            common_end,
+        };
         let permit = self.permit();
         let mut wait = true;
         for slot in &mut self.slots {
@@ -576,23 +599,7 @@ impl<'s> Session<'s> {
             let Some(next) = feed.positions().get(&partition).copied() else {
                 continue;
             };
-            let known_epoch = feed.leader_epoch(partition).is_some();
-            let lost = if next < low {
-                format!(
-                    "its next record, offset {next} of {topic} partition {partition}, is gone: \
-                     the topic starts at {low} now"
-                )
-            } else if next > high && past_end {
-                format!(
-                    "it has read {topic} partition {partition} up to offset {next}, but the \
-                     topic ends at {high}: the topic lost records"
-                )
-            } else if truncated && known_epoch {
-                format!(
-                    "the records of {topic} partition {partition} before offset {next} are not \
-                     those that it has read: the topic lost records and took others"
-                )
-            } else {
+            let Some(lost) = kept.lost(&topic, partition, next) else {
                 continue;
             };
             wait = false;
@@ -732,6 +739,20 @@ fn apply_to(
     }
 }
 
+/// Where the brokers' records cease to be those that were read, of what librdkafka says of a
+/// position that it gave up; `None` where it did not compare them.
+fn common_end(message: &str) -> Option<i64> {
+    // "Partition log truncation detected at offset 12 (leader epoch 3): broker end offset is 10
+    // (offset leader epoch 3). Reset to INVALID.": of `rdkafka_offset.c`.
+    if !message.contains("truncation") {
+        return None;
+    }
+    let end = message.split_once("broker end offset is ");
+    let end = end.and_then(|(_, rest)| rest.split_whitespace().next()?.parse().ok());
+    // Nothing is common where no number stands, nor where it is -1.
+    Some(end.unwrap_or(-1))
+}
+
 fn now_nanos() -> i128 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -741,4 +762,24 @@ fn now_nanos() -> i128 {
 
 pub(crate) fn now_millis() -> i64 {
     i64::try_from(now_nanos() / 1_000_000).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_a_log_was_truncated_is_read_from_what_librdkafka_says() {
+        let truncated = "Partition log truncation detected at offset 12 (leader epoch 3): broker \
+             end offset is 10 (offset leader epoch 3). Reset to INVALID.: Local: Partition log \
+             truncation detected (broker 1)";
+        assert_eq!(common_end(truncated), Some(10));
+        let unknown = "No epoch found less or equal to offset 12 (leader epoch 3): broker end \
+             offset is -1 (offset leader epoch -1). Reset using configured policy.: Local: \
+             Partition log truncation detected (broker 1)";
+        assert_eq!(common_end(unknown), Some(-1));
+        let gone = "fetch failed due to requested offset not available on the broker: Broker: \
+             Offset out of range (broker 1)";
+        assert_eq!(common_end(gone), None);
+    }
 }

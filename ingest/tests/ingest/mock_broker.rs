@@ -13,13 +13,19 @@ use pinion_ingest::{Ingest, IngestConfig, IngestError, IngestHandle, SourceState
 use pinion_schemas::TableDefinition;
 use rdkafka::producer::{BaseRecord, Producer};
 
-use super::support::{Bench, TOPIC, state, wait_for};
+use super::support::{Bench, TOPIC, place, state, wait_for};
 
 const PARTITIONS: i32 = 3;
 
 impl Bench {
     fn of_partitions(brokers: i32) -> Bench {
         Bench::new(PARTITIONS, brokers)
+    }
+
+    /// Gives the first partition another leader.
+    fn lead(&self, broker: i32) {
+        let moved = self.cluster.partition_leader(TOPIC, 0, Some(broker));
+        moved.expect("another leader");
     }
 
     fn start_looking_every(&self, store: &Store, catalog_poll: Duration) -> IngestHandle {
@@ -436,6 +442,69 @@ fn an_offset_the_topic_no_longer_has_stops_the_table_with_the_reason() {
         Some(1),
         "never reset in silence"
     );
+}
+
+fn wait_for_the_stop_of(ingest: &IngestHandle, table: &str) -> String {
+    let mut found = String::new();
+    wait_for("a stop", || match state(ingest, table) {
+        Some(SourceState::Stopped { reason }) => {
+            found = reason;
+            true
+        }
+        _ => false,
+    });
+    found
+}
+
+/// Partitions at their end are told of again whenever one is read anew.
+#[test]
+fn a_topic_that_lost_records_stops_the_table_though_other_partitions_are_at_their_end() {
+    let mut bench = Bench::of_partitions(1);
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let ingest = bench.start(&store);
+    bench.spread_rows(0, 30);
+    wait_for("positions", || bench.is_read(&table));
+    ingest.stop();
+    place(&table, 1, 12, None);
+    let ingest = bench.start(&store);
+    let reason = wait_for_the_stop_of(&ingest, "t");
+    assert!(
+        reason.contains("partition 1 up to offset 12, but the topic ends at 10"),
+        "{reason}"
+    );
+    assert_eq!(table.positions().next_offset(TOPIC, 1), Some(12));
+}
+
+/// Behind the marker of a transaction a position has no epoch. librdkafka compares what it reads
+/// with the brokers' when a leader changes.
+#[test]
+fn a_log_that_was_cut_and_grew_again_stops_tables_that_know_no_epoch() {
+    let mut bench = Bench::of_partitions(2);
+    let store = bench.open();
+    let tables = ["known", "unknown"].map(|name| apply(&store, name, ""));
+    let ingest = bench.start(&store);
+    bench.spread_rows(0, 30);
+    for table in &tables {
+        wait_for("positions", || bench.is_read(table));
+    }
+    ingest.stop();
+    // As if offsets 10 and 11 had been read before others took their place.
+    let epoch = tables[0].positions().leader_epoch(TOPIC, 0);
+    place(&tables[0], 0, 12, Some(epoch.expect("an epoch")));
+    place(&tables[1], 0, 12, None);
+    bench.lead(1);
+    bench.lead(2);
+    bench.spread_rows(30, 6);
+    let ingest = bench.start(&store);
+    wait_for("the end", || {
+        status(&ingest).end_offsets.get(&0) == Some(&12)
+    });
+    bench.lead(1);
+    for name in ["known", "unknown"] {
+        let reason = wait_for_the_stop_of(&ingest, name);
+        assert!(reason.contains("took others"), "{reason}");
+    }
 }
 
 #[test]
