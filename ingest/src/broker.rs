@@ -129,26 +129,7 @@ pub(crate) fn resolve_start(
     timeout: Duration,
 ) -> Result<Offsets, String> {
     let mut offsets = Offsets::new();
-    let mut open = partitions.clone();
-    if let StartPolicy::At(millis) = policy {
-        let mut times = TopicPartitionList::new();
-        for &partition in partitions {
-            times
-                .add_partition_offset(topic, partition, Offset::Offset(millis))
-                .map_err(|e| format!("start time {millis} ms of {topic} is out of range: {e}"))?;
-        }
-        let found = consumer
-            .offsets_for_times(times, timeout)
-            .map_err(|e| format!("cannot look up the start time in {topic}: {e}"))?;
-        for element in found.elements() {
-            // A partition without a record that late answers with its end: resolved below.
-            if let Offset::Offset(next) = element.offset() {
-                offsets.insert(element.partition(), next);
-                open.remove(&element.partition());
-            }
-        }
-    }
-    for partition in open {
+    for &partition in partitions {
         let (low, high) = watermarks(consumer, topic, partition, timeout)?;
         let next = if policy == StartPolicy::Earliest {
             low
@@ -156,6 +137,28 @@ pub(crate) fn resolve_start(
             high
         };
         offsets.insert(partition, next);
+    }
+    if let StartPolicy::At(millis) = policy {
+        let mut times = TopicPartitionList::new();
+        for &partition in partitions {
+            times
+                .add_partition_offset(topic, partition, Offset::Offset(millis))
+                .map_err(|e| format!("start time {millis} ms of {topic} is out of range: {e}"))?;
+        }
+        let failed =
+            |e: &dyn std::fmt::Display| format!("cannot look up the start time in {topic}: {e}");
+        let found = consumer
+            .offsets_for_times(times, timeout)
+            .map_err(|e| failed(&e))?;
+        for element in found.elements() {
+            // librdkafka may ask again after an error, and keep that beside the second answer.
+            element.error().map_err(|e| failed(&e))?;
+            // A partition without a record that late begins at its end. That was asked for
+            // before: what came in between is read.
+            if let Offset::Offset(next) = element.offset() {
+                offsets.insert(element.partition(), next);
+            }
+        }
     }
     Ok(offsets)
 }

@@ -14,6 +14,7 @@ use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::BaseRecord;
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 
 use super::support::{self, Bench, TOPIC, wait_for};
 
@@ -187,6 +188,30 @@ fn a_seek_moves_a_running_table_both_ways_and_refuses_what_does_not_exist() {
     assert!(
         matches!(unknown, Err(IngestError::UnknownTable { .. })),
         "{unknown:?}"
+    );
+}
+
+#[test]
+fn a_time_that_a_broker_did_not_look_up_moves_nothing() {
+    let mut bench = Bench::of_one_partition();
+    let store = bench.open();
+    let table = apply(&store, "latest", "");
+    let ingest = bench.start(&store);
+    bench.send_rows(10);
+    wait_for_position(&table, 10);
+    // The start and the end are asked for one by one, then the time.
+    let answers = [
+        RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR,
+        RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR,
+        RDKafkaRespErr::RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT,
+    ];
+    bench
+        .cluster
+        .request_errors(RDKafkaApiKey::ListOffsets, &answers);
+    let failed = ingest.seek(&seek(SeekTo::Time(1)));
+    assert!(
+        matches!(failed, Err(IngestError::Failed { .. })),
+        "{failed:?}"
     );
 }
 
