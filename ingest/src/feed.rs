@@ -371,7 +371,7 @@ impl Feed {
         for (partition, next) in &advanced {
             // Control records may lie behind the last record: of which epoch is not known.
             match beside.epochs.get(partition) {
-                Some((offset, epoch)) if offset + 1 == *next => {
+                Some((offset, epoch)) if offset.saturating_add(1) == *next => {
                     self.epochs.insert(*partition, *epoch)
                 }
                 _ => self.epochs.remove(partition),

@@ -124,7 +124,7 @@ impl IngestHandle {
     ///
     /// # Errors
     ///
-    /// As [`IngestHandle::pause`].
+    /// As [`IngestHandle::pause`]; `Thread` when a source whose thread ended gets no other.
     pub fn resume(&self, topic: &str) -> Result<(), IngestError> {
         self.set_paused(topic, false)
     }
@@ -154,7 +154,10 @@ impl IngestHandle {
                 }
             });
         }
-        Ok(())
+        if paused {
+            return Ok(());
+        }
+        self.shared.revive(&mut inner, |key, _| key.topic == topic)
     }
 
     /// Stops reading for one table, while others on its topic go on, until
@@ -171,7 +174,7 @@ impl IngestHandle {
     ///
     /// # Errors
     ///
-    /// As [`IngestHandle::pause_table`].
+    /// As [`IngestHandle::pause_table`]; `Thread` as [`IngestHandle::resume`].
     pub fn resume_table(&self, table: &str) -> Result<(), IngestError> {
         self.set_table_paused(table, false)
     }
@@ -199,7 +202,12 @@ impl IngestHandle {
                 });
             }
         }
-        Ok(())
+        if paused {
+            return Ok(());
+        }
+        shared.revive(&mut inner, |_, running| {
+            running.tables.contains(&found.id())
+        })
     }
 
     /// Moves a table's positions, while it is read or after it stopped. Returns once the new
@@ -214,7 +222,7 @@ impl IngestHandle {
         let (table, definition, key) = seek::source_of(&shared.store, &shared.config, &seek.table)?;
         let resolved = seek::resolve(&shared.config, &definition, &key, seek)?;
         // Under the lock: the source cannot be replaced by another meanwhile.
-        let inner = shared.inner.lock();
+        let mut inner = shared.inner.lock();
         let running = inner
             .running
             .get(&key)
@@ -233,6 +241,7 @@ impl IngestHandle {
         running.control.update(|desired| {
             desired.stopped_tables.remove(&table.id());
         });
+        shared.revive(&mut inner, |running, _| *running == key)?;
         Ok(sought)
     }
 
@@ -300,6 +309,13 @@ struct Inner {
     running: BTreeMap<SourceKey, Running>,
     paused: Paused,
     stopping: bool,
+}
+
+impl Inner {
+    fn statuses(&self) -> Vec<Arc<Mutex<SourceStatus>>> {
+        let running = self.running.values();
+        running.map(|r| Arc::clone(&r.status)).collect()
+    }
 }
 
 struct Running {
@@ -402,16 +418,21 @@ impl Shared {
             .running
             .iter()
             .filter(|(key, running)| {
-                wanted
-                    .get(key)
-                    .is_none_or(|tables| !running.tables.is_subset(&ids(tables)))
+                running.thread.is_finished()
+                    || wanted
+                        .get(key)
+                        .is_none_or(|tables| !running.tables.is_subset(&ids(tables)))
             })
             .map(|(key, _)| key.clone())
             .collect();
+        // Who stays on such a topic stays stopped, where it was.
+        let mut stopped = BTreeMap::new();
         for key in losing {
             if let Some(running) = inner.running.remove(&key) {
                 tracing::info!(topic = key.topic, "source ends");
+                let control = Arc::clone(&running.control);
                 running.join();
+                stopped.extend(control.desired().1.stopped_tables);
             }
         }
         let there: BTreeSet<TableId> = self.store.tables().iter().map(Table::id).collect();
@@ -423,12 +444,17 @@ impl Shared {
                 paused_tables: Shared::paused_tables(&inner, &tables),
                 tables,
                 paused,
-                ..Desired::default()
+                stopped_tables: stopped
+                    .iter()
+                    .filter(|(id, _)| table_ids.contains(id))
+                    .map(|(id, stop)| (*id, stop.clone()))
+                    .collect(),
             };
             if let Some(running) = inner.running.get_mut(&key) {
                 running.tables = table_ids;
                 running.control.update(|now| {
-                    let stopped_tables = std::mem::take(&mut now.stopped_tables);
+                    let mut stopped_tables = std::mem::take(&mut now.stopped_tables);
+                    stopped_tables.extend(desired.stopped_tables);
                     *now = Desired {
                         stopped_tables,
                         ..desired
@@ -449,11 +475,36 @@ impl Shared {
                 }
             }
         }
-        let running = inner.running.values();
-        *self.shown.lock() = Shown {
-            sources: running.map(|r| Arc::clone(&r.status)).collect(),
-            unstartable,
-        };
+        let mut shown = self.shown.lock();
+        shown.sources = inner.statuses();
+        shown.unstartable = unstartable;
+    }
+
+    /// Starts such sources anew as have lost their thread, which only a panic takes.
+    fn revive(
+        &self,
+        inner: &mut Inner,
+        wanted: impl Fn(&SourceKey, &Running) -> bool,
+    ) -> Result<(), IngestError> {
+        let dead: Vec<SourceKey> = inner
+            .running
+            .iter()
+            .filter(|(key, running)| running.thread.is_finished() && wanted(key, running))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in dead {
+            let Some(former) = inner.running.get(&key) else {
+                continue;
+            };
+            let (_, desired) = former.control.desired();
+            let revived = self.spawn(&key, desired, former.tables.clone())?;
+            tracing::info!(topic = key.topic, "source starts anew");
+            if let Some(former) = inner.running.insert(key, revived) {
+                former.join();
+            }
+        }
+        self.shown.lock().sources = inner.statuses();
+        Ok(())
     }
 
     /// The sources that the catalog asks for, and those that cannot be tried.
@@ -542,25 +593,36 @@ mod tests {
     use pinion_feature_store::StoreOptions;
 
     use super::*;
+    use crate::control::KeptStop;
 
-    #[test]
-    fn the_status_is_told_while_sources_are_being_changed() {
+    /// A store with tables of these names, all of which read the topic `clicks`.
+    fn store_of(names: &[&str]) -> (tempfile::TempDir, Store) {
         let dir = tempfile::tempdir().unwrap();
         Store::init(dir.path()).unwrap();
         let store = Store::open(dir.path(), StoreOptions::default()).unwrap();
-        let definition = r#"
-            [table]
-            name = "clicks"
-            entity = [{ name = "id", type = "int64" }]
-            event_time = { name = "at", type = "timestamp[us, tz=UTC]" }
-            history = "latest"
-            [features]
-            count = "int64"
-            [source.kafka]
-            topic = "clicks"
-        "#;
-        let parsed = pinion_schemas::TableDefinition::parse_toml(definition).unwrap();
-        store.apply(vec![parsed]).unwrap();
+        let definition = |name: &&str| {
+            let text = format!(
+                r#"
+                [table]
+                name = "{name}"
+                entity = [{{ name = "id", type = "int64" }}]
+                event_time = {{ name = "at", type = "timestamp[us, tz=UTC]" }}
+                history = "latest"
+                [features]
+                count = "int64"
+                [source.kafka]
+                topic = "clicks"
+                "#
+            );
+            pinion_schemas::TableDefinition::parse_toml(&text).unwrap()
+        };
+        store.apply(names.iter().map(definition).collect()).unwrap();
+        (dir, store)
+    }
+
+    #[test]
+    fn the_status_is_told_while_sources_are_being_changed() {
+        let (_dir, store) = store_of(&["clicks"]);
         // Without brokers its source cannot be tried, and is listed with the reason.
         let ingest = Ingest::start(store, IngestConfig::default()).unwrap();
         assert!(ingest.is_wanted("clicks") && !ingest.is_wanted("views"));
@@ -578,5 +640,80 @@ mod tests {
             drop(changing);
             assert_eq!(status.unwrap()[0].topic, "clicks");
         });
+    }
+
+    /// Brokers that nobody listens at.
+    fn out_of_reach() -> IngestConfig {
+        IngestConfig {
+            brokers: Some("127.0.0.1:1".to_owned()),
+            catalog_poll: Duration::from_secs(60),
+            request_timeout: Duration::from_millis(50),
+            ..IngestConfig::default()
+        }
+    }
+
+    /// Waits for the source of `clicks`, and takes its thread from it.
+    fn end_the_source(ingest: &IngestHandle) {
+        loop {
+            let inner = ingest.shared.inner.lock();
+            if let Some(running) = inner.running.values().next() {
+                running.control.stop();
+                if running.thread.is_finished() {
+                    return;
+                }
+            }
+            drop(inner);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn a_source_that_lost_its_thread_gets_another_by_a_resume_or_a_change_of_the_catalog() {
+        let (_dir, store) = store_of(&["clicks"]);
+        let ingest = Ingest::start(store, out_of_reach()).unwrap();
+        let is_alive = || {
+            let inner = ingest.shared.inner.lock();
+            let mut running = inner.running.values();
+            running.all(|r| !r.thread.is_finished() && !r.control.stopping())
+        };
+        end_the_source(&ingest);
+        ingest.pause("clicks").unwrap();
+        assert!(!is_alive(), "paused is paused");
+        ingest.resume("clicks").unwrap();
+        assert!(is_alive());
+        end_the_source(&ingest);
+        ingest.resume_table("clicks").unwrap();
+        assert!(is_alive());
+        end_the_source(&ingest);
+        ingest.shared.reconcile();
+        assert!(is_alive());
+        assert_eq!(ingest.status().len(), 1);
+    }
+
+    #[test]
+    fn a_table_stopped_for_its_dead_letters_stays_so_when_another_leaves_its_topic() {
+        let (_dir, store) = store_of(&["clicks", "views"]);
+        let ingest = Ingest::start(store.clone(), out_of_reach()).unwrap();
+        ingest.shared.reconcile();
+        let kept = || {
+            let inner = ingest.shared.inner.lock();
+            let running = inner.running.values().next().unwrap();
+            let (_, desired) = running.control.desired();
+            desired.stopped_tables.into_keys().collect::<Vec<_>>()
+        };
+        for name in ["clicks", "views"] {
+            let table = store.table(name).unwrap();
+            let stop = KeptStop {
+                reason: "too many".to_owned(),
+                definition: table.definition(),
+            };
+            let inner = ingest.shared.inner.lock();
+            let running = inner.running.values().next().unwrap();
+            running.control.keep_stopped(table.id(), stop);
+        }
+        assert_eq!(kept().len(), 2);
+        store.drop_table("views").unwrap();
+        ingest.shared.reconcile();
+        assert_eq!(kept(), [store.table("clicks").unwrap().id()]);
     }
 }
