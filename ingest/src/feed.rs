@@ -58,15 +58,6 @@ impl From<FeedProblem> for Hindrance {
     }
 }
 
-impl From<Hindrance> for FeedProblem {
-    fn from(hindrance: Hindrance) -> FeedProblem {
-        match hindrance {
-            Hindrance::Problem(problem) => problem,
-            Hindrance::TooMuch(reason) => FeedProblem::Stop(reason),
-        }
-    }
-}
-
 impl Applied {
     /// Adds what another commit did.
     pub(crate) fn add(&mut self, other: &Applied) {
@@ -129,9 +120,6 @@ pub(crate) struct Beside<'r> {
     pub(crate) headers: &'r dyn Fn(usize) -> Headers,
 }
 
-/// Nothing: for commits without records.
-const NO_HEADERS: &dyn Fn(usize) -> Headers = &|_| Vec::new();
-
 /// A table that is reading.
 pub(crate) struct Feed {
     table: Table,
@@ -148,8 +136,8 @@ pub(crate) struct Feed {
 
 impl Feed {
     /// Takes up the table's reading of `topic`: from its stored positions, or where its start
-    /// policy says. New positions are committed before anything is fetched, so that a restart
-    /// finds the same numbers.
+    /// policy says. New positions are on disk before anything is fetched, so that a restart
+    /// finds the same numbers, after a power cut too.
     pub(crate) fn open(
         table: &Table,
         definition: &Arc<TableDefinition>,
@@ -223,7 +211,7 @@ impl Feed {
             .filter(|partition| !fresh.contains(partition))
             .filter_map(|&p| Some((p, stored.leader_epoch(&topic.name, p)?)))
             .collect();
-        let mut feed = Feed {
+        let feed = Feed {
             table: table.clone(),
             topic: topic.name.clone(),
             topic_id,
@@ -238,11 +226,7 @@ impl Feed {
             let positions = positions
                 .map(|(&p, &next)| feed.position(p, next))
                 .collect();
-            let commit = Commit {
-                positions,
-                ..Commit::default()
-            };
-            permit.write(|| Ok(feed.commit(&mut [], commit, &[], NO_HEADERS, 0)?))?;
+            permit.write(|| feed.keep(positions))?;
         }
         Ok(feed)
     }
@@ -263,7 +247,7 @@ impl Feed {
     }
 
     /// Sets the position of a partition whose next record is lost, as the source's `on_lost`
-    /// says. `lost` tells what happened.
+    /// says. `lost` tells what happened. It is on disk when this returns.
     pub(crate) fn reset(
         &mut self,
         partition: i32,
@@ -273,11 +257,7 @@ impl Feed {
         permit: Permit<'_>,
     ) -> Result<(), FeedProblem> {
         self.epochs.remove(&partition);
-        let commit = Commit {
-            positions: vec![self.position(partition, next_offset)],
-            ..Commit::default()
-        };
-        permit.write(|| Ok(self.commit(&mut [], commit, &[], NO_HEADERS, 0)?))?;
+        permit.write(|| self.keep(vec![self.position(partition, next_offset)]))?;
         note_reset(source, &self.table.name(), lost);
         self.next.insert(partition, next_offset);
         Ok(())
@@ -490,6 +470,18 @@ impl Feed {
             records.get(*index).map(|record| DeadLetter {
                 headers: headers(*index),
                 refused_millis: now_millis,
+    /// Commits positions that no record led to, and waits until they are on disk: after a power
+    /// cut nothing else would tell where the table began.
+    fn keep(&self, positions: Vec<Position>) -> Result<(), FeedProblem> {
+        let receipt = self.table.commit(Commit {
+            positions,
+            ..Commit::default()
+        });
+        receipt
+            .and_then(|receipt| self.table.wait_durable(&receipt.token))
+            .map_err(|e| problem_of(&e))
+    }
+
                 ..self.dead_letter(record, reason)
             })
         };
