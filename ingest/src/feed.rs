@@ -416,11 +416,8 @@ impl Feed {
             if !checked_all {
                 // All bad rows at once, rather than one per attempt.
                 checked_all = true;
-                for run in runs.iter().filter(|r| r.kind == RunKind::Upsert) {
-                    let found = self
-                        .table
-                        .check_rows(&run.batch)
-                        .map_err(|e| problem_of(&e))?;
+                for run in runs.iter() {
+                    let found = self.table.check(&change(run)).map_err(|e| problem_of(&e))?;
                     refused.extend(found.into_iter().filter_map(|(row, problem)| {
                         Some((*run.records.get(row)?, problem.to_string()))
                     }));
@@ -690,3 +687,33 @@ mod tests {
         assert_eq!(found.duplicates, 0);
     }
 }
+    #[test]
+    fn every_delete_that_a_table_refuses_is_found_at_once() {
+        use arrow_array::{Int64Array, RecordBatch, TimestampMillisecondArray};
+        use pinion_feature_store::{Store, StoreOptions};
+
+        let dir = tempfile::tempdir().expect("directory");
+        Store::init(dir.path()).expect("init");
+        let store = Store::open(dir.path(), StoreOptions::default()).expect("open");
+        let text = "[table]\nname = \"t\"\nentity = [{ name = \"k\", type = \"int64\" }]\n\
+             event_time = { name = \"at\", type = \"timestamp[ms]\" }\n\
+             [features]\nv = \"int64\"\n";
+        let definition = TableDefinition::parse_toml(text).expect("definition");
+        store.apply(vec![definition]).expect("apply");
+        let table = store.table("t").expect("table");
+        let far = 9_999_999_999_999;
+        let keys = Int64Array::from(vec![Some(1), Some(2), None, Some(4)]);
+        let times = TimestampMillisecondArray::from(vec![far, 5, 5, far]);
+        let batch = RecordBatch::try_from_iter([
+            ("k", Arc::new(keys) as arrow_array::ArrayRef),
+            ("at", Arc::new(times)),
+        ]);
+        let found = table.check(&Change::Delete(batch.expect("batch")));
+        let rows: Vec<usize> = found
+            .expect("checked")
+            .iter()
+            .map(|(row, _)| *row)
+            .collect();
+        assert_eq!(rows, [0, 2, 3]);
+    }
+

@@ -13,7 +13,7 @@ use pinion_feature_store::{
 use serde::Serialize;
 
 use crate::config::{IngestConfig, IngestError};
-use crate::decode::{DecodeProblem, DecodeSettings, Decoded, Decoder, Incoming, Run, RunKind};
+use crate::decode::{DecodeProblem, DecodeSettings, Decoded, Decoder, Incoming, Run};
 use crate::feed::{FeedProblem, change, problem_of};
 use crate::session::now_millis;
 
@@ -251,8 +251,8 @@ fn apply(
         if !checked_all {
             // All bad rows at once, rather than one per attempt.
             checked_all = true;
-            for run in runs.iter().filter(|r| r.kind == RunKind::Upsert) {
-                let found = table.check_rows(&run.batch).map_err(|e| stop(&e))?;
+            for run in runs.iter() {
+                let found = table.check(&change(run)).map_err(|e| stop(&e))?;
                 refused.extend(found.into_iter().filter_map(|(row, problem)| {
                     Some((*run.records.get(row)?, problem.to_string()))
                 }));
