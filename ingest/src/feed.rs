@@ -281,8 +281,9 @@ impl Feed {
     /// Applies what is new to this table in one commit: rows, deletes, dead letters, positions.
     /// Records below its positions, or of partitions it does not read, are dropped.
     ///
-    /// What is too much for one commit is applied in two, and so on. On an error nothing was
-    /// applied from the positions on, which stand where they say.
+    /// What is too much for one commit is applied in two, and so on; one record that alone is
+    /// too much becomes a dead letter. On an error nothing was applied from the positions on,
+    /// which stand where they say.
     pub(crate) fn apply(
         &mut self,
         records: &[Incoming<'_>],
@@ -301,7 +302,21 @@ impl Feed {
                 taken.records.extend(rest.records);
                 Ok(taken)
             }
-            Err(Hindrance::TooMuch(reason)) => Err(FeedProblem::Stop(reason)),
+            Err(Hindrance::TooMuch(reason)) => {
+                let advance = advance(&self.next, records, steps);
+                let refused = advance.selected.iter();
+                let decoded = Decoded {
+                    refused: refused.map(|&index| (index, reason.clone())).collect(),
+                    ..Decoded::default()
+                };
+                self.settle(records, advance, decoded, now_millis, beside)
+                    .map_err(|hindrance| match hindrance {
+                        Hindrance::Problem(problem) => problem,
+                        Hindrance::TooMuch(reason) => {
+                            FeedProblem::Stop(format!("table {}: {reason}", self.table.name()))
+                        }
+                    })
+            }
         }
     }
 
@@ -312,41 +327,53 @@ impl Feed {
         now_millis: i64,
         beside: &Beside<'_>,
     ) -> Result<Taken, Hindrance> {
-        let Advance {
-            selected,
-            advanced,
-            duplicates,
-        } = advance(&self.next, records, steps);
-        if advanced.is_empty() {
+        let advance = advance(&self.next, records, steps);
+        if advance.advanced.is_empty() {
             let applied = Applied {
-                duplicates,
+                duplicates: advance.duplicates,
                 ..Applied::default()
             };
             return Ok(Taken {
                 applied,
-                records: selected,
+                records: advance.selected,
             });
         }
         let name = self.table.name();
-        let Decoded {
-            mut runs,
-            refused,
-            filtered,
-        } = self
+        let decoded = self
             .decoder
-            .decode(records, &selected, now_millis)
+            .decode(records, &advance.selected, now_millis)
             .map_err(|problem| match problem {
                 // Nothing was applied: the same records come again.
                 DecodeProblem::Wait(reason) => {
                     Hindrance::Problem(FeedProblem::Wait(format!("table {name}: {reason}")))
                 }
-                DecodeProblem::TooMuch(reason) => {
-                    Hindrance::TooMuch(format!("table {name}: {reason}"))
-                }
+                DecodeProblem::TooMuch(reason) => Hindrance::TooMuch(reason),
                 DecodeProblem::Bug(e) => Hindrance::Problem(FeedProblem::Stop(format!(
                     "table {name}: decoded columns do not fit together: {e}"
                 ))),
             })?;
+        self.settle(records, advance, decoded, now_millis, beside)
+    }
+
+    /// Commits what records were decoded to, and where that leaves the partitions.
+    fn settle(
+        &mut self,
+        records: &[Incoming<'_>],
+        advance: Advance,
+        decoded: Decoded,
+        now_millis: i64,
+        beside: &Beside<'_>,
+    ) -> Result<Taken, Hindrance> {
+        let Advance {
+            selected,
+            advanced,
+            duplicates,
+        } = advance;
+        let Decoded {
+            mut runs,
+            refused,
+            filtered,
+        } = decoded;
         let before = self.epochs.clone();
         for (partition, next) in &advanced {
             // Control records may lie behind the last record: of which epoch is not known.
@@ -443,6 +470,18 @@ impl Feed {
         }
     }
 
+    /// Commits positions that no record led to, and waits until they are on disk: after a power
+    /// cut nothing else would tell where the table began.
+    fn keep(&self, positions: Vec<Position>) -> Result<(), FeedProblem> {
+        let receipt = self.table.commit(Commit {
+            positions,
+            ..Commit::default()
+        });
+        receipt
+            .and_then(|receipt| self.table.wait_durable(&receipt.token))
+            .map_err(|e| problem_of(&e))
+    }
+
     fn position(&self, partition: i32, next_offset: i64) -> Position {
         Position {
             topic: self.topic.clone(),
@@ -467,18 +506,6 @@ impl Feed {
             records.get(*index).map(|record| DeadLetter {
                 headers: headers(*index),
                 refused_millis: now_millis,
-    /// Commits positions that no record led to, and waits until they are on disk: after a power
-    /// cut nothing else would tell where the table began.
-    fn keep(&self, positions: Vec<Position>) -> Result<(), FeedProblem> {
-        let receipt = self.table.commit(Commit {
-            positions,
-            ..Commit::default()
-        });
-        receipt
-            .and_then(|receipt| self.table.wait_durable(&receipt.token))
-            .map_err(|e| problem_of(&e))
-    }
-
                 ..self.dead_letter(record, reason)
             })
         };
@@ -668,26 +695,6 @@ mod tests {
     }
 
     #[test]
-    fn positions_move_over_gaps_and_to_the_end_without_rows() {
-        let records = [record(0, 10)];
-        let steps = [
-            Step::Record(0),
-            Step::End {
-                partition: 0,
-                next_offset: 15,
-            },
-            Step::End {
-                partition: 1,
-                next_offset: 3,
-            },
-        ];
-        let found = advance(&[(0, 2), (1, 3)].into(), &records, &steps);
-        assert_eq!(found.selected, [0]);
-        assert_eq!(found.advanced, Offsets::from([(0, 15)]));
-        assert_eq!(found.duplicates, 0);
-    }
-}
-    #[test]
     fn every_delete_that_a_table_refuses_is_found_at_once() {
         use arrow_array::{Int64Array, RecordBatch, TimestampMillisecondArray};
         use pinion_feature_store::{Store, StoreOptions};
@@ -717,3 +724,23 @@ mod tests {
         assert_eq!(rows, [0, 2, 3]);
     }
 
+    #[test]
+    fn positions_move_over_gaps_and_to_the_end_without_rows() {
+        let records = [record(0, 10)];
+        let steps = [
+            Step::Record(0),
+            Step::End {
+                partition: 0,
+                next_offset: 15,
+            },
+            Step::End {
+                partition: 1,
+                next_offset: 3,
+            },
+        ];
+        let found = advance(&[(0, 2), (1, 3)].into(), &records, &steps);
+        assert_eq!(found.selected, [0]);
+        assert_eq!(found.advanced, Offsets::from([(0, 15)]));
+        assert_eq!(found.duplicates, 0);
+    }
+}

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMillisecondArray};
 use arrow_ipc::writer::StreamWriter;
-use pinion_feature_store::{Store, Table};
+use pinion_feature_store::{Store, StoreOptions, Table};
 use pinion_ingest::{
     Ingest, IngestConfig, IngestError, IngestHandle, ReplayOf, Seek, SeekTo, SourceState,
     TableProgress, replay_dead_letters,
@@ -213,6 +213,70 @@ fn a_time_that_a_broker_did_not_look_up_moves_nothing() {
         matches!(failed, Err(IngestError::Failed { .. })),
         "{failed:?}"
     );
+}
+
+/// Rows of three features that have the text `s` of the record.
+fn apply_threefold(store: &Store, fields: &str) -> Table {
+    let text = format!(
+        "[table]\nname = \"t\"\nentity = [{{ name = \"id\", type = \"string\" }}]\n\
+         event_time = {{ name = \"ts\", type = \"timestamp[ms, tz=UTC]\" }}\n\
+         history = \"all\"\n[features]\nv = \"int64\"\na = \"string\"\nb = \"string\"\nc = \"string\"\n\
+         [source.kafka]\ntopic = \"events\"\n\
+         [source.kafka.fields]\na = \"s\"\nb = \"s\"\nc = \"s\"\n{fields}\n"
+    );
+    support::apply(store, &text)
+}
+
+/// A store whose commits have 20,000 bytes at most.
+fn narrow(bench: &Bench) -> Store {
+    bench.open_with(StoreOptions {
+        put_max_bytes: 20_000,
+        ..StoreOptions::default()
+    })
+}
+
+#[test]
+fn a_record_that_alone_is_too_much_becomes_a_dead_letter_and_the_rest_goes_on() {
+    let mut bench = Bench::of_one_partition();
+    let store = narrow(&bench);
+    let table = apply_threefold(&store, "");
+    let ingest = bench.start(&store);
+    for (id, bytes) in [(1, 5), (2, 10_000), (3, 5)] {
+        let text = "x".repeat(bytes);
+        bench.send_text(&format!(
+            r#"{{"id":"k{id}","ts":{id},"v":{id},"s":"{text}"}}"#
+        ));
+    }
+    bench.flush();
+    wait_for_position(&table, 3);
+    assert_eq!(values(&table), [1, 3]);
+    let letters = table.dead_letters(9).expect("letters");
+    assert_eq!(letters.len(), 1);
+    assert_eq!(letters[0].offset, 1);
+    assert!(letters[0].error.contains("20000"), "{}", letters[0].error);
+    let state = progress(&ingest).map(|p| p.state);
+    assert_eq!(state, Some(SourceState::Running));
+}
+
+#[test]
+fn dead_letters_that_are_too_much_at_once_are_replayed_in_parts() {
+    let mut bench = Bench::of_one_partition();
+    let store = narrow(&bench);
+    let table = apply_threefold(&store, "");
+    let _ingest = bench.start(&store);
+    for (v, bytes) in [(1, 4_000), (2, 10_000), (3, 4_000)] {
+        let text = "x".repeat(bytes);
+        bench.send_text(&format!(r#"{{"ts":{v},"v":{v},"s":"{text}"}}"#));
+    }
+    bench.flush();
+    wait_for_position(&table, 3);
+    assert_eq!(table.dead_letter_counts().kept, 3, "they have no id");
+    apply_threefold(&store, "id = \"$key\"");
+    let report =
+        replay_dead_letters(&table, &IngestConfig::default(), &ReplayOf::All).expect("replay");
+    assert_eq!((report.tried, report.passed, report.failed), (3, 2, 1));
+    assert_eq!(report.failures[0].offset, 1);
+    assert_eq!(values(&table), [1, 3]);
 }
 
 #[test]
