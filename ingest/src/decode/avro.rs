@@ -3,6 +3,7 @@
 //! Its decoder cannot take back half a record, and checks text only at the end of a batch. So
 //! records that decode are decoded together, and those around a broken one a second time.
 
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use arrow_array::RecordBatch;
@@ -335,40 +336,85 @@ fn full_name(name: &str, namespace: &str) -> String {
 
 /// Refuses lists of items that take no bytes: six bytes of such a list can claim two thousand
 /// million of them.
-fn check_sizes(schema: &Value) -> Result<(), String> {
+fn check_sizes(whole: &Value) -> Result<(), String> {
+    let mut types = Vec::new();
+    named_types(whole, &mut types);
+    // Of types that hold each other those are empty that nothing else gives bytes to.
+    let mut empty: BTreeSet<&str> = types.iter().map(|(name, _)| *name).collect();
+    loop {
+        let left = types
+            .iter()
+            .filter(|(_, schema)| takes_no_bytes(schema, &empty))
+            .map(|(name, _)| *name)
+            .collect();
+        if empty == left {
+            return check_arrays(whole, &empty);
+        }
+        empty = left;
+    }
+}
+
+/// The types that have names, by the last part of these: of several that share it each counts.
+fn named_types<'s>(schema: &'s Value, types: &mut Vec<(&'s str, &'s Value)>) {
     match schema {
-        Value::Array(branches) => branches.iter().try_for_each(check_sizes),
+        Value::Array(branches) => branches.iter().for_each(|b| named_types(b, types)),
+        Value::Object(members) => {
+            let kind = members.get("type").and_then(Value::as_str);
+            if let (Some("record" | "error" | "enum" | "fixed"), Some(Value::String(name))) =
+                (kind, members.get("name"))
+            {
+                types.push((last_part(name), schema));
+            }
+            members
+                .values()
+                .for_each(|member| named_types(member, types));
+        }
+        _ => {}
+    }
+}
+
+fn last_part(name: &str) -> &str {
+    name.rsplit_once('.').map_or(name, |(_, last)| last)
+}
+
+fn check_arrays(schema: &Value, empty: &BTreeSet<&str>) -> Result<(), String> {
+    match schema {
+        Value::Array(branches) => branches.iter().try_for_each(|b| check_arrays(b, empty)),
         Value::Object(members) => {
             if members.get("type").and_then(Value::as_str) == Some("array")
-                && members.get("items").is_some_and(takes_no_bytes)
+                && members
+                    .get("items")
+                    .is_some_and(|items| takes_no_bytes(items, empty))
             {
                 return Err("it has an array of items that take no bytes".to_owned());
             }
-            members.values().try_for_each(|member| match member {
-                Value::Array(_) | Value::Object(_) => check_sizes(member),
-                _ => Ok(()),
-            })
+            members
+                .values()
+                .try_for_each(|member| check_arrays(member, empty))
         }
         _ => Ok(()),
     }
 }
 
-fn takes_no_bytes(schema: &Value) -> bool {
+/// `empty`: names of types that take none.
+fn takes_no_bytes(schema: &Value, empty: &BTreeSet<&str>) -> bool {
     match schema {
-        Value::String(name) => name == "null",
+        Value::String(name) => name == "null" || empty.contains(last_part(name)),
         Value::Object(members) => match members.get("type") {
             Some(Value::String(kind)) if kind == "record" => members
                 .get("fields")
                 .and_then(Value::as_array)
                 .is_none_or(|fields| {
-                    fields
-                        .iter()
-                        .all(|field| field.get("type").is_none_or(takes_no_bytes))
+                    fields.iter().all(|field| {
+                        field
+                            .get("type")
+                            .is_none_or(|below| takes_no_bytes(below, empty))
+                    })
                 }),
             Some(Value::String(kind)) if kind == "fixed" => {
                 members.get("size").and_then(Value::as_u64) == Some(0)
             }
-            Some(inner @ (Value::String(_) | Value::Object(_))) => takes_no_bytes(inner),
+            Some(inner @ (Value::String(_) | Value::Object(_))) => takes_no_bytes(inner, empty),
             _ => false,
         },
         _ => false,
