@@ -65,6 +65,7 @@ impl AvroFormat {
                     label: group.label.clone(),
                     batch,
                     records,
+                    is_bare: group.reader.is_bare,
                 });
             }
         }
@@ -93,11 +94,13 @@ struct AvroReader {
     store: SchemaStore,
     decoder: Decoder,
     framed: Vec<u8>,
+    /// It reads bare values, as records made around them.
+    is_bare: bool,
 }
 
 impl AvroReader {
     fn new(schema: &Schema, takes_bare: bool) -> Result<AvroReader, String> {
-        let whole = whole_schema(schema, takes_bare)?;
+        let (whole, is_bare) = whole_schema(schema, takes_bare)?;
         let mut store = SchemaStore::new_with_type(FingerprintAlgorithm::Id);
         store
             .set(Fingerprint::Id(0), AvroSchema::new(whole.to_string()))
@@ -107,6 +110,7 @@ impl AvroReader {
             store,
             decoder,
             framed: Vec::new(),
+            is_bare,
         })
     }
 
@@ -204,8 +208,9 @@ fn build(store: &SchemaStore) -> Result<Decoder, String> {
     .map_err(|e| format!("the schema cannot be read: {e}"))
 }
 
-/// The schema with everything that it rests on inside, as a record.
-fn whole_schema(schema: &Schema, takes_bare: bool) -> Result<Value, String> {
+/// The schema with everything that it rests on inside, as a record; true when the record had to
+/// be made around it.
+fn whole_schema(schema: &Schema, takes_bare: bool) -> Result<(Value, bool), String> {
     let parse = |text: &str| {
         // A schema that is a name alone may come without quotes.
         serde_json::from_str::<Value>(text).or_else(|e| {
@@ -227,14 +232,15 @@ fn whole_schema(schema: &Schema, takes_bare: bool) -> Result<Value, String> {
     check_sizes(&whole)?;
     let is_record = whole.get("type").and_then(Value::as_str) == Some("record");
     if is_record {
-        return Ok(whole);
+        return Ok((whole, false));
     }
     if takes_bare {
-        return Ok(json!({
+        let around = json!({
             "type": "record",
             "name": "pinion_bare_value",
             "fields": [{ "name": BARE, "type": whole }],
-        }));
+        });
+        return Ok((around, true));
     }
     Err("it is no record, and a row has fields".to_owned())
 }
@@ -401,7 +407,7 @@ fn takes_no_bytes(schema: &Value, empty: &BTreeSet<&str>) -> bool {
     match schema {
         Value::String(name) => name == "null" || empty.contains(last_part(name)),
         Value::Object(members) => match members.get("type") {
-            Some(Value::String(kind)) if kind == "record" => members
+            Some(Value::String(kind)) if kind == "record" || kind == "error" => members
                 .get("fields")
                 .and_then(Value::as_array)
                 .is_none_or(|fields| {
@@ -418,5 +424,66 @@ fn takes_no_bytes(schema: &Value, empty: &BTreeSet<&str>) -> bool {
             _ => false,
         },
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checked(schema: &Value) -> bool {
+        check_sizes(schema).is_ok()
+    }
+
+    #[test]
+    fn arrays_of_named_types_without_bytes_are_found_wherever_the_type_is() {
+        let array_of = |items: &str| json!({ "type": "array", "items": items });
+        let record = |name: &str, fields: Vec<Value>| {
+            let fields = fields
+                .into_iter()
+                .map(|of| json!({ "name": "f", "type": of }));
+            json!({ "type": "record", "name": name, "fields": fields.collect::<Vec<_>>() })
+        };
+        let nothing = record("a.b.Nothing", vec![json!("null")]);
+        for items in ["Nothing", "a.b.Nothing"] {
+            let both = vec![nothing.clone(), array_of(items)];
+            assert!(!checked(&record("Row", both)), "{items}");
+        }
+        // Whichever stands first.
+        assert!(!checked(&record(
+            "Row",
+            vec![array_of("Nothing"), nothing.clone()]
+        )));
+        let around = record("Around", vec![json!("Nothing"), json!("a.b.Nothing")]);
+        let deep = vec![nothing.clone(), around, array_of("Around")];
+        assert!(!checked(&record("Row", deep)));
+        let within = record("Within", vec![json!("Within")]);
+        assert!(!checked(&record("Row", vec![within, array_of("Within")])));
+        let none = json!({ "type": "fixed", "name": "None", "size": 0 });
+        assert!(!checked(&record("Row", vec![none, array_of("None")])));
+
+        let some = record("Some", vec![json!("Nothing"), json!("int")]);
+        let fine = vec![nothing.clone(), some, array_of("Some")];
+        assert!(checked(&record("Row", fine)));
+        let list = record("List", vec![json!(["null", "List"])]);
+        assert!(checked(&record("Row", vec![list, array_of("List")])));
+        let map = json!({ "type": "map", "values": "Nothing" });
+        assert!(checked(&record("Row", vec![nothing, map])));
+        assert!(checked(&array_of("string")));
+    }
+
+    #[test]
+    fn many_types_that_hold_each_other_twice_are_soon_judged() {
+        let first = json!({ "type": "record", "name": "T0", "fields": [] });
+        let mut fields = vec![json!({ "name": "f", "type": first })];
+        for n in 1..60 {
+            let below = format!("T{}", n - 1);
+            let twice = json!([{ "name": "x", "type": below }, { "name": "y", "type": below }]);
+            let of = json!({ "type": "record", "name": format!("T{n}"), "fields": twice });
+            fields.push(json!({ "name": "f", "type": of }));
+        }
+        fields.push(json!({ "name": "f", "type": { "type": "array", "items": "T59" } }));
+        let whole = json!({ "type": "record", "name": "Row", "fields": fields });
+        assert!(!checked(&whole));
     }
 }

@@ -61,6 +61,7 @@ impl ProtobufFormat {
                     label: group.label,
                     batch,
                     records,
+                    is_bare: false,
                 }),
                 Err(problem) => refused.extend(
                     records
