@@ -13,7 +13,7 @@ use pinion_ingest::{
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::BaseRecord;
+use rdkafka::producer::{BaseRecord, Producer};
 use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 
 use super::support::{self, Bench, TOPIC, wait_for};
@@ -277,6 +277,31 @@ fn dead_letters_that_are_too_much_at_once_are_replayed_in_parts() {
     assert_eq!((report.tried, report.passed, report.failed), (3, 2, 1));
     assert_eq!(report.failures[0].offset, 1);
     assert_eq!(values(&table), [1, 3]);
+}
+
+#[test]
+fn a_dead_letter_larger_than_the_producers_queue_is_copied_without_its_value() {
+    let mut bench = Bench::of_one_partition();
+    bench.cluster.create_topic("dead", 1, 1).expect("topic");
+    let store = bench.open();
+    let table = apply(&store, "all", "dead_letter_topic = \"dead\"");
+    let config = IngestConfig {
+        queue_bytes: 4 << 10,
+        ..bench.config()
+    };
+    let ingest = Ingest::start(store.clone(), config).expect("ingest");
+    for bytes in [10, 20_000, 10] {
+        bench.send_text(&"x".repeat(bytes));
+    }
+    bench.flush();
+    wait_for_position(&table, 3);
+    wait_for("the copies", || {
+        let forwarding = progress(&ingest).and_then(|p| p.forwarding);
+        forwarding.is_some_and(|f| f.waiting == 0)
+    });
+    let client = bench.producer.client();
+    let ends = client.fetch_watermarks("dead", 0, Duration::from_secs(10));
+    assert_eq!(ends, Ok((0, 3)), "each once");
 }
 
 #[test]
