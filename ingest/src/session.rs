@@ -550,11 +550,14 @@ impl<'s> Session<'s> {
                 // A fresh connection sees what became of the topic.
                 Some(Ended::Retry(format!("topic {topic}: {message} ({code})")))
             }
-            // librdkafka would go on behind the damaged batch, and its records would be missing.
+            // librdkafka would go on behind the batch, and its records would be missing.
             RDKafkaErrorCode::BadMessage
             | RDKafkaErrorCode::BadCompression
             | RDKafkaErrorCode::InvalidMessage => Some(Ended::Retry(format!(
                 "topic {topic}: the brokers' records are damaged: {message} ({code})"
+            ))),
+            RDKafkaErrorCode::NotImplemented => Some(Ended::Retry(format!(
+                "topic {topic}: the brokers' records cannot be read: {message} ({code})"
             ))),
             // One of several brokers: librdkafka finds another or tells of them all.
             RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::Resolve => {
