@@ -95,14 +95,51 @@ impl IngestHandle {
         all
     }
 
-    /// Whether a table of the catalog reads a topic. Its source may be about to start: then
-    /// [`IngestHandle::status`] does not list it yet.
-    pub fn is_wanted(&self, topic: &str) -> bool {
-        let reads = |table: &Table| {
-            let definition = table.definition();
-            definition.kafka.as_ref().is_some_and(|k| k.topic == topic)
+    /// Why no more records of a topic will reach a table, or `None` while they do; a source that
+    /// is about to start counts as reading.
+    pub fn stopped(&self, table: &Table, topic: &str) -> Option<String> {
+        let definition = table.definition();
+        let name = &definition.name;
+        if definition.kafka.as_ref().is_none_or(|k| k.topic != topic) {
+            return Some(format!("table {name} does not read it"));
+        }
+        let Some(key) = SourceKey::of(&definition, &self.shared.config) else {
+            return Some(no_brokers(name));
         };
-        self.shared.store.tables().iter().any(reads)
+        let source = match self.shared.shown.lock().source(&key) {
+            Ok(source) => source,
+            Err(reason) => return reason,
+        };
+        match source.control.paused(table.id()) {
+            (true, _) => return Some("it is paused".to_owned()),
+            (false, true) => return Some(format!("table {name} is paused")),
+            (false, false) => {}
+        }
+        let status = source.status.lock();
+        let of_table = status.tables.iter().find(|t| t.table == *name);
+        let states = [Some(&status.state), of_table.map(|t| &t.state)];
+        states.into_iter().flatten().find_map(|state| match state {
+            SourceState::Stopped { reason } => Some(reason.clone()),
+            SourceState::Starting
+            | SourceState::Running
+            | SourceState::Degraded { .. }
+            | SourceState::Paused => None,
+        })
+    }
+
+    /// Whether the topic that a table reads is another than the one that had `topic_id`, as far
+    /// as its source has seen.
+    pub fn is_recreated(&self, table: &Table, topic: &str, topic_id: &str) -> bool {
+        let definition = table.definition();
+        let key = SourceKey::of(&definition, &self.shared.config);
+        let Some(key) = key.filter(|key| key.topic == topic) else {
+            return false;
+        };
+        let source = self.shared.shown.lock().source(&key);
+        source.is_ok_and(|source| {
+            let status = source.status.lock();
+            !status.topic_id.is_empty() && !seek::same_topic(topic_id, &status.topic_id)
+        })
     }
 
     /// Brings the metrics of all sources up to date, for whoever shows them.
@@ -293,13 +330,32 @@ struct Shared {
 
 #[derive(Default)]
 struct Shown {
-    sources: Vec<Arc<Mutex<SourceStatus>>>,
+    sources: BTreeMap<SourceKey, ShownSource>,
     unstartable: Vec<SourceStatus>,
 }
 
+#[derive(Clone)]
+struct ShownSource {
+    control: Arc<Control>,
+    status: Arc<Mutex<SourceStatus>>,
+}
+
 impl Shown {
+    /// A source, or why there is none: nothing where it is about to start.
+    fn source(&self, key: &SourceKey) -> Result<ShownSource, Option<String>> {
+        if let Some(source) = self.sources.get(key) {
+            return Ok(source.clone());
+        }
+        let mut unstartable = self.unstartable.iter();
+        let found = unstartable.find(|s| s.topic == key.topic && s.brokers == key.brokers);
+        Err(found.and_then(|status| match &status.state {
+            SourceState::Stopped { reason } => Some(reason.clone()),
+            _ => None,
+        }))
+    }
+
     fn statuses(&self) -> Vec<SourceStatus> {
-        let running = self.sources.iter().map(|status| status.lock().clone());
+        let running = self.sources.values().map(|s| s.status.lock().clone());
         running.chain(self.unstartable.iter().cloned()).collect()
     }
 }
@@ -312,9 +368,16 @@ struct Inner {
 }
 
 impl Inner {
-    fn statuses(&self) -> Vec<Arc<Mutex<SourceStatus>>> {
-        let running = self.running.values();
-        running.map(|r| Arc::clone(&r.status)).collect()
+    fn shown(&self) -> BTreeMap<SourceKey, ShownSource> {
+        let running = self.running.iter();
+        let shown = running.map(|(key, running)| {
+            let source = ShownSource {
+                control: Arc::clone(&running.control),
+                status: Arc::clone(&running.status),
+            };
+            (key.clone(), source)
+        });
+        shown.collect()
     }
 }
 
@@ -476,7 +539,7 @@ impl Shared {
             }
         }
         let mut shown = self.shown.lock();
-        shown.sources = inner.statuses();
+        shown.sources = inner.shown();
         shown.unstartable = unstartable;
     }
 
@@ -503,7 +566,7 @@ impl Shared {
                 former.join();
             }
         }
-        self.shown.lock().sources = inner.statuses();
+        self.shown.lock().sources = inner.shown();
         Ok(())
     }
 
@@ -519,11 +582,7 @@ impl Shared {
             match SourceKey::of(&definition, &self.config) {
                 Some(key) => wanted.entry(key).or_default().push(table),
                 None => {
-                    let reason = format!(
-                        "no Kafka brokers are known for table {}: set `brokers` in its \
-                         [source.kafka], or start the server with --brokers",
-                        definition.name
-                    );
+                    let reason = no_brokers(&definition.name);
                     let state = SourceState::Stopped { reason };
                     let mut status = empty_status(&source.topic, "", state.clone());
                     let progress = TableProgress::new(definition.name.clone(), state);
@@ -571,6 +630,13 @@ impl Shared {
             thread,
         })
     }
+}
+
+fn no_brokers(table: &str) -> String {
+    format!(
+        "no Kafka brokers are known for table {table}: set `brokers` in its [source.kafka], or \
+         start the server with --brokers"
+    )
 }
 
 fn empty_status(topic: &str, brokers: &str, state: SourceState) -> SourceStatus {
@@ -624,8 +690,11 @@ mod tests {
     fn the_status_is_told_while_sources_are_being_changed() {
         let (_dir, store) = store_of(&["clicks"]);
         // Without brokers its source cannot be tried, and is listed with the reason.
+        let table = store.table("clicks").unwrap();
         let ingest = Ingest::start(store, IngestConfig::default()).unwrap();
-        assert!(ingest.is_wanted("clicks") && !ingest.is_wanted("views"));
+        let reason = |topic| ingest.stopped(&table, topic).unwrap();
+        assert!(reason("clicks").contains("--brokers"));
+        assert!(reason("views").contains("does not read it"));
         while ingest.status().is_empty() {
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -476,6 +476,27 @@ fn a_topic_that_lost_records_stops_the_table_though_other_partitions_are_at_thei
     assert_eq!(table.positions().next_offset(TOPIC, 1), Some(12));
 }
 
+#[test]
+fn a_table_that_stopped_alone_is_told_of_by_itself() {
+    let mut bench = Bench::of_partitions(1);
+    let store = bench.open();
+    let (sound, lost) = (apply(&store, "sound", ""), apply(&store, "lost", ""));
+    let ingest = bench.start(&store);
+    bench.spread_rows(0, 30);
+    for table in [&sound, &lost] {
+        wait_for("positions", || bench.is_read(table));
+    }
+    ingest.stop();
+    place(&lost, 1, 12, None);
+    let ingest = bench.start(&store);
+    let reason = wait_for_the_stop_of(&ingest, "lost");
+    assert_eq!(ingest.stopped(&lost, TOPIC), Some(reason));
+    assert_eq!(ingest.stopped(&sound, TOPIC), None);
+    let id = status(&ingest).topic_id;
+    assert!(!ingest.is_recreated(&lost, TOPIC, &id));
+    assert!(ingest.is_recreated(&lost, TOPIC, "another"));
+}
+
 /// Behind the marker of a transaction a position has no epoch. librdkafka compares what it reads
 /// with the brokers' when a leader changes.
 #[test]

@@ -366,7 +366,10 @@ fn a_paused_table_stays_paused_over_a_restart_and_reads_on_where_it_stood() {
     let ingest = bench.start(&store);
     bench.send_rows(10);
     wait_for_position(&table, 10);
+    assert_eq!(ingest.stopped(&table, TOPIC), None);
     ingest.pause_table("t").expect("pause");
+    let told = ingest.stopped(&table, TOPIC);
+    assert_eq!(told.as_deref(), Some("table t is paused"));
     ingest.stop();
     let ingest = bench.start(&store);
     bench.send_rows(10);
@@ -376,6 +379,7 @@ fn a_paused_table_stays_paused_over_a_restart_and_reads_on_where_it_stood() {
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(position(&table), Some(10));
     ingest.resume_table("t").expect("resume");
+    assert_eq!(ingest.stopped(&table, TOPIC), None);
     wait_for_position(&table, 20);
     assert_eq!(values(&table), (0..20).collect::<Vec<_>>());
 }
