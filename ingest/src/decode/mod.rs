@@ -265,7 +265,7 @@ impl Format {
         }
         match self {
             Format::Avro(format) => format.decode(items).map_err(DecodeProblem::Wait),
-            Format::Protobuf(format) => format.decode(items).map_err(DecodeProblem::Wait),
+            Format::Protobuf(format) => format.decode(items),
             Format::Arrow(format) => format.decode(items),
         }
     }
