@@ -17,7 +17,7 @@ use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
 
 use crate::assign::{Kept, NAMED, Offsets, least_positions};
-use crate::broker::{Consumer, TopicWatch, resolve_start, watermarks};
+use crate::broker::{Consumer, Seen, TopicWatch, resolve_start, watermarks};
 use crate::control::{Control, Desired, KeptStop};
 use crate::decode::Incoming;
 use crate::feed::{
@@ -58,8 +58,11 @@ pub(crate) struct Session<'s> {
     moves_seen: u64,
     /// Why sources are held back now.
     held: Option<String>,
-    /// What the consumer or the broker complained about last.
-    trouble: Option<String>,
+    /// Why the last look at the topic failed.
+    watch_trouble: Option<String>,
+    /// What the consumer complained about last, of each partition or of none: it stands until
+    /// that partition is read again.
+    trouble: BTreeMap<Option<i32>, String>,
     /// What the consumer was told to read when it was last assigned; `None` when nothing.
     assigned: Option<Offsets>,
     /// True while the consumer has partitions.
@@ -72,6 +75,8 @@ pub(crate) struct Session<'s> {
     started_millis: i64,
     ends: Offsets,
     ends_at: Option<Instant>,
+    /// Ends as the last fetch told them before the consumer was idle.
+    stale_ends: Offsets,
 }
 
 /// Records and events of one micro-batch, in the order they came.
@@ -142,7 +147,8 @@ impl<'s> Session<'s> {
             paused: false,
             moves_seen: source.control.gate.moves(),
             held: None,
-            trouble: None,
+            watch_trouble: None,
+            trouble: BTreeMap::new(),
             assigned: None,
             consuming: false,
             past_end_tries: BTreeMap::new(),
@@ -150,6 +156,7 @@ impl<'s> Session<'s> {
             started_millis: now_millis(),
             ends: Offsets::new(),
             ends_at: None,
+            stale_ends: Offsets::new(),
         })
     }
 
@@ -177,7 +184,7 @@ impl<'s> Session<'s> {
                 .out_of_reach
                 .is_some_and(|since| since.elapsed() >= FRESH_CLIENT_AFTER)
             {
-                let reason = self.trouble.take().unwrap_or_default();
+                let reason = self.watch_trouble.take().unwrap_or_default();
                 return Ended::Retry(format!("{reason}; connecting anew"));
             }
             self.reopen_due();
@@ -187,7 +194,9 @@ impl<'s> Session<'s> {
             }
             self.held = self.source.pressure.held().map(|held| held.reason);
             let held = self.paused || self.held.is_some();
-            if held || !self.slots.iter().any(|s| s.feed().is_some()) {
+            let idle = held || !self.slots.iter().any(|s| s.feed().is_some());
+            watch.want_ends(idle);
+            if idle {
                 if let Some(ended) = self.idle() {
                     return ended;
                 }
@@ -217,6 +226,7 @@ impl<'s> Session<'s> {
                 return Some(Ended::Retry(format!("cannot let go of {topic}: {e}")));
             }
             self.consuming = false;
+            self.stale_ends = self.fetched_ends();
         }
         self.publish();
         if let Some(Polled::Failed {
@@ -325,18 +335,24 @@ impl<'s> Session<'s> {
     }
 
     /// Takes in what the watch saw: more partitions, another topic, or a broker out of reach.
-    fn look(&mut self, seen: Result<TopicView, String>) {
+    fn look(&mut self, seen: Result<Seen, String>) {
         match seen {
-            Ok(topic) => {
-                self.trouble = None;
+            Ok(Seen { topic, ends }) => {
+                self.watch_trouble = None;
                 self.out_of_reach = None;
+                self.trouble.remove(&None);
+                if !self.trouble.is_empty() {
+                    // A partition that is well again and at its end would say so no more.
+                    self.assigned = None;
+                }
+                self.ends.extend(ends);
                 if topic != self.topic {
                     self.topic = topic;
                     self.reopen(|slot| slot.feed().is_some());
                 }
             }
             Err(reason) => {
-                self.trouble = Some(reason);
+                self.watch_trouble = Some(reason);
                 self.out_of_reach.get_or_insert_with(Instant::now);
             }
         }
@@ -383,6 +399,8 @@ impl<'s> Session<'s> {
             .assign(&list)
             .map_err(|e| format!("cannot assign {}: {e}", self.topic.name))?;
         tracing::debug!(topic = self.topic.name, ?least, "assigned");
+        self.trouble
+            .retain(|partition, _| partition.is_none_or(|p| least.contains_key(&p)));
         self.assigned = Some(least);
         self.consuming = true;
         Ok(())
@@ -456,8 +474,10 @@ impl<'s> Session<'s> {
             // The next round follows it, and reads this again from where the tables stand.
             return;
         }
-        self.trouble = None;
+        self.watch_trouble = None;
+        self.trouble.remove(&None);
         for partition in gathered.partitions() {
+            self.trouble.remove(&Some(partition));
             // What stands there was fetched, or is the end: the position exists.
             self.past_end_tries.remove(&partition);
         }
@@ -565,7 +585,8 @@ impl<'s> Session<'s> {
                 None
             }
             _ => {
-                self.trouble = Some(format!("topic {topic}: {message} ({code})"));
+                let trouble = format!("topic {topic}: {message} ({code})");
+                self.trouble.insert(partition, trouble);
                 None
             }
         }
@@ -625,16 +646,23 @@ impl<'s> Session<'s> {
                 }
                 None => {
                     let table = slot.table.name();
-                    let way_out = way_out(&table);
-                    FeedProblem::Stop(format!("table {table}: {lost}; {way_out}"))
+                    let reason = format!("table {table}: {lost}; {}", way_out(&table));
+                    // Opened again, the table might read on where others took their place.
+                    let stop = KeptStop {
+                        reason: reason.clone(),
+                        definition: Arc::clone(&slot.definition),
+                    };
+                    self.source.control.keep_stopped(slot.table.id(), stop);
+                    FeedProblem::Stop(reason)
                 }
             };
             slot.set_aside(problem);
         }
         if wait {
-            self.trouble = Some(format!(
-                "{topic} partition {partition}: offset out of range"
-            ));
+            self.trouble.insert(
+                Some(partition),
+                format!("{topic} partition {partition}: offset out of range"),
+            );
             let generation = self.generation.unwrap_or(0);
             self.source
                 .control
@@ -644,20 +672,31 @@ impl<'s> Session<'s> {
         Ok(())
     }
 
+    /// Ends of partitions as the last fetch told them.
+    fn fetched_ends(&self) -> Offsets {
+        let end = |&partition: &i32| {
+            let topic = &self.topic.name;
+            let (_, high) = native::cached_watermarks(self.consumer, topic, partition)?;
+            Some((partition, high))
+        };
+        self.topic.partitions.iter().filter_map(end).collect()
+    }
+
     fn publish(&mut self) {
-        if self.ends_at.is_none_or(|at| at.elapsed() >= ENDS_INTERVAL) {
+        if self.consuming && self.ends_at.is_none_or(|at| at.elapsed() >= ENDS_INTERVAL) {
             self.ends_at = Some(Instant::now());
-            for &partition in &self.topic.partitions {
-                let seen = native::cached_watermarks(self.consumer, &self.topic.name, partition);
-                if let Some((_, high)) = seen {
-                    self.ends.insert(partition, high);
+            for (partition, end) in self.fetched_ends() {
+                // What was fetched before an idle time is older than what the watch saw.
+                if self.stale_ends.get(&partition) != Some(&end) {
+                    self.ends.insert(partition, end);
                 }
             }
         }
+        let reading = self.reading();
         let tables: Vec<TableProgress> = self
             .slots
             .iter()
-            .map(|s| s.progress(&self.topic.name, &self.ends, self.paused))
+            .map(|s| s.progress(&self.topic.name, &self.ends, &reading))
             .collect();
         let lag = tables.iter().map(|t| t.lag).max().unwrap_or(0);
         let mut status = self.source.status.lock();
@@ -668,18 +707,27 @@ impl<'s> Session<'s> {
         status.lag = lag;
     }
 
-    fn state(&self) -> SourceState {
+    /// What a table does that nothing of its own hinders.
+    fn reading(&self) -> SourceState {
         if self.paused {
             return SourceState::Paused;
         }
+        let held = self.held.as_ref().map(|why| format!("held back: {why}"));
+        let trouble = || self.watch_trouble.as_ref().or(self.trouble.values().next());
+        match held.or_else(|| trouble().cloned()) {
+            Some(reason) => SourceState::Degraded { reason },
+            None => SourceState::Running,
+        }
+    }
+
+    fn state(&self) -> SourceState {
         let waiting = self.slots.iter().find_map(|slot| match &slot.reading {
             Reading::Waiting { reason, .. } => Some(reason.clone()),
             Reading::Open(_) | Reading::Stopped { .. } | Reading::Paused => None,
         });
-        let held = self.held.as_ref().map(|why| format!("held back: {why}"));
-        match held.or_else(|| self.trouble.clone()).or(waiting) {
-            Some(reason) => SourceState::Degraded { reason },
-            None => SourceState::Running,
+        match (self.reading(), waiting) {
+            (SourceState::Running, Some(reason)) => SourceState::Degraded { reason },
+            (state, _) => state,
         }
     }
 }

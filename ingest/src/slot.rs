@@ -109,17 +109,16 @@ impl Slot {
         };
     }
 
-    /// How far the table is, for the status.
-    pub(crate) fn progress(&self, topic: &str, ends: &Offsets, paused: bool) -> TableProgress {
+    /// How far the table is, for the status. `reading`: what it does where nothing of its own
+    /// hinders it.
+    pub(crate) fn progress(
+        &self,
+        topic: &str,
+        ends: &Offsets,
+        reading: &SourceState,
+    ) -> TableProgress {
         let (state, positions) = match &self.reading {
-            Reading::Open(feed) => {
-                let state = if paused {
-                    SourceState::Paused
-                } else {
-                    SourceState::Running
-                };
-                (state, feed.positions().clone())
-            }
+            Reading::Open(feed) => (reading.clone(), feed.positions().clone()),
             Reading::Waiting { reason, .. } => (
                 SourceState::Degraded {
                     reason: reason.clone(),

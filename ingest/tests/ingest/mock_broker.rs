@@ -12,6 +12,7 @@ use pinion_feature_store::{ScanRequest, Store, Table};
 use pinion_ingest::{Ingest, IngestConfig, IngestError, IngestHandle, SourceState, SourceStatus};
 use pinion_schemas::TableDefinition;
 use rdkafka::producer::{BaseRecord, Producer};
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 
 use super::support::{Bench, TOPIC, place, state, wait_for};
 
@@ -347,6 +348,55 @@ fn a_paused_topic_is_not_read_until_resumed() {
 }
 
 #[test]
+fn a_paused_topic_is_known_to_grow_and_after_a_restart_too() {
+    let mut bench = Bench::of_partitions(1);
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let ingest = bench.start(&store);
+    bench.spread_rows(0, 30);
+    wait_for("positions", || bench.is_read(&table));
+    ingest.pause("events").expect("pause");
+    bench.spread_rows(30, 60);
+    wait_for("the lag", || status(&ingest).lag == 60);
+    ingest.stop();
+    let ingest = bench.start(&store);
+    wait_for("the lag", || status(&ingest).lag == 60);
+    assert_eq!(status(&ingest).state, SourceState::Paused);
+    ingest.resume("events").expect("resume");
+    wait_for("positions", || bench.is_read(&table));
+    wait_for("no lag", || status(&ingest).lag == 0);
+}
+
+#[test]
+fn a_topic_that_may_be_described_but_not_read_shows_so_until_it_is_read() {
+    let mut bench = Bench::of_partitions(1);
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let ingest = bench.start(&store);
+    bench.spread_rows(0, 30);
+    wait_for("positions", || bench.is_read(&table));
+    let refused = RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+    bench
+        .cluster
+        .request_errors(RDKafkaApiKey::Fetch, &[refused; 100]);
+    bench.spread_rows(30, 30);
+    let is_degraded = || {
+        let degraded = |state| matches!(state, SourceState::Degraded { .. });
+        degraded(status(&ingest).state) && state(&ingest, "t").is_some_and(degraded)
+    };
+    wait_for("the refusal", is_degraded);
+    // Three looks at the topic, all of which go well.
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_millis(1_800) {
+        assert!(is_degraded(), "{:?}", status(&ingest).state);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    bench.cluster.clear_request_errors(RDKafkaApiKey::Fetch);
+    wait_for("positions", || bench.is_read(&table));
+    wait_for("running", || status(&ingest).state == SourceState::Running);
+}
+
+#[test]
 fn a_broker_that_goes_away_and_returns_costs_no_record() {
     let mut bench = Bench::of_partitions(1);
     let store = bench.open();
@@ -480,12 +530,14 @@ fn a_topic_that_lost_records_stops_the_table_though_other_partitions_are_at_thei
 fn a_table_that_stopped_alone_is_told_of_by_itself() {
     let mut bench = Bench::of_partitions(1);
     let store = bench.open();
-    let (sound, lost) = (apply(&store, "sound", ""), apply(&store, "lost", ""));
+    let sound = apply(&store, "sound", "partitions = [0]");
+    let lost = apply(&store, "lost", "partitions = [1]");
     let ingest = bench.start(&store);
     bench.spread_rows(0, 30);
-    for table in [&sound, &lost] {
-        wait_for("positions", || bench.is_read(table));
-    }
+    wait_for("positions", || {
+        let at = |table: &Table, partition| table.positions().next_offset(TOPIC, partition);
+        at(&sound, 0) == Some(10) && at(&lost, 1) == Some(10)
+    });
     ingest.stop();
     place(&lost, 1, 12, None);
     let ingest = bench.start(&store);
@@ -525,6 +577,13 @@ fn a_log_that_was_cut_and_grew_again_stops_tables_that_know_no_epoch() {
     for name in ["known", "unknown"] {
         let reason = wait_for_the_stop_of(&ingest, name);
         assert!(reason.contains("took others"), "{reason}");
+    }
+    // Whatever else happens on the topic: what was lost stays lost.
+    let third = apply(&store, "third", "");
+    wait_for("the third table", || bench.is_read(&third));
+    for name in ["known", "unknown"] {
+        let state = state(&ingest, name);
+        assert!(matches!(state, Some(SourceState::Stopped { .. })), "{name}");
     }
 }
 
