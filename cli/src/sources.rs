@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pinion_feature_store::{DeadLetterId, Table};
 use pinion_flight_server::SourceControl;
-use pinion_ingest::{IngestError, IngestHandle, ReplayOf, Seek, SeekTo, SourceState};
+use pinion_ingest::{IngestError, IngestHandle, ReplayOf, Seek, SeekTo};
 use pinion_schemas::StartPolicy;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -112,17 +112,12 @@ impl SourceControl for KafkaSources {
         }))
     }
 
-    fn stopped(&self, topic: &str) -> Option<String> {
-        let status = self.0.status();
-        match status.into_iter().find(|source| source.topic == topic) {
-            None if self.0.is_wanted(topic) => None,
-            None => Some(format!("no table reads topic {topic:?}")),
-            Some(source) => match source.state {
-                SourceState::Stopped { reason } => Some(reason),
-                SourceState::Paused => Some("it is paused".to_owned()),
-                SourceState::Starting | SourceState::Running | SourceState::Degraded { .. } => None,
-            },
-        }
+    fn stopped(&self, table: &Table, topic: &str) -> Option<String> {
+        self.0.stopped(table, topic)
+    }
+
+    fn is_recreated(&self, table: &Table, topic: &str, topic_id: &str) -> bool {
+        self.0.is_recreated(table, topic, topic_id)
     }
 }
 

@@ -26,7 +26,7 @@ use parking_lot::{Condvar, Mutex};
 use pinion_schemas::TableDefinition;
 
 use crate::catalog::TableId;
-use crate::commit::{Commit, DeadLetter, Receipt, WriteToken};
+use crate::commit::{Change, Commit, DeadLetter, Receipt, WriteToken};
 use crate::dead_letters::DeadLetterState;
 use crate::delta::file::LogFileWriter;
 use crate::delta::record::{Place, TopicTable};
@@ -411,7 +411,19 @@ impl Table {
     ///
     /// `Schema` if the batch does not fit the definition at all.
     pub fn check_rows(&self, batch: &RecordBatch) -> Result<Vec<(usize, RowProblem)>, CommitError> {
-        self.0.check_rows(batch)
+        self.0.check_rows(batch, false)
+    }
+
+    /// As [`Table::check_rows`], of one change of a commit: rows, or deletes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Table::check_rows`].
+    pub fn check(&self, change: &Change) -> Result<Vec<(usize, RowProblem)>, CommitError> {
+        match change {
+            Change::Upsert(batch) => self.0.check_rows(batch, false),
+            Change::Delete(batch) => self.0.check_rows(batch, true),
+        }
     }
 
     /// Waits until the commit of `token` is on disk. Several waiters share one sync.

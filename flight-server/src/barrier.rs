@@ -1,5 +1,6 @@
 //! Waiting until a table has applied given offsets or puts.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -41,8 +42,8 @@ pub(crate) fn newest(tables: &[Table]) -> Result<Vec<Snapshot>, Failure> {
 ///
 /// # Errors
 ///
-/// `FAILED_PRECONDITION` at once when no table here reads a topic, or its source has
-/// stopped; `DEADLINE_EXCEEDED` with the positions reached when the time is over.
+/// `FAILED_PRECONDITION` at once when no table here reads a topic, or one that should has
+/// stopped or is paused; `DEADLINE_EXCEEDED` with the positions reached when the time is over.
 pub(crate) async fn await_barrier(
     tables: &[Table],
     barrier: &Barrier,
@@ -119,13 +120,13 @@ async fn wait_for_table(
     deadline: Instant,
     timeout: Duration,
 ) -> Result<Snapshot, Failure> {
-    let wanted = Arc::new(Wanted::new(table, barrier));
+    let wanted = Arc::new(Wanted::new(table, barrier, hooks));
     let now = table.snapshot();
     if wanted.met(&now) {
         return Ok(now);
     }
     for topic in wanted.missing_topics(&now) {
-        if let Some(reason) = hooks.stopped(topic) {
+        if let Some(reason) = hooks.stopped(table, topic) {
             return Err(Failure::new(
                 Code::FailedPrecondition,
                 "SOURCE_STOPPED",
@@ -201,11 +202,21 @@ struct Wanted {
     /// Topic, partition, offset that must have been applied.
     offsets: Vec<(String, i32, i64)>,
     sequence: u64,
+    /// Topics that were made again since the table read them, each with the id of the positions
+    /// that mean nothing now.
+    recreated: BTreeMap<String, String>,
 }
 
 impl Wanted {
-    fn new(table: &Table, barrier: &Barrier) -> Wanted {
+    fn new(table: &Table, barrier: &Barrier, hooks: &Hooks) -> Wanted {
         let name = table.name();
+        let positions = table.positions();
+        let recreated = barrier
+            .at_least
+            .keys()
+            .filter_map(|topic| Some((topic.clone(), positions.topic_id(topic)?.to_owned())))
+            .filter(|(topic, id)| hooks.is_recreated(table, topic, id))
+            .collect();
         let offsets = barrier
             .at_least
             .iter()
@@ -223,7 +234,11 @@ impl Wanted {
             .map(|token| token.snapshot.sequence)
             .max()
             .unwrap_or(0);
-        Wanted { offsets, sequence }
+        Wanted {
+            offsets,
+            sequence,
+            recreated,
+        }
     }
 
     fn met(&self, snapshot: &Snapshot) -> bool {
@@ -234,11 +249,121 @@ impl Wanted {
         self.offsets
             .iter()
             .filter(|(topic, partition, offset)| {
-                snapshot
-                    .positions()
-                    .next_offset(topic, *partition)
-                    .is_none_or(|next| next <= *offset)
+                let positions = snapshot.positions();
+                let of_former = self.recreated.get(topic).map(String::as_str);
+                let is_former = of_former.is_some() && positions.topic_id(topic) == of_former;
+                let next = positions.next_offset(topic, *partition);
+                is_former || next.is_none_or(|next| next <= *offset)
             })
             .map(|(topic, _, _)| topic.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pinion_feature_store::{Commit, Position, Store, StoreOptions};
+    use pinion_schemas::TableDefinition;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::hooks::SourceControl;
+
+    /// Sources that read `t`, which has this id now.
+    struct Sources {
+        topic_id: &'static str,
+        /// A table for which it stopped.
+        stopped: &'static str,
+    }
+
+    impl SourceControl for Sources {
+        fn list(&self) -> Value {
+            Value::Null
+        }
+
+        fn act(&self, _: &Value) -> Result<Value, String> {
+            Err("nothing".to_owned())
+        }
+
+        fn stopped(&self, table: &Table, _: &str) -> Option<String> {
+            (table.name() == self.stopped).then(|| "it is broken".to_owned())
+        }
+
+        fn is_recreated(&self, _: &Table, _: &str, topic_id: &str) -> bool {
+            topic_id != self.topic_id
+        }
+    }
+
+    fn hooks(topic_id: &'static str, stopped: &'static str) -> Hooks {
+        Hooks {
+            sources: Some(Arc::new(Sources { topic_id, stopped })),
+            pins: None,
+        }
+    }
+
+    fn table(store: &Store, name: &str) -> Table {
+        let text = format!(
+            "[table]\nname = \"{name}\"\nentity = [{{ name = \"id\", type = \"string\" }}]\n\
+             [features]\nv = \"int64\"\n[source.kafka]\ntopic = \"t\"\n"
+        );
+        store
+            .apply(vec![TableDefinition::parse_toml(&text).unwrap()])
+            .unwrap();
+        store.table(name).unwrap()
+    }
+
+    fn stand(table: &Table, topic_id: &str, next_offset: i64) {
+        let position = Position {
+            topic: "t".to_owned(),
+            topic_id: topic_id.to_owned(),
+            partition: 0,
+            next_offset,
+            leader_epoch: None,
+        };
+        let commit = Commit {
+            positions: vec![position],
+            ..Commit::default()
+        };
+        table.commit(commit).unwrap();
+    }
+
+    /// How a wait for offset 5 ends within a quarter of a second: the error's code, if any.
+    async fn wait(table: &Table, hooks: &Hooks) -> Option<Code> {
+        let at_least = [("t".to_owned(), [(0, 5)].into())].into();
+        let barrier = Barrier::new(&Some(at_least), &None, None);
+        let timeout = Duration::from_millis(250);
+        let waited = wait_for_table(table, &barrier, hooks, Instant::now() + timeout, timeout);
+        waited.await.err().map(|failure| failure.code())
+    }
+
+    #[tokio::test]
+    async fn a_table_that_stopped_alone_is_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        Store::init(dir.path()).unwrap();
+        let store = Store::open(dir.path(), StoreOptions::default()).unwrap();
+        let (broken, sound) = (table(&store, "broken"), table(&store, "sound"));
+        let hooks = hooks("id", "broken");
+        for table in [&broken, &sound] {
+            stand(table, "id", 5);
+        }
+        assert_eq!(wait(&broken, &hooks).await, Some(Code::FailedPrecondition));
+        assert_eq!(wait(&sound, &hooks).await, Some(Code::DeadlineExceeded));
+        // What it has reached it has.
+        stand(&broken, "id", 6);
+        assert_eq!(wait(&broken, &hooks).await, None);
+    }
+
+    #[tokio::test]
+    async fn positions_of_a_topic_that_was_made_again_meet_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        Store::init(dir.path()).unwrap();
+        let store = Store::open(dir.path(), StoreOptions::default()).unwrap();
+        let table = table(&store, "x");
+        stand(&table, "former", 1_000);
+        let stopped = wait(&table, &hooks("new", "x")).await;
+        assert_eq!(stopped, Some(Code::FailedPrecondition));
+        let reading = hooks("new", "");
+        assert_eq!(wait(&table, &reading).await, Some(Code::DeadlineExceeded));
+        stand(&table, "new", 6);
+        assert_eq!(wait(&table, &reading).await, None);
     }
 }

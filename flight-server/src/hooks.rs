@@ -37,12 +37,19 @@ pub trait SourceControl: Send + Sync {
         Err("these sources replay nothing".to_owned())
     }
 
-    /// Why no more records of this topic will arrive, or `None` while it is being read.
+    /// Why no more records of this topic will reach this table, or `None` while they do.
     ///
     /// A request that waits for a position of such a topic is refused at once.
-    fn stopped(&self, topic: &str) -> Option<String> {
-        let _ = topic;
+    fn stopped(&self, table: &Table, topic: &str) -> Option<String> {
+        let _ = (table, topic);
         None
+    }
+
+    /// Whether the topic that the table reads is another than the one that had this id, which
+    /// is that of the table's positions: these say nothing of it then.
+    fn is_recreated(&self, table: &Table, topic: &str, topic_id: &str) -> bool {
+        let _ = (table, topic, topic_id);
+        false
     }
 
     /// Brings the metrics of the sources up to date: `/metrics` is about to be shown.
@@ -293,11 +300,17 @@ impl std::fmt::Debug for Hooks {
 }
 
 impl Hooks {
-    /// Why no more records of `topic` will arrive.
-    pub(crate) fn stopped(&self, topic: &str) -> Option<String> {
+    /// Why no more records of `topic` will reach `table`.
+    pub(crate) fn stopped(&self, table: &Table, topic: &str) -> Option<String> {
         match &self.sources {
             None => Some("no source runs in this server".to_owned()),
-            Some(sources) => sources.stopped(topic),
+            Some(sources) => sources.stopped(table, topic),
         }
+    }
+
+    /// Whether `topic` is another by now than the one that had this id.
+    pub(crate) fn is_recreated(&self, table: &Table, topic: &str, topic_id: &str) -> bool {
+        let sources = self.sources.as_ref();
+        sources.is_some_and(|sources| sources.is_recreated(table, topic, topic_id))
     }
 }

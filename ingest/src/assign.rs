@@ -22,6 +22,46 @@ pub(crate) fn least_positions<'a>(tables: impl IntoIterator<Item = &'a Offsets>)
     least
 }
 
+/// What a partition has, when what is next to read of it was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Kept {
+    /// First offset.
+    pub(crate) low: i64,
+    /// The end, as the broker tells it.
+    pub(crate) high: i64,
+    /// True when that was told often enough to be believed.
+    pub(crate) is_end_sure: bool,
+    /// Below it the records are those that were read, from it on they are not; `None` when that
+    /// was not looked at.
+    pub(crate) common_end: Option<i64>,
+}
+
+impl Kept {
+    /// Why a table whose next offset is `next` cannot read on there, if so.
+    pub(crate) fn lost(&self, topic: &str, partition: i32, next: i64) -> Option<String> {
+        let (low, high) = (self.low, self.high);
+        let is_replaced = self.common_end.is_some_and(|end| next > end);
+        if next < low {
+            Some(format!(
+                "its next record, offset {next} of {topic} partition {partition}, is gone: the \
+                 topic starts at {low} now"
+            ))
+        } else if next > high && (self.is_end_sure || is_replaced) {
+            Some(format!(
+                "it has read {topic} partition {partition} up to offset {next}, but the topic \
+                 ends at {high}: the topic lost records"
+            ))
+        } else if is_replaced {
+            Some(format!(
+                "the records of {topic} partition {partition} before offset {next} are not those \
+                 that it has read: the topic lost records and took others"
+            ))
+        } else {
+            None
+        }
+    }
+}
+
 /// What a table that opens a topic has, and what must be resolved first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Opening {
@@ -122,6 +162,34 @@ mod tests {
             Offsets::from([(0, 5), (1, 2), (2, 0)])
         );
         assert!(least_positions([]).is_empty());
+    }
+
+    #[test]
+    fn a_position_is_lost_below_the_start_behind_a_sure_end_and_where_records_were_replaced() {
+        let kept = Kept {
+            low: 5,
+            high: 10,
+            is_end_sure: false,
+            common_end: None,
+        };
+        let says = |kept: Kept, next| kept.lost("t", 0, next).unwrap_or_default();
+        assert!(says(kept, 4).contains("starts at 5"));
+        assert_eq!((says(kept, 5), says(kept, 10)), Default::default());
+        assert_eq!(says(kept, 12), "", "the broker may have just started");
+        let sure = Kept {
+            is_end_sure: true,
+            ..kept
+        };
+        assert!(says(sure, 12).contains("ends at 10"));
+        assert_eq!(says(sure, 10), "");
+        // Offsets 8 and 9 were lost and are others now.
+        let truncated = Kept {
+            common_end: Some(8),
+            ..kept
+        };
+        assert_eq!(says(truncated, 8), "");
+        assert!(says(truncated, 10).contains("took others"));
+        assert!(says(truncated, 12).contains("ends at 10"));
     }
 
     #[test]

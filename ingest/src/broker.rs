@@ -1,8 +1,9 @@
 //! Questions to the broker: a topic's partitions and id, and where a start policy points.
 
 use std::collections::BTreeSet;
-use std::sync::Weak;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use pinion_schemas::StartPolicy;
@@ -129,26 +130,7 @@ pub(crate) fn resolve_start(
     timeout: Duration,
 ) -> Result<Offsets, String> {
     let mut offsets = Offsets::new();
-    let mut open = partitions.clone();
-    if let StartPolicy::At(millis) = policy {
-        let mut times = TopicPartitionList::new();
-        for &partition in partitions {
-            times
-                .add_partition_offset(topic, partition, Offset::Offset(millis))
-                .map_err(|e| format!("start time {millis} ms of {topic} is out of range: {e}"))?;
-        }
-        let found = consumer
-            .offsets_for_times(times, timeout)
-            .map_err(|e| format!("cannot look up the start time in {topic}: {e}"))?;
-        for element in found.elements() {
-            // A partition without a record that late answers with its end: resolved below.
-            if let Offset::Offset(next) = element.offset() {
-                offsets.insert(element.partition(), next);
-                open.remove(&element.partition());
-            }
-        }
-    }
-    for partition in open {
+    for &partition in partitions {
         let (low, high) = watermarks(consumer, topic, partition, timeout)?;
         let next = if policy == StartPolicy::Earliest {
             low
@@ -157,15 +139,45 @@ pub(crate) fn resolve_start(
         };
         offsets.insert(partition, next);
     }
+    if let StartPolicy::At(millis) = policy {
+        let mut times = TopicPartitionList::new();
+        for &partition in partitions {
+            times
+                .add_partition_offset(topic, partition, Offset::Offset(millis))
+                .map_err(|e| format!("start time {millis} ms of {topic} is out of range: {e}"))?;
+        }
+        let failed =
+            |e: &dyn std::fmt::Display| format!("cannot look up the start time in {topic}: {e}");
+        let found = consumer
+            .offsets_for_times(times, timeout)
+            .map_err(|e| failed(&e))?;
+        for element in found.elements() {
+            // librdkafka may ask again after an error, and keep that beside the second answer.
+            element.error().map_err(|e| failed(&e))?;
+            // A partition without a record that late begins at its end. That was asked for
+            // before: what came in between is read.
+            if let Offset::Offset(next) = element.offset() {
+                offsets.insert(element.partition(), next);
+            }
+        }
+    }
     Ok(offsets)
 }
 
 /// Looks at the topic again and again on a thread of its own, so that a slow answer holds no
 /// record back. Dropping it ends the thread after the look in progress.
 pub(crate) struct TopicWatch {
-    seen: Receiver<Result<TopicView, String>>,
-    /// Its drop tells the thread to end.
-    _alive: Sender<()>,
+    seen: Receiver<Result<Seen, String>>,
+    /// What comes this way is a look to be had at once; its drop tells the thread to end.
+    alive: Sender<()>,
+    wants_ends: Arc<AtomicBool>,
+}
+
+/// What one look brought.
+pub(crate) struct Seen {
+    pub(crate) topic: TopicView,
+    /// Ends of partitions, where they are wanted and the brokers told.
+    pub(crate) ends: Offsets,
 }
 
 impl TopicWatch {
@@ -183,6 +195,8 @@ impl TopicWatch {
         let (tell, seen) = mpsc::channel();
         let (alive, ended) = mpsc::channel::<()>();
         let name = topic.to_owned();
+        let wants_ends = Arc::new(AtomicBool::new(false));
+        let ends_wanted = Arc::clone(&wants_ends);
         std::thread::Builder::new()
             .name("pinion-watch".to_owned())
             .spawn(move || {
@@ -194,15 +208,21 @@ impl TopicWatch {
                         interval
                     };
                     match ended.recv_timeout(pause) {
-                        Err(RecvTimeoutError::Timeout) => {}
-                        Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
+                        Ok(()) | Err(RecvTimeoutError::Timeout) => {}
+                        Err(RecvTimeoutError::Disconnected) => return,
                     }
                     let Some(consumer) = consumer.upgrade() else {
                         return;
                     };
-                    let view = describe_topic(&consumer, &name, timeout);
-                    failed = view.is_err();
-                    if tell.send(view).is_err() {
+                    let seen = describe_topic(&consumer, &name, timeout).map(|topic| {
+                        let mut ends = Offsets::new();
+                        if ends_wanted.load(Ordering::Relaxed) {
+                            ends = ends_of(&consumer, &topic, timeout);
+                        }
+                        Seen { topic, ends }
+                    });
+                    failed = seen.is_err();
+                    if tell.send(seen).is_err() {
                         return;
                     }
                 }
@@ -213,18 +233,37 @@ impl TopicWatch {
             })?;
         Ok(TopicWatch {
             seen,
-            _alive: alive,
+            alive,
+            wants_ends,
         })
     }
 
+    /// Whether looks bring the ends of partitions too: for a source that fetches nothing, which
+    /// would tell them. The first such look is at once.
+    pub(crate) fn want_ends(&self, wanted: bool) {
+        if !self.wants_ends.swap(wanted, Ordering::Relaxed) && wanted {
+            // A thread that ended looks no more.
+            let _ = self.alive.send(());
+        }
+    }
+
     /// The newest look since the last call.
-    pub(crate) fn newest(&self) -> Option<Result<TopicView, String>> {
+    pub(crate) fn newest(&self) -> Option<Result<Seen, String>> {
         let mut newest = None;
         loop {
             match self.seen.try_recv() {
-                Ok(view) => newest = Some(view),
+                Ok(seen) => newest = Some(seen),
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => return newest,
             }
         }
     }
+}
+
+/// The ends of a topic's partitions, up to the first that is not told.
+fn ends_of(consumer: &Consumer, topic: &TopicView, timeout: Duration) -> Offsets {
+    let end = |&partition: &i32| {
+        let (_, high) = watermarks(consumer, &topic.name, partition, timeout).ok()?;
+        Some((partition, high))
+    };
+    topic.partitions.iter().map_while(end).collect()
 }

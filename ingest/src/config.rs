@@ -297,7 +297,9 @@ impl IngestConfig {
             )
             // librdkafka keeps `fetch.max.bytes`, by which one answer may overshoot, below it.
             .set("socket.nagle.disable", "true")
-            .set("allow.auto.create.topics", "false");
+            .set("allow.auto.create.topics", "false")
+            // As the Java client has it: librdkafka leaves it off.
+            .set("check.crcs", "true");
         self.set_options(&mut client, brokers, table_options)?;
         client.set("bootstrap.servers", brokers);
         for (option, value, _) in RESERVED {
@@ -492,6 +494,7 @@ mod tests {
             .client_config("b:1", &BTreeMap::new())
             .expect("config");
         assert_eq!(client.get("fetch.wait.max.ms"), Some("7"));
+        assert_eq!(client.get("check.crcs"), Some("true"));
         let client = config
             .client_config("b:1", &options("fetch.wait.max.ms", "9"))
             .expect("config");

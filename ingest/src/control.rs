@@ -88,6 +88,12 @@ impl Control {
         (*stop.definition == *definition).then(|| stop.reason.clone())
     }
 
+    /// Whether everything is paused by command, and whether this table is.
+    pub(crate) fn paused(&self, table: TableId) -> (bool, bool) {
+        let desired = self.desired.lock();
+        (desired.paused, desired.paused_tables.contains(&table))
+    }
+
     /// Number of the latest change.
     pub(crate) fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)

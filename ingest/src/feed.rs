@@ -58,15 +58,6 @@ impl From<FeedProblem> for Hindrance {
     }
 }
 
-impl From<Hindrance> for FeedProblem {
-    fn from(hindrance: Hindrance) -> FeedProblem {
-        match hindrance {
-            Hindrance::Problem(problem) => problem,
-            Hindrance::TooMuch(reason) => FeedProblem::Stop(reason),
-        }
-    }
-}
-
 impl Applied {
     /// Adds what another commit did.
     pub(crate) fn add(&mut self, other: &Applied) {
@@ -129,9 +120,6 @@ pub(crate) struct Beside<'r> {
     pub(crate) headers: &'r dyn Fn(usize) -> Headers,
 }
 
-/// Nothing: for commits without records.
-const NO_HEADERS: &dyn Fn(usize) -> Headers = &|_| Vec::new();
-
 /// A table that is reading.
 pub(crate) struct Feed {
     table: Table,
@@ -148,8 +136,8 @@ pub(crate) struct Feed {
 
 impl Feed {
     /// Takes up the table's reading of `topic`: from its stored positions, or where its start
-    /// policy says. New positions are committed before anything is fetched, so that a restart
-    /// finds the same numbers.
+    /// policy says. New positions are on disk before anything is fetched, so that a restart
+    /// finds the same numbers, after a power cut too.
     pub(crate) fn open(
         table: &Table,
         definition: &Arc<TableDefinition>,
@@ -223,7 +211,7 @@ impl Feed {
             .filter(|partition| !fresh.contains(partition))
             .filter_map(|&p| Some((p, stored.leader_epoch(&topic.name, p)?)))
             .collect();
-        let mut feed = Feed {
+        let feed = Feed {
             table: table.clone(),
             topic: topic.name.clone(),
             topic_id,
@@ -238,11 +226,7 @@ impl Feed {
             let positions = positions
                 .map(|(&p, &next)| feed.position(p, next))
                 .collect();
-            let commit = Commit {
-                positions,
-                ..Commit::default()
-            };
-            permit.write(|| Ok(feed.commit(&mut [], commit, &[], NO_HEADERS, 0)?))?;
+            permit.write(|| feed.keep(positions))?;
         }
         Ok(feed)
     }
@@ -263,7 +247,7 @@ impl Feed {
     }
 
     /// Sets the position of a partition whose next record is lost, as the source's `on_lost`
-    /// says. `lost` tells what happened.
+    /// says. `lost` tells what happened. It is on disk when this returns.
     pub(crate) fn reset(
         &mut self,
         partition: i32,
@@ -273,11 +257,7 @@ impl Feed {
         permit: Permit<'_>,
     ) -> Result<(), FeedProblem> {
         self.epochs.remove(&partition);
-        let commit = Commit {
-            positions: vec![self.position(partition, next_offset)],
-            ..Commit::default()
-        };
-        permit.write(|| Ok(self.commit(&mut [], commit, &[], NO_HEADERS, 0)?))?;
+        permit.write(|| self.keep(vec![self.position(partition, next_offset)]))?;
         note_reset(source, &self.table.name(), lost);
         self.next.insert(partition, next_offset);
         Ok(())
@@ -301,8 +281,9 @@ impl Feed {
     /// Applies what is new to this table in one commit: rows, deletes, dead letters, positions.
     /// Records below its positions, or of partitions it does not read, are dropped.
     ///
-    /// What is too much for one commit is applied in two, and so on. On an error nothing was
-    /// applied from the positions on, which stand where they say.
+    /// What is too much for one commit is applied in two, and so on; one record that alone is
+    /// too much becomes a dead letter. On an error nothing was applied from the positions on,
+    /// which stand where they say.
     pub(crate) fn apply(
         &mut self,
         records: &[Incoming<'_>],
@@ -321,7 +302,21 @@ impl Feed {
                 taken.records.extend(rest.records);
                 Ok(taken)
             }
-            Err(Hindrance::TooMuch(reason)) => Err(FeedProblem::Stop(reason)),
+            Err(Hindrance::TooMuch(reason)) => {
+                let advance = advance(&self.next, records, steps);
+                let refused = advance.selected.iter();
+                let decoded = Decoded {
+                    refused: refused.map(|&index| (index, reason.clone())).collect(),
+                    ..Decoded::default()
+                };
+                self.settle(records, advance, decoded, now_millis, beside)
+                    .map_err(|hindrance| match hindrance {
+                        Hindrance::Problem(problem) => problem,
+                        Hindrance::TooMuch(reason) => {
+                            FeedProblem::Stop(format!("table {}: {reason}", self.table.name()))
+                        }
+                    })
+            }
         }
     }
 
@@ -332,46 +327,58 @@ impl Feed {
         now_millis: i64,
         beside: &Beside<'_>,
     ) -> Result<Taken, Hindrance> {
-        let Advance {
-            selected,
-            advanced,
-            duplicates,
-        } = advance(&self.next, records, steps);
-        if advanced.is_empty() {
+        let advance = advance(&self.next, records, steps);
+        if advance.advanced.is_empty() {
             let applied = Applied {
-                duplicates,
+                duplicates: advance.duplicates,
                 ..Applied::default()
             };
             return Ok(Taken {
                 applied,
-                records: selected,
+                records: advance.selected,
             });
         }
         let name = self.table.name();
-        let Decoded {
-            mut runs,
-            refused,
-            filtered,
-        } = self
+        let decoded = self
             .decoder
-            .decode(records, &selected, now_millis)
+            .decode(records, &advance.selected, now_millis)
             .map_err(|problem| match problem {
                 // Nothing was applied: the same records come again.
                 DecodeProblem::Wait(reason) => {
                     Hindrance::Problem(FeedProblem::Wait(format!("table {name}: {reason}")))
                 }
-                DecodeProblem::TooMuch(reason) => {
-                    Hindrance::TooMuch(format!("table {name}: {reason}"))
-                }
+                DecodeProblem::TooMuch(reason) => Hindrance::TooMuch(reason),
                 DecodeProblem::Bug(e) => Hindrance::Problem(FeedProblem::Stop(format!(
                     "table {name}: decoded columns do not fit together: {e}"
                 ))),
             })?;
+        self.settle(records, advance, decoded, now_millis, beside)
+    }
+
+    /// Commits what records were decoded to, and where that leaves the partitions.
+    fn settle(
+        &mut self,
+        records: &[Incoming<'_>],
+        advance: Advance,
+        decoded: Decoded,
+        now_millis: i64,
+        beside: &Beside<'_>,
+    ) -> Result<Taken, Hindrance> {
+        let Advance {
+            selected,
+            advanced,
+            duplicates,
+        } = advance;
+        let Decoded {
+            mut runs,
+            refused,
+            filtered,
+        } = decoded;
         let before = self.epochs.clone();
         for (partition, next) in &advanced {
             // Control records may lie behind the last record: of which epoch is not known.
             match beside.epochs.get(partition) {
-                Some((offset, epoch)) if offset + 1 == *next => {
+                Some((offset, epoch)) if offset.saturating_add(1) == *next => {
                     self.epochs.insert(*partition, *epoch)
                 }
                 _ => self.epochs.remove(partition),
@@ -436,11 +443,8 @@ impl Feed {
             if !checked_all {
                 // All bad rows at once, rather than one per attempt.
                 checked_all = true;
-                for run in runs.iter().filter(|r| r.kind == RunKind::Upsert) {
-                    let found = self
-                        .table
-                        .check_rows(&run.batch)
-                        .map_err(|e| problem_of(&e))?;
+                for run in runs.iter() {
+                    let found = self.table.check(&change(run)).map_err(|e| problem_of(&e))?;
                     refused.extend(found.into_iter().filter_map(|(row, problem)| {
                         Some((*run.records.get(row)?, problem.to_string()))
                     }));
@@ -464,6 +468,18 @@ impl Feed {
                 .dead_letters
                 .extend(self.dead_letters(records, &refused, headers, now_millis));
         }
+    }
+
+    /// Commits positions that no record led to, and waits until they are on disk: after a power
+    /// cut nothing else would tell where the table began.
+    fn keep(&self, positions: Vec<Position>) -> Result<(), FeedProblem> {
+        let receipt = self.table.commit(Commit {
+            positions,
+            ..Commit::default()
+        });
+        receipt
+            .and_then(|receipt| self.table.wait_durable(&receipt.token))
+            .map_err(|e| problem_of(&e))
     }
 
     fn position(&self, partition: i32, next_offset: i64) -> Position {
@@ -676,6 +692,36 @@ mod tests {
         assert_eq!(found.selected, [1, 2]);
         assert_eq!(found.advanced, Offsets::from([(0, 6), (1, 1)]));
         assert_eq!(found.duplicates, 2);
+    }
+
+    #[test]
+    fn every_delete_that_a_table_refuses_is_found_at_once() {
+        use arrow_array::{Int64Array, RecordBatch, TimestampMillisecondArray};
+        use pinion_feature_store::{Store, StoreOptions};
+
+        let dir = tempfile::tempdir().expect("directory");
+        Store::init(dir.path()).expect("init");
+        let store = Store::open(dir.path(), StoreOptions::default()).expect("open");
+        let text = "[table]\nname = \"t\"\nentity = [{ name = \"k\", type = \"int64\" }]\n\
+             event_time = { name = \"at\", type = \"timestamp[ms]\" }\n\
+             [features]\nv = \"int64\"\n";
+        let definition = TableDefinition::parse_toml(text).expect("definition");
+        store.apply(vec![definition]).expect("apply");
+        let table = store.table("t").expect("table");
+        let far = 9_999_999_999_999;
+        let keys = Int64Array::from(vec![Some(1), Some(2), None, Some(4)]);
+        let times = TimestampMillisecondArray::from(vec![far, 5, 5, far]);
+        let batch = RecordBatch::try_from_iter([
+            ("k", Arc::new(keys) as arrow_array::ArrayRef),
+            ("at", Arc::new(times)),
+        ]);
+        let found = table.check(&Change::Delete(batch.expect("batch")));
+        let rows: Vec<usize> = found
+            .expect("checked")
+            .iter()
+            .map(|(row, _)| *row)
+            .collect();
+        assert_eq!(rows, [0, 2, 3]);
     }
 
     #[test]

@@ -138,6 +138,15 @@ struct Deliveries {
     refused: Mutex<Vec<(usize, KafkaError)>>,
 }
 
+/// A copy that was refused for its size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct TooLarge {
+    /// In the page.
+    place: usize,
+    /// True when it was judged by itself, and not with others that it was sent with.
+    alone: bool,
+}
+
 impl ClientContext for Deliveries {
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!("copying dead letters: {error}: {reason}");
@@ -229,12 +238,13 @@ impl Forwarder {
             ended,
         };
         let letters: Vec<&DeadLetter> = letters.iter().map(|stored| &stored.letter).collect();
-        for place in sender.copy(&letters, false)? {
-            // Perhaps only what it was sent with was too large.
+        for TooLarge { place, alone } in sender.copy(&letters, false)? {
             let Some(letter) = letters.get(place..=place) else {
                 continue;
             };
-            if !sender.copy(letter, false)?.is_empty() && !sender.copy(letter, true)?.is_empty() {
+            // Perhaps only what it was sent with was too large.
+            let too_large = alone || !sender.copy(letter, false)?.is_empty();
+            if too_large && !sender.copy(letter, true)?.is_empty() {
                 return Err(Trouble::Failed(
                     "even a copy without its value is too large for the topic".to_owned(),
                 ));
@@ -278,13 +288,16 @@ struct Sending<'f> {
 
 impl Sending<'_> {
     /// Copies letters and waits until the brokers have them; `cut` leaves out what may be large.
-    /// Returns the places of those that were too large, or were sent with one that was.
-    fn copy(&self, letters: &[&DeadLetter], cut: bool) -> Result<Vec<usize>, Trouble> {
+    /// Returns those that were too large, or were sent with one that was; by place.
+    fn copy(&self, letters: &[&DeadLetter], cut: bool) -> Result<Vec<TooLarge>, Trouble> {
         let deliveries = self.producer.context();
         let before = deliveries.taken.load(Ordering::Relaxed);
         deliveries.refused.lock().clear();
+        let mut too_large = Vec::new();
         for (place, letter) in letters.iter().enumerate() {
-            self.queue(place, letter, cut)?;
+            if !self.queue(place, letter, cut)? {
+                too_large.push(TooLarge { place, alone: true });
+            }
         }
         loop {
             match self.producer.flush(LOOK_INTERVAL) {
@@ -293,12 +306,12 @@ impl Sending<'_> {
                 Err(e) => return Err(Trouble::Failed(e.to_string())),
             }
         }
-        let mut too_large = Vec::new();
+        let alone = letters.len() == 1;
         for (place, error) in deliveries.refused.lock().drain(..) {
             if error.rdkafka_error_code() != Some(RDKafkaErrorCode::MessageSizeTooLarge) {
                 return Err(Trouble::Failed(error.to_string()));
             }
-            too_large.push(place);
+            too_large.push(TooLarge { place, alone });
         }
         let taken = deliveries.taken.load(Ordering::Relaxed) - before;
         let wanted = (letters.len() - too_large.len()) as u64;
@@ -311,8 +324,9 @@ impl Sending<'_> {
         Ok(too_large)
     }
 
-    /// Queues one copy; waits while the producer's queue is full.
-    fn queue(&self, place: usize, letter: &DeadLetter, cut: bool) -> Result<(), Trouble> {
+    /// Queues one copy; waits while the producer's queue is full of others. False when it is too
+    /// large for the producer.
+    fn queue(&self, place: usize, letter: &DeadLetter, cut: bool) -> Result<bool, Trouble> {
         let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(self.topic, place)
             .headers(headers(self.table, letter, cut));
         if let Some(key) = &letter.key
@@ -330,8 +344,12 @@ impl Sending<'_> {
         }
         loop {
             match self.producer.send(record) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(true),
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
+                    if self.producer.in_flight_count() == 0 {
+                        // It alone is larger than the queue.
+                        return Ok(false);
+                    }
                     record = back;
                     self.producer.poll(Duration::from_millis(100));
                     stop(self.ended)?;
@@ -339,8 +357,7 @@ impl Sending<'_> {
                 Err((e, _))
                     if e.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge) =>
                 {
-                    self.producer.context().refused.lock().push((place, e));
-                    return Ok(());
+                    return Ok(false);
                 }
                 Err((e, _)) => return Err(Trouble::Failed(e.to_string())),
             }

@@ -13,7 +13,7 @@ use pinion_feature_store::{
 use serde::Serialize;
 
 use crate::config::{IngestConfig, IngestError};
-use crate::decode::{DecodeProblem, DecodeSettings, Decoded, Decoder, Incoming, Run, RunKind};
+use crate::decode::{DecodeProblem, DecodeSettings, Decoded, Decoder, Incoming, Run};
 use crate::feed::{FeedProblem, change, problem_of};
 use crate::session::now_millis;
 
@@ -134,12 +134,26 @@ fn cut(letters: &mut Vec<StoredDeadLetter>) {
     letters.truncate(keep);
 }
 
+/// Why dead letters were not settled in one commit.
+enum Hindrance {
+    /// As the error says.
+    Failed(IngestError),
+    /// They are too much at once: why.
+    TooMuch(String),
+}
+
+fn failed(problem: impl Into<String>) -> Hindrance {
+    Hindrance::Failed(IngestError::Failed {
+        problem: problem.into(),
+    })
+}
+
 /// Decodes, and waits a while for schemas that are not here yet.
 fn decode(
     decoder: &mut Decoder,
     records: &[Incoming<'_>],
     all: &[usize],
-) -> Result<Decoded, IngestError> {
+) -> Result<Decoded, Hindrance> {
     let began = Instant::now();
     loop {
         match decoder.decode(records, all, now_millis()) {
@@ -147,23 +161,67 @@ fn decode(
             Err(DecodeProblem::Wait(_)) if began.elapsed() < SCHEMA_WAIT => {
                 std::thread::sleep(Duration::from_millis(50));
             }
-            Err(DecodeProblem::Wait(problem)) => return Err(IngestError::Failed { problem }),
-            Err(DecodeProblem::TooMuch(problem)) => return Err(IngestError::Failed { problem }),
+            Err(DecodeProblem::Wait(problem)) => return Err(failed(problem)),
+            Err(DecodeProblem::TooMuch(reason)) => return Err(Hindrance::TooMuch(reason)),
             Err(DecodeProblem::Bug(error)) => {
-                return Err(IngestError::Failed {
-                    problem: format!("decoded columns do not fit together: {error}"),
-                });
+                return Err(failed(format!(
+                    "decoded columns do not fit together: {error}"
+                )));
             }
         }
     }
 }
 
+/// Settles dead letters in one commit; in two, and so on, where they are too much for one. One
+/// that alone is too much fails.
 fn replay_step(
     table: &Table,
     decoder: &mut Decoder,
     letters: &[StoredDeadLetter],
     report: &mut ReplayReport,
 ) -> Result<(), IngestError> {
+    match replay_at_once(table, decoder, letters, report) {
+        Ok(()) => Ok(()),
+        Err(Hindrance::Failed(error)) => Err(error),
+        Err(Hindrance::TooMuch(_)) if letters.len() > 1 => {
+            let (first, second) = letters.split_at(letters.len() / 2);
+            replay_step(table, decoder, first, report)?;
+            replay_step(table, decoder, second, report)
+        }
+        Err(Hindrance::TooMuch(reason)) => {
+            report.tried += letters.len() as u64;
+            let failures = (0..letters.len()).map(|index| (index, reason.clone()));
+            report.note(failures.collect(), letters);
+            Ok(())
+        }
+    }
+}
+
+impl ReplayReport {
+    fn note(&mut self, mut failures: Vec<(usize, String)>, letters: &[StoredDeadLetter]) {
+        self.failed += failures.len() as u64;
+        failures.sort_by_key(|(index, _)| *index);
+        for (index, error) in failures {
+            if self.failures.len() < NAMED_FAILURES
+                && let Some(stored) = letters.get(index)
+            {
+                self.failures.push(ReplayFailure {
+                    id: stored.id.to_string(),
+                    partition: stored.letter.partition,
+                    offset: stored.letter.offset,
+                    error,
+                });
+            }
+        }
+    }
+}
+
+fn replay_at_once(
+    table: &Table,
+    decoder: &mut Decoder,
+    letters: &[StoredDeadLetter],
+    report: &mut ReplayReport,
+) -> Result<(), Hindrance> {
     let records: Vec<Incoming<'_>> = letters.iter().map(incoming).collect();
     let all: Vec<usize> = (0..records.len()).collect();
     let Decoded {
@@ -184,20 +242,7 @@ fn replay_step(
     report.tried += letters.len() as u64;
     report.passed += passed;
     report.filtered += filtered.len() as u64;
-    report.failed += failures.len() as u64;
-    failures.sort_by_key(|(index, _)| *index);
-    for (index, error) in failures {
-        if report.failures.len() < NAMED_FAILURES
-            && let Some(stored) = letters.get(index)
-        {
-            report.failures.push(ReplayFailure {
-                id: stored.id.to_string(),
-                partition: stored.letter.partition,
-                offset: stored.letter.offset,
-                error,
-            });
-        }
-    }
+    report.note(failures, letters);
     Ok(())
 }
 
@@ -209,10 +254,10 @@ fn apply(
     letters: &[StoredDeadLetter],
     filtered: &[usize],
     failures: &mut Vec<(usize, String)>,
-) -> Result<u64, IngestError> {
-    let failed = |problem: String| IngestError::Failed { problem };
-    let stop = |error: &CommitError| match problem_of(error) {
-        FeedProblem::Wait(problem) | FeedProblem::Stop(problem) => failed(problem),
+) -> Result<u64, Hindrance> {
+    let stop = |error: &CommitError| match (problem_of(error), error) {
+        (FeedProblem::Stop(reason), CommitError::TooLarge { .. }) => Hindrance::TooMuch(reason),
+        (FeedProblem::Wait(problem) | FeedProblem::Stop(problem), _) => failed(problem),
     };
     let mut checked_all = false;
     loop {
@@ -251,8 +296,8 @@ fn apply(
         if !checked_all {
             // All bad rows at once, rather than one per attempt.
             checked_all = true;
-            for run in runs.iter().filter(|r| r.kind == RunKind::Upsert) {
-                let found = table.check_rows(&run.batch).map_err(|e| stop(&e))?;
+            for run in runs.iter() {
+                let found = table.check(&change(run)).map_err(|e| stop(&e))?;
                 refused.extend(found.into_iter().filter_map(|(row, problem)| {
                     Some((*run.records.get(row)?, problem.to_string()))
                 }));

@@ -236,7 +236,7 @@ pub(crate) fn commit(
 }
 
 /// Whether two identities may be of one topic: one by name contradicts none.
-fn same_topic(stored: &str, now: &str) -> bool {
+pub(crate) fn same_topic(stored: &str, now: &str) -> bool {
     stored == now || stored.starts_with(NAMED) || now.starts_with(NAMED)
 }
 

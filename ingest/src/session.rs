@@ -16,8 +16,8 @@ use rdkafka::consumer::Consumer as _;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
 
-use crate::assign::{NAMED, Offsets, least_positions};
-use crate::broker::{Consumer, TopicWatch, resolve_start, watermarks};
+use crate::assign::{Kept, NAMED, Offsets, least_positions};
+use crate::broker::{Consumer, Seen, TopicWatch, resolve_start, watermarks};
 use crate::control::{Control, Desired, KeptStop};
 use crate::decode::Incoming;
 use crate::feed::{
@@ -40,8 +40,8 @@ const CLOCK_STEPS: usize = 32;
 /// leader-2073493717 not found in cache") and stayed out of reach for 8 minutes, while another
 /// client was answered. Whether the one caused the other is not known.
 const FRESH_CLIENT_AFTER: Duration = Duration::from_secs(15);
-/// Times an offset must be past the end before that is believed: a broker that just restarted
-/// may not yet know its own end.
+/// Times in a row that a partition must end before a position until that is believed: a broker
+/// that just restarted may not yet know its own end.
 const PAST_END_TRIES: u32 = 4;
 
 /// One connection.
@@ -58,19 +58,25 @@ pub(crate) struct Session<'s> {
     moves_seen: u64,
     /// Why sources are held back now.
     held: Option<String>,
-    /// What the consumer or the broker complained about last.
-    trouble: Option<String>,
+    /// Why the last look at the topic failed.
+    watch_trouble: Option<String>,
+    /// What the consumer complained about last, of each partition or of none: it stands until
+    /// that partition is read again.
+    trouble: BTreeMap<Option<i32>, String>,
     /// What the consumer was told to read when it was last assigned; `None` when nothing.
     assigned: Option<Offsets>,
     /// True while the consumer has partitions.
     consuming: bool,
-    past_end_tries: u32,
+    /// How often in a row each partition ended before a position.
+    past_end_tries: BTreeMap<i32, u32>,
     /// Since when the watch has not reached the brokers.
     out_of_reach: Option<Instant>,
     /// By the wall clock: records from before count as backlog.
     started_millis: i64,
     ends: Offsets,
     ends_at: Option<Instant>,
+    /// Ends as the last fetch told them before the consumer was idle.
+    stale_ends: Offsets,
 }
 
 /// Records and events of one micro-batch, in the order they came.
@@ -90,6 +96,14 @@ impl Gathered<'_> {
             partition: record.partition(),
             received: *self.clock.get(index / CLOCK_STEPS)?,
             timestamp: record.timestamp(),
+        })
+    }
+
+    /// The partition of each step.
+    fn partitions(&self) -> impl Iterator<Item = i32> {
+        self.steps.iter().filter_map(|step| match *step {
+            Step::Record(index) => self.records.get(index).map(Record::partition),
+            Step::End { partition, .. } => Some(partition),
         })
     }
 
@@ -133,14 +147,16 @@ impl<'s> Session<'s> {
             paused: false,
             moves_seen: source.control.gate.moves(),
             held: None,
-            trouble: None,
+            watch_trouble: None,
+            trouble: BTreeMap::new(),
             assigned: None,
             consuming: false,
-            past_end_tries: 0,
+            past_end_tries: BTreeMap::new(),
             out_of_reach: None,
             started_millis: now_millis(),
             ends: Offsets::new(),
             ends_at: None,
+            stale_ends: Offsets::new(),
         })
     }
 
@@ -168,7 +184,7 @@ impl<'s> Session<'s> {
                 .out_of_reach
                 .is_some_and(|since| since.elapsed() >= FRESH_CLIENT_AFTER)
             {
-                let reason = self.trouble.take().unwrap_or_default();
+                let reason = self.watch_trouble.take().unwrap_or_default();
                 return Ended::Retry(format!("{reason}; connecting anew"));
             }
             self.reopen_due();
@@ -178,7 +194,9 @@ impl<'s> Session<'s> {
             }
             self.held = self.source.pressure.held().map(|held| held.reason);
             let held = self.paused || self.held.is_some();
-            if held || !self.slots.iter().any(|s| s.feed().is_some()) {
+            let idle = held || !self.slots.iter().any(|s| s.feed().is_some());
+            watch.want_ends(idle);
+            if idle {
                 if let Some(ended) = self.idle() {
                     return ended;
                 }
@@ -208,6 +226,7 @@ impl<'s> Session<'s> {
                 return Some(Ended::Retry(format!("cannot let go of {topic}: {e}")));
             }
             self.consuming = false;
+            self.stale_ends = self.fetched_ends();
         }
         self.publish();
         if let Some(Polled::Failed {
@@ -316,18 +335,24 @@ impl<'s> Session<'s> {
     }
 
     /// Takes in what the watch saw: more partitions, another topic, or a broker out of reach.
-    fn look(&mut self, seen: Result<TopicView, String>) {
+    fn look(&mut self, seen: Result<Seen, String>) {
         match seen {
-            Ok(topic) => {
-                self.trouble = None;
+            Ok(Seen { topic, ends }) => {
+                self.watch_trouble = None;
                 self.out_of_reach = None;
+                self.trouble.remove(&None);
+                if !self.trouble.is_empty() {
+                    // A partition that is well again and at its end would say so no more.
+                    self.assigned = None;
+                }
+                self.ends.extend(ends);
                 if topic != self.topic {
                     self.topic = topic;
                     self.reopen(|slot| slot.feed().is_some());
                 }
             }
             Err(reason) => {
-                self.trouble = Some(reason);
+                self.watch_trouble = Some(reason);
                 self.out_of_reach.get_or_insert_with(Instant::now);
             }
         }
@@ -374,6 +399,8 @@ impl<'s> Session<'s> {
             .assign(&list)
             .map_err(|e| format!("cannot assign {}: {e}", self.topic.name))?;
         tracing::debug!(topic = self.topic.name, ?least, "assigned");
+        self.trouble
+            .retain(|partition, _| partition.is_none_or(|p| least.contains_key(&p)));
         self.assigned = Some(least);
         self.consuming = true;
         Ok(())
@@ -447,8 +474,13 @@ impl<'s> Session<'s> {
             // The next round follows it, and reads this again from where the tables stand.
             return;
         }
-        self.trouble = None;
-        self.past_end_tries = 0;
+        self.watch_trouble = None;
+        self.trouble.remove(&None);
+        for partition in gathered.partitions() {
+            self.trouble.remove(&Some(partition));
+            // What stands there was fetched, or is the end: the position exists.
+            self.past_end_tries.remove(&partition);
+        }
         // An event sent after a definition was applied is read by it, though the supervisor
         // may not have looked at the catalog yet.
         let reopened = self.reopen(|slot| {
@@ -521,12 +553,10 @@ impl<'s> Session<'s> {
         match code {
             RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => {
                 match partition {
-                    Some(partition) => {
-                        let truncated = message.contains("truncation");
-                        self.check_range(partition, truncated)
-                            .err()
-                            .map(Ended::Retry)
-                    }
+                    Some(partition) => self
+                        .check_range(partition, common_end(message))
+                        .err()
+                        .map(Ended::Retry),
                     None => Some(Ended::Retry(format!(
                         "offset of {topic} out of range: {message}"
                     ))),
@@ -540,11 +570,14 @@ impl<'s> Session<'s> {
                 // A fresh connection sees what became of the topic.
                 Some(Ended::Retry(format!("topic {topic}: {message} ({code})")))
             }
-            // librdkafka would go on behind the damaged batch, and its records would be missing.
+            // librdkafka would go on behind the batch, and its records would be missing.
             RDKafkaErrorCode::BadMessage
             | RDKafkaErrorCode::BadCompression
             | RDKafkaErrorCode::InvalidMessage => Some(Ended::Retry(format!(
                 "topic {topic}: the brokers' records are damaged: {message} ({code})"
+            ))),
+            RDKafkaErrorCode::NotImplemented => Some(Ended::Retry(format!(
+                "topic {topic}: the brokers' records cannot be read: {message} ({code})"
             ))),
             // One of several brokers: librdkafka finds another or tells of them all.
             RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::Resolve => {
@@ -552,21 +585,35 @@ impl<'s> Session<'s> {
                 None
             }
             _ => {
-                self.trouble = Some(format!("topic {topic}: {message} ({code})"));
+                let trouble = format!("topic {topic}: {message} ({code})");
+                self.trouble.insert(partition, trouble);
                 None
             }
         }
     }
 
     /// Stops the tables whose position the partition no longer has, or moves them as their
-    /// `on_lost` says, and reads on for the rest. `truncated`: librdkafka found that the
-    /// brokers' records before the position are not those that were read.
-    fn check_range(&mut self, partition: i32, truncated: bool) -> Result<(), String> {
+    /// `on_lost` says, and reads on for the rest. `common_end`: where librdkafka found that the
+    /// brokers' records cease to be those that were read.
+    fn check_range(&mut self, partition: i32, common_end: Option<i64>) -> Result<(), String> {
         let timeout = self.source.config.request_timeout;
         let topic = self.topic.name.clone();
         let (low, high) = watermarks(self.consumer, &topic, partition, timeout)?;
-        self.past_end_tries += 1;
-        let past_end = self.past_end_tries >= PAST_END_TRIES;
+        let mut feeds = self.slots.iter().filter_map(Slot::feed);
+        let tries = if feeds.any(|f| f.positions().get(&partition).is_some_and(|n| *n > high)) {
+            let tries = self.past_end_tries.entry(partition).or_default();
+            *tries += 1;
+            *tries
+        } else {
+            self.past_end_tries.remove(&partition);
+            0
+        };
+        let kept = Kept {
+            low,
+            high,
+            is_end_sure: tries >= PAST_END_TRIES,
+            common_end,
+        };
         let permit = self.permit();
         let mut wait = true;
         for slot in &mut self.slots {
@@ -576,23 +623,7 @@ impl<'s> Session<'s> {
             let Some(next) = feed.positions().get(&partition).copied() else {
                 continue;
             };
-            let known_epoch = feed.leader_epoch(partition).is_some();
-            let lost = if next < low {
-                format!(
-                    "its next record, offset {next} of {topic} partition {partition}, is gone: \
-                     the topic starts at {low} now"
-                )
-            } else if next > high && past_end {
-                format!(
-                    "it has read {topic} partition {partition} up to offset {next}, but the \
-                     topic ends at {high}: the topic lost records"
-                )
-            } else if truncated && known_epoch {
-                format!(
-                    "the records of {topic} partition {partition} before offset {next} are not \
-                     those that it has read: the topic lost records and took others"
-                )
-            } else {
+            let Some(lost) = kept.lost(&topic, partition, next) else {
                 continue;
             };
             wait = false;
@@ -615,16 +646,23 @@ impl<'s> Session<'s> {
                 }
                 None => {
                     let table = slot.table.name();
-                    let way_out = way_out(&table);
-                    FeedProblem::Stop(format!("table {table}: {lost}; {way_out}"))
+                    let reason = format!("table {table}: {lost}; {}", way_out(&table));
+                    // Opened again, the table might read on where others took their place.
+                    let stop = KeptStop {
+                        reason: reason.clone(),
+                        definition: Arc::clone(&slot.definition),
+                    };
+                    self.source.control.keep_stopped(slot.table.id(), stop);
+                    FeedProblem::Stop(reason)
                 }
             };
             slot.set_aside(problem);
         }
         if wait {
-            self.trouble = Some(format!(
-                "{topic} partition {partition}: offset out of range"
-            ));
+            self.trouble.insert(
+                Some(partition),
+                format!("{topic} partition {partition}: offset out of range"),
+            );
             let generation = self.generation.unwrap_or(0);
             self.source
                 .control
@@ -634,20 +672,31 @@ impl<'s> Session<'s> {
         Ok(())
     }
 
+    /// Ends of partitions as the last fetch told them.
+    fn fetched_ends(&self) -> Offsets {
+        let end = |&partition: &i32| {
+            let topic = &self.topic.name;
+            let (_, high) = native::cached_watermarks(self.consumer, topic, partition)?;
+            Some((partition, high))
+        };
+        self.topic.partitions.iter().filter_map(end).collect()
+    }
+
     fn publish(&mut self) {
-        if self.ends_at.is_none_or(|at| at.elapsed() >= ENDS_INTERVAL) {
+        if self.consuming && self.ends_at.is_none_or(|at| at.elapsed() >= ENDS_INTERVAL) {
             self.ends_at = Some(Instant::now());
-            for &partition in &self.topic.partitions {
-                let seen = native::cached_watermarks(self.consumer, &self.topic.name, partition);
-                if let Some((_, high)) = seen {
-                    self.ends.insert(partition, high);
+            for (partition, end) in self.fetched_ends() {
+                // What was fetched before an idle time is older than what the watch saw.
+                if self.stale_ends.get(&partition) != Some(&end) {
+                    self.ends.insert(partition, end);
                 }
             }
         }
+        let reading = self.reading();
         let tables: Vec<TableProgress> = self
             .slots
             .iter()
-            .map(|s| s.progress(&self.topic.name, &self.ends, self.paused))
+            .map(|s| s.progress(&self.topic.name, &self.ends, &reading))
             .collect();
         let lag = tables.iter().map(|t| t.lag).max().unwrap_or(0);
         let mut status = self.source.status.lock();
@@ -658,18 +707,27 @@ impl<'s> Session<'s> {
         status.lag = lag;
     }
 
-    fn state(&self) -> SourceState {
+    /// What a table does that nothing of its own hinders.
+    fn reading(&self) -> SourceState {
         if self.paused {
             return SourceState::Paused;
         }
+        let held = self.held.as_ref().map(|why| format!("held back: {why}"));
+        let trouble = || self.watch_trouble.as_ref().or(self.trouble.values().next());
+        match held.or_else(|| trouble().cloned()) {
+            Some(reason) => SourceState::Degraded { reason },
+            None => SourceState::Running,
+        }
+    }
+
+    fn state(&self) -> SourceState {
         let waiting = self.slots.iter().find_map(|slot| match &slot.reading {
             Reading::Waiting { reason, .. } => Some(reason.clone()),
             Reading::Open(_) | Reading::Stopped { .. } | Reading::Paused => None,
         });
-        let held = self.held.as_ref().map(|why| format!("held back: {why}"));
-        match held.or_else(|| self.trouble.clone()).or(waiting) {
-            Some(reason) => SourceState::Degraded { reason },
-            None => SourceState::Running,
+        match (self.reading(), waiting) {
+            (SourceState::Running, Some(reason)) => SourceState::Degraded { reason },
+            (state, _) => state,
         }
     }
 }
@@ -732,6 +790,20 @@ fn apply_to(
     }
 }
 
+/// Where the brokers' records cease to be those that were read, of what librdkafka says of a
+/// position that it gave up; `None` where it did not compare them.
+fn common_end(message: &str) -> Option<i64> {
+    // "Partition log truncation detected at offset 12 (leader epoch 3): broker end offset is 10
+    // (offset leader epoch 3). Reset to INVALID.": of `rdkafka_offset.c`.
+    if !message.contains("truncation") {
+        return None;
+    }
+    let end = message.split_once("broker end offset is ");
+    let end = end.and_then(|(_, rest)| rest.split_whitespace().next()?.parse().ok());
+    // Nothing is common where no number stands, nor where it is -1.
+    Some(end.unwrap_or(-1))
+}
+
 fn now_nanos() -> i128 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -741,4 +813,24 @@ fn now_nanos() -> i128 {
 
 pub(crate) fn now_millis() -> i64 {
     i64::try_from(now_nanos() / 1_000_000).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_a_log_was_truncated_is_read_from_what_librdkafka_says() {
+        let truncated = "Partition log truncation detected at offset 12 (leader epoch 3): broker \
+             end offset is 10 (offset leader epoch 3). Reset to INVALID.: Local: Partition log \
+             truncation detected (broker 1)";
+        assert_eq!(common_end(truncated), Some(10));
+        let unknown = "No epoch found less or equal to offset 12 (leader epoch 3): broker end \
+             offset is -1 (offset leader epoch -1). Reset using configured policy.: Local: \
+             Partition log truncation detected (broker 1)";
+        assert_eq!(common_end(unknown), Some(-1));
+        let gone = "fetch failed due to requested offset not available on the broker: Broker: \
+             Offset out of range (broker 1)";
+        assert_eq!(common_end(gone), None);
+    }
 }

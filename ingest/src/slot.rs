@@ -109,17 +109,16 @@ impl Slot {
         };
     }
 
-    /// How far the table is, for the status.
-    pub(crate) fn progress(&self, topic: &str, ends: &Offsets, paused: bool) -> TableProgress {
+    /// How far the table is, for the status. `reading`: what it does where nothing of its own
+    /// hinders it.
+    pub(crate) fn progress(
+        &self,
+        topic: &str,
+        ends: &Offsets,
+        reading: &SourceState,
+    ) -> TableProgress {
         let (state, positions) = match &self.reading {
-            Reading::Open(feed) => {
-                let state = if paused {
-                    SourceState::Paused
-                } else {
-                    SourceState::Running
-                };
-                (state, feed.positions().clone())
-            }
+            Reading::Open(feed) => (reading.clone(), feed.positions().clone()),
             Reading::Waiting { reason, .. } => (
                 SourceState::Degraded {
                     reason: reason.clone(),
@@ -145,7 +144,7 @@ impl Slot {
             duplicates: self.tally.total.duplicates,
             lag,
             lag_seconds: match self.last_millis {
-                Some(millis) if lag > 0 => (now_millis() - millis).max(0) as f64 / 1e3,
+                Some(millis) if lag > 0 => age_seconds(millis, now_millis()),
                 _ => 0.0,
             },
             freshness: Some(self.tally.freshness.clone()),
@@ -161,5 +160,23 @@ impl Slot {
             .filter(|p| p.topic == topic)
             .map(|p| (p.partition, p.next_offset))
             .collect()
+    }
+}
+
+/// Seconds since a record's timestamp: any number, for producers set it.
+fn age_seconds(millis: i64, now_millis: i64) -> f64 {
+    now_millis.saturating_sub(millis).max(0) as f64 / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_any_timestamp_has_an_age() {
+        assert_eq!(age_seconds(1_500, 4_000), 2.5);
+        assert_eq!(age_seconds(4_000, 1_500), 0.0);
+        assert!(age_seconds(i64::MIN, 4_000) > 9e15);
+        assert_eq!(age_seconds(i64::MAX, 4_000), 0.0);
     }
 }

@@ -68,6 +68,7 @@ impl Source {
     /// Reads until told to stop. A panic leaves the source stopped with that reason.
     pub(crate) fn run(self) {
         let guard = PanicGuard {
+            topic: self.key.topic.clone(),
             status: Arc::clone(&self.status),
         };
         let mut pause = BACKOFF.0;
@@ -139,13 +140,18 @@ impl Source {
 
 /// Marks the source stopped when its thread unwinds.
 struct PanicGuard {
+    topic: String,
     status: Arc<Mutex<SourceStatus>>,
 }
 
 impl Drop for PanicGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let reason = "the consumer thread panicked; see the log".to_owned();
+            let reason = format!(
+                "the consumer thread panicked; see the log, and read on with `pinion source \
+                 resume {}`",
+                self.topic
+            );
             self.status.lock().state = SourceState::Stopped { reason };
         }
     }

@@ -42,7 +42,8 @@ pub struct SourceStatus {
     pub state: SourceState,
     /// The tables it feeds.
     pub tables: Vec<TableProgress>,
-    /// End of each partition, as the last fetch saw it.
+    /// End of each partition, as the last fetch saw it; while nothing is fetched, as the last look
+    /// at the topic did.
     pub end_offsets: BTreeMap<i32, i64>,
     /// Records that the table furthest behind has still to read, over all partitions.
     pub lag: u64,

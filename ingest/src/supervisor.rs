@@ -95,14 +95,51 @@ impl IngestHandle {
         all
     }
 
-    /// Whether a table of the catalog reads a topic. Its source may be about to start: then
-    /// [`IngestHandle::status`] does not list it yet.
-    pub fn is_wanted(&self, topic: &str) -> bool {
-        let reads = |table: &Table| {
-            let definition = table.definition();
-            definition.kafka.as_ref().is_some_and(|k| k.topic == topic)
+    /// Why no more records of a topic will reach a table, or `None` while they do; a source that
+    /// is about to start counts as reading.
+    pub fn stopped(&self, table: &Table, topic: &str) -> Option<String> {
+        let definition = table.definition();
+        let name = &definition.name;
+        if definition.kafka.as_ref().is_none_or(|k| k.topic != topic) {
+            return Some(format!("table {name} does not read it"));
+        }
+        let Some(key) = SourceKey::of(&definition, &self.shared.config) else {
+            return Some(no_brokers(name));
         };
-        self.shared.store.tables().iter().any(reads)
+        let source = match self.shared.shown.lock().source(&key) {
+            Ok(source) => source,
+            Err(reason) => return reason,
+        };
+        match source.control.paused(table.id()) {
+            (true, _) => return Some("it is paused".to_owned()),
+            (false, true) => return Some(format!("table {name} is paused")),
+            (false, false) => {}
+        }
+        let status = source.status.lock();
+        let of_table = status.tables.iter().find(|t| t.table == *name);
+        let states = [Some(&status.state), of_table.map(|t| &t.state)];
+        states.into_iter().flatten().find_map(|state| match state {
+            SourceState::Stopped { reason } => Some(reason.clone()),
+            SourceState::Starting
+            | SourceState::Running
+            | SourceState::Degraded { .. }
+            | SourceState::Paused => None,
+        })
+    }
+
+    /// Whether the topic that a table reads is another than the one that had `topic_id`, as far
+    /// as its source has seen.
+    pub fn is_recreated(&self, table: &Table, topic: &str, topic_id: &str) -> bool {
+        let definition = table.definition();
+        let key = SourceKey::of(&definition, &self.shared.config);
+        let Some(key) = key.filter(|key| key.topic == topic) else {
+            return false;
+        };
+        let source = self.shared.shown.lock().source(&key);
+        source.is_ok_and(|source| {
+            let status = source.status.lock();
+            !status.topic_id.is_empty() && !seek::same_topic(topic_id, &status.topic_id)
+        })
     }
 
     /// Brings the metrics of all sources up to date, for whoever shows them.
@@ -124,7 +161,7 @@ impl IngestHandle {
     ///
     /// # Errors
     ///
-    /// As [`IngestHandle::pause`].
+    /// As [`IngestHandle::pause`]; `Thread` when a source whose thread ended gets no other.
     pub fn resume(&self, topic: &str) -> Result<(), IngestError> {
         self.set_paused(topic, false)
     }
@@ -154,7 +191,10 @@ impl IngestHandle {
                 }
             });
         }
-        Ok(())
+        if paused {
+            return Ok(());
+        }
+        self.shared.revive(&mut inner, |key, _| key.topic == topic)
     }
 
     /// Stops reading for one table, while others on its topic go on, until
@@ -171,7 +211,7 @@ impl IngestHandle {
     ///
     /// # Errors
     ///
-    /// As [`IngestHandle::pause_table`].
+    /// As [`IngestHandle::pause_table`]; `Thread` as [`IngestHandle::resume`].
     pub fn resume_table(&self, table: &str) -> Result<(), IngestError> {
         self.set_table_paused(table, false)
     }
@@ -199,7 +239,12 @@ impl IngestHandle {
                 });
             }
         }
-        Ok(())
+        if paused {
+            return Ok(());
+        }
+        shared.revive(&mut inner, |_, running| {
+            running.tables.contains(&found.id())
+        })
     }
 
     /// Moves a table's positions, while it is read or after it stopped. Returns once the new
@@ -214,7 +259,7 @@ impl IngestHandle {
         let (table, definition, key) = seek::source_of(&shared.store, &shared.config, &seek.table)?;
         let resolved = seek::resolve(&shared.config, &definition, &key, seek)?;
         // Under the lock: the source cannot be replaced by another meanwhile.
-        let inner = shared.inner.lock();
+        let mut inner = shared.inner.lock();
         let running = inner
             .running
             .get(&key)
@@ -233,6 +278,7 @@ impl IngestHandle {
         running.control.update(|desired| {
             desired.stopped_tables.remove(&table.id());
         });
+        shared.revive(&mut inner, |running, _| *running == key)?;
         Ok(sought)
     }
 
@@ -284,13 +330,32 @@ struct Shared {
 
 #[derive(Default)]
 struct Shown {
-    sources: Vec<Arc<Mutex<SourceStatus>>>,
+    sources: BTreeMap<SourceKey, ShownSource>,
     unstartable: Vec<SourceStatus>,
 }
 
+#[derive(Clone)]
+struct ShownSource {
+    control: Arc<Control>,
+    status: Arc<Mutex<SourceStatus>>,
+}
+
 impl Shown {
+    /// A source, or why there is none: nothing where it is about to start.
+    fn source(&self, key: &SourceKey) -> Result<ShownSource, Option<String>> {
+        if let Some(source) = self.sources.get(key) {
+            return Ok(source.clone());
+        }
+        let mut unstartable = self.unstartable.iter();
+        let found = unstartable.find(|s| s.topic == key.topic && s.brokers == key.brokers);
+        Err(found.and_then(|status| match &status.state {
+            SourceState::Stopped { reason } => Some(reason.clone()),
+            _ => None,
+        }))
+    }
+
     fn statuses(&self) -> Vec<SourceStatus> {
-        let running = self.sources.iter().map(|status| status.lock().clone());
+        let running = self.sources.values().map(|s| s.status.lock().clone());
         running.chain(self.unstartable.iter().cloned()).collect()
     }
 }
@@ -300,6 +365,20 @@ struct Inner {
     running: BTreeMap<SourceKey, Running>,
     paused: Paused,
     stopping: bool,
+}
+
+impl Inner {
+    fn shown(&self) -> BTreeMap<SourceKey, ShownSource> {
+        let running = self.running.iter();
+        let shown = running.map(|(key, running)| {
+            let source = ShownSource {
+                control: Arc::clone(&running.control),
+                status: Arc::clone(&running.status),
+            };
+            (key.clone(), source)
+        });
+        shown.collect()
+    }
 }
 
 struct Running {
@@ -402,16 +481,21 @@ impl Shared {
             .running
             .iter()
             .filter(|(key, running)| {
-                wanted
-                    .get(key)
-                    .is_none_or(|tables| !running.tables.is_subset(&ids(tables)))
+                running.thread.is_finished()
+                    || wanted
+                        .get(key)
+                        .is_none_or(|tables| !running.tables.is_subset(&ids(tables)))
             })
             .map(|(key, _)| key.clone())
             .collect();
+        // Who stays on such a topic stays stopped, where it was.
+        let mut stopped = BTreeMap::new();
         for key in losing {
             if let Some(running) = inner.running.remove(&key) {
                 tracing::info!(topic = key.topic, "source ends");
+                let control = Arc::clone(&running.control);
                 running.join();
+                stopped.extend(control.desired().1.stopped_tables);
             }
         }
         let there: BTreeSet<TableId> = self.store.tables().iter().map(Table::id).collect();
@@ -423,12 +507,17 @@ impl Shared {
                 paused_tables: Shared::paused_tables(&inner, &tables),
                 tables,
                 paused,
-                ..Desired::default()
+                stopped_tables: stopped
+                    .iter()
+                    .filter(|(id, _)| table_ids.contains(id))
+                    .map(|(id, stop)| (*id, stop.clone()))
+                    .collect(),
             };
             if let Some(running) = inner.running.get_mut(&key) {
                 running.tables = table_ids;
                 running.control.update(|now| {
-                    let stopped_tables = std::mem::take(&mut now.stopped_tables);
+                    let mut stopped_tables = std::mem::take(&mut now.stopped_tables);
+                    stopped_tables.extend(desired.stopped_tables);
                     *now = Desired {
                         stopped_tables,
                         ..desired
@@ -449,11 +538,36 @@ impl Shared {
                 }
             }
         }
-        let running = inner.running.values();
-        *self.shown.lock() = Shown {
-            sources: running.map(|r| Arc::clone(&r.status)).collect(),
-            unstartable,
-        };
+        let mut shown = self.shown.lock();
+        shown.sources = inner.shown();
+        shown.unstartable = unstartable;
+    }
+
+    /// Starts such sources anew as have lost their thread, which only a panic takes.
+    fn revive(
+        &self,
+        inner: &mut Inner,
+        wanted: impl Fn(&SourceKey, &Running) -> bool,
+    ) -> Result<(), IngestError> {
+        let dead: Vec<SourceKey> = inner
+            .running
+            .iter()
+            .filter(|(key, running)| running.thread.is_finished() && wanted(key, running))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in dead {
+            let Some(former) = inner.running.get(&key) else {
+                continue;
+            };
+            let (_, desired) = former.control.desired();
+            let revived = self.spawn(&key, desired, former.tables.clone())?;
+            tracing::info!(topic = key.topic, "source starts anew");
+            if let Some(former) = inner.running.insert(key, revived) {
+                former.join();
+            }
+        }
+        self.shown.lock().sources = inner.shown();
+        Ok(())
     }
 
     /// The sources that the catalog asks for, and those that cannot be tried.
@@ -468,11 +582,7 @@ impl Shared {
             match SourceKey::of(&definition, &self.config) {
                 Some(key) => wanted.entry(key).or_default().push(table),
                 None => {
-                    let reason = format!(
-                        "no Kafka brokers are known for table {}: set `brokers` in its \
-                         [source.kafka], or start the server with --brokers",
-                        definition.name
-                    );
+                    let reason = no_brokers(&definition.name);
                     let state = SourceState::Stopped { reason };
                     let mut status = empty_status(&source.topic, "", state.clone());
                     let progress = TableProgress::new(definition.name.clone(), state);
@@ -522,6 +632,13 @@ impl Shared {
     }
 }
 
+fn no_brokers(table: &str) -> String {
+    format!(
+        "no Kafka brokers are known for table {table}: set `brokers` in its [source.kafka], or \
+         start the server with --brokers"
+    )
+}
+
 fn empty_status(topic: &str, brokers: &str, state: SourceState) -> SourceStatus {
     SourceStatus {
         topic: topic.to_owned(),
@@ -542,28 +659,42 @@ mod tests {
     use pinion_feature_store::StoreOptions;
 
     use super::*;
+    use crate::control::KeptStop;
 
-    #[test]
-    fn the_status_is_told_while_sources_are_being_changed() {
+    /// A store with tables of these names, all of which read the topic `clicks`.
+    fn store_of(names: &[&str]) -> (tempfile::TempDir, Store) {
         let dir = tempfile::tempdir().unwrap();
         Store::init(dir.path()).unwrap();
         let store = Store::open(dir.path(), StoreOptions::default()).unwrap();
-        let definition = r#"
-            [table]
-            name = "clicks"
-            entity = [{ name = "id", type = "int64" }]
-            event_time = { name = "at", type = "timestamp[us, tz=UTC]" }
-            history = "latest"
-            [features]
-            count = "int64"
-            [source.kafka]
-            topic = "clicks"
-        "#;
-        let parsed = pinion_schemas::TableDefinition::parse_toml(definition).unwrap();
-        store.apply(vec![parsed]).unwrap();
+        let definition = |name: &&str| {
+            let text = format!(
+                r#"
+                [table]
+                name = "{name}"
+                entity = [{{ name = "id", type = "int64" }}]
+                event_time = {{ name = "at", type = "timestamp[us, tz=UTC]" }}
+                history = "latest"
+                [features]
+                count = "int64"
+                [source.kafka]
+                topic = "clicks"
+                "#
+            );
+            pinion_schemas::TableDefinition::parse_toml(&text).unwrap()
+        };
+        store.apply(names.iter().map(definition).collect()).unwrap();
+        (dir, store)
+    }
+
+    #[test]
+    fn the_status_is_told_while_sources_are_being_changed() {
+        let (_dir, store) = store_of(&["clicks"]);
         // Without brokers its source cannot be tried, and is listed with the reason.
+        let table = store.table("clicks").unwrap();
         let ingest = Ingest::start(store, IngestConfig::default()).unwrap();
-        assert!(ingest.is_wanted("clicks") && !ingest.is_wanted("views"));
+        let reason = |topic| ingest.stopped(&table, topic).unwrap();
+        assert!(reason("clicks").contains("--brokers"));
+        assert!(reason("views").contains("does not read it"));
         while ingest.status().is_empty() {
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -578,5 +709,80 @@ mod tests {
             drop(changing);
             assert_eq!(status.unwrap()[0].topic, "clicks");
         });
+    }
+
+    /// Brokers that nobody listens at.
+    fn out_of_reach() -> IngestConfig {
+        IngestConfig {
+            brokers: Some("127.0.0.1:1".to_owned()),
+            catalog_poll: Duration::from_secs(60),
+            request_timeout: Duration::from_millis(50),
+            ..IngestConfig::default()
+        }
+    }
+
+    /// Waits for the source of `clicks`, and takes its thread from it.
+    fn end_the_source(ingest: &IngestHandle) {
+        loop {
+            let inner = ingest.shared.inner.lock();
+            if let Some(running) = inner.running.values().next() {
+                running.control.stop();
+                if running.thread.is_finished() {
+                    return;
+                }
+            }
+            drop(inner);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn a_source_that_lost_its_thread_gets_another_by_a_resume_or_a_change_of_the_catalog() {
+        let (_dir, store) = store_of(&["clicks"]);
+        let ingest = Ingest::start(store, out_of_reach()).unwrap();
+        let is_alive = || {
+            let inner = ingest.shared.inner.lock();
+            let mut running = inner.running.values();
+            running.all(|r| !r.thread.is_finished() && !r.control.stopping())
+        };
+        end_the_source(&ingest);
+        ingest.pause("clicks").unwrap();
+        assert!(!is_alive(), "paused is paused");
+        ingest.resume("clicks").unwrap();
+        assert!(is_alive());
+        end_the_source(&ingest);
+        ingest.resume_table("clicks").unwrap();
+        assert!(is_alive());
+        end_the_source(&ingest);
+        ingest.shared.reconcile();
+        assert!(is_alive());
+        assert_eq!(ingest.status().len(), 1);
+    }
+
+    #[test]
+    fn a_table_stopped_for_its_dead_letters_stays_so_when_another_leaves_its_topic() {
+        let (_dir, store) = store_of(&["clicks", "views"]);
+        let ingest = Ingest::start(store.clone(), out_of_reach()).unwrap();
+        ingest.shared.reconcile();
+        let kept = || {
+            let inner = ingest.shared.inner.lock();
+            let running = inner.running.values().next().unwrap();
+            let (_, desired) = running.control.desired();
+            desired.stopped_tables.into_keys().collect::<Vec<_>>()
+        };
+        for name in ["clicks", "views"] {
+            let table = store.table(name).unwrap();
+            let stop = KeptStop {
+                reason: "too many".to_owned(),
+                definition: table.definition(),
+            };
+            let inner = ingest.shared.inner.lock();
+            let running = inner.running.values().next().unwrap();
+            running.control.keep_stopped(table.id(), stop);
+        }
+        assert_eq!(kept().len(), 2);
+        store.drop_table("views").unwrap();
+        ingest.shared.reconcile();
+        assert_eq!(kept(), [store.table("clicks").unwrap().id()]);
     }
 }

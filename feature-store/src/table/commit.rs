@@ -99,12 +99,19 @@ impl TableInner {
     pub(super) fn check_rows(
         &self,
         batch: &RecordBatch,
+        deletes: bool,
     ) -> Result<Vec<(usize, RowProblem)>, CommitError> {
         let current = self.current.load_full();
         let version = &current.version;
-        let rows = version.rows_in(batch).map_err(|p| self.schema_error(p))?;
+        let now = order::now_nanos();
+        let rows = if deletes {
+            version.deletes_in(batch, now)
+        } else {
+            version.rows_in(batch)
+        }
+        .map_err(|p| self.schema_error(p))?;
         let mut problems = version
-            .problems(&rows, false, order::now_nanos())
+            .problems(&rows, deletes, now)
             .map_err(|e| self.schema_error(e.to_string()))?;
         let times = version
             .times_of(&rows)

@@ -110,6 +110,7 @@ impl Run {
             label: "the record's schema".to_owned(),
             batch,
             records: self.records,
+            is_bare: false,
         })
     }
 }

@@ -3,6 +3,7 @@
 //! Its decoder cannot take back half a record, and checks text only at the end of a batch. So
 //! records that decode are decoded together, and those around a broken one a second time.
 
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use arrow_array::RecordBatch;
@@ -64,6 +65,7 @@ impl AvroFormat {
                     label: group.label.clone(),
                     batch,
                     records,
+                    is_bare: group.reader.is_bare,
                 });
             }
         }
@@ -92,11 +94,13 @@ struct AvroReader {
     store: SchemaStore,
     decoder: Decoder,
     framed: Vec<u8>,
+    /// It reads bare values, as records made around them.
+    is_bare: bool,
 }
 
 impl AvroReader {
     fn new(schema: &Schema, takes_bare: bool) -> Result<AvroReader, String> {
-        let whole = whole_schema(schema, takes_bare)?;
+        let (whole, is_bare) = whole_schema(schema, takes_bare)?;
         let mut store = SchemaStore::new_with_type(FingerprintAlgorithm::Id);
         store
             .set(Fingerprint::Id(0), AvroSchema::new(whole.to_string()))
@@ -106,6 +110,7 @@ impl AvroReader {
             store,
             decoder,
             framed: Vec::new(),
+            is_bare,
         })
     }
 
@@ -203,8 +208,9 @@ fn build(store: &SchemaStore) -> Result<Decoder, String> {
     .map_err(|e| format!("the schema cannot be read: {e}"))
 }
 
-/// The schema with everything that it rests on inside, as a record.
-fn whole_schema(schema: &Schema, takes_bare: bool) -> Result<Value, String> {
+/// The schema with everything that it rests on inside, as a record; true when the record had to
+/// be made around it.
+fn whole_schema(schema: &Schema, takes_bare: bool) -> Result<(Value, bool), String> {
     let parse = |text: &str| {
         // A schema that is a name alone may come without quotes.
         serde_json::from_str::<Value>(text).or_else(|e| {
@@ -226,14 +232,15 @@ fn whole_schema(schema: &Schema, takes_bare: bool) -> Result<Value, String> {
     check_sizes(&whole)?;
     let is_record = whole.get("type").and_then(Value::as_str) == Some("record");
     if is_record {
-        return Ok(whole);
+        return Ok((whole, false));
     }
     if takes_bare {
-        return Ok(json!({
+        let around = json!({
             "type": "record",
             "name": "pinion_bare_value",
             "fields": [{ "name": BARE, "type": whole }],
-        }));
+        });
+        return Ok((around, true));
     }
     Err("it is no record, and a row has fields".to_owned())
 }
@@ -335,42 +342,148 @@ fn full_name(name: &str, namespace: &str) -> String {
 
 /// Refuses lists of items that take no bytes: six bytes of such a list can claim two thousand
 /// million of them.
-fn check_sizes(schema: &Value) -> Result<(), String> {
+fn check_sizes(whole: &Value) -> Result<(), String> {
+    let mut types = Vec::new();
+    named_types(whole, &mut types);
+    // Of types that hold each other those are empty that nothing else gives bytes to.
+    let mut empty: BTreeSet<&str> = types.iter().map(|(name, _)| *name).collect();
+    loop {
+        let left = types
+            .iter()
+            .filter(|(_, schema)| takes_no_bytes(schema, &empty))
+            .map(|(name, _)| *name)
+            .collect();
+        if empty == left {
+            return check_arrays(whole, &empty);
+        }
+        empty = left;
+    }
+}
+
+/// The types that have names, by the last part of these: of several that share it each counts.
+fn named_types<'s>(schema: &'s Value, types: &mut Vec<(&'s str, &'s Value)>) {
     match schema {
-        Value::Array(branches) => branches.iter().try_for_each(check_sizes),
+        Value::Array(branches) => branches.iter().for_each(|b| named_types(b, types)),
+        Value::Object(members) => {
+            let kind = members.get("type").and_then(Value::as_str);
+            if let (Some("record" | "error" | "enum" | "fixed"), Some(Value::String(name))) =
+                (kind, members.get("name"))
+            {
+                types.push((last_part(name), schema));
+            }
+            members
+                .values()
+                .for_each(|member| named_types(member, types));
+        }
+        _ => {}
+    }
+}
+
+fn last_part(name: &str) -> &str {
+    name.rsplit_once('.').map_or(name, |(_, last)| last)
+}
+
+fn check_arrays(schema: &Value, empty: &BTreeSet<&str>) -> Result<(), String> {
+    match schema {
+        Value::Array(branches) => branches.iter().try_for_each(|b| check_arrays(b, empty)),
         Value::Object(members) => {
             if members.get("type").and_then(Value::as_str) == Some("array")
-                && members.get("items").is_some_and(takes_no_bytes)
+                && members
+                    .get("items")
+                    .is_some_and(|items| takes_no_bytes(items, empty))
             {
                 return Err("it has an array of items that take no bytes".to_owned());
             }
-            members.values().try_for_each(|member| match member {
-                Value::Array(_) | Value::Object(_) => check_sizes(member),
-                _ => Ok(()),
-            })
+            members
+                .values()
+                .try_for_each(|member| check_arrays(member, empty))
         }
         _ => Ok(()),
     }
 }
 
-fn takes_no_bytes(schema: &Value) -> bool {
+/// `empty`: names of types that take none.
+fn takes_no_bytes(schema: &Value, empty: &BTreeSet<&str>) -> bool {
     match schema {
-        Value::String(name) => name == "null",
+        Value::String(name) => name == "null" || empty.contains(last_part(name)),
         Value::Object(members) => match members.get("type") {
-            Some(Value::String(kind)) if kind == "record" => members
+            Some(Value::String(kind)) if kind == "record" || kind == "error" => members
                 .get("fields")
                 .and_then(Value::as_array)
                 .is_none_or(|fields| {
-                    fields
-                        .iter()
-                        .all(|field| field.get("type").is_none_or(takes_no_bytes))
+                    fields.iter().all(|field| {
+                        field
+                            .get("type")
+                            .is_none_or(|below| takes_no_bytes(below, empty))
+                    })
                 }),
             Some(Value::String(kind)) if kind == "fixed" => {
                 members.get("size").and_then(Value::as_u64) == Some(0)
             }
-            Some(inner @ (Value::String(_) | Value::Object(_))) => takes_no_bytes(inner),
+            Some(inner @ (Value::String(_) | Value::Object(_))) => takes_no_bytes(inner, empty),
             _ => false,
         },
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checked(schema: &Value) -> bool {
+        check_sizes(schema).is_ok()
+    }
+
+    #[test]
+    fn arrays_of_named_types_without_bytes_are_found_wherever_the_type_is() {
+        let array_of = |items: &str| json!({ "type": "array", "items": items });
+        let record = |name: &str, fields: Vec<Value>| {
+            let fields = fields
+                .into_iter()
+                .map(|of| json!({ "name": "f", "type": of }));
+            json!({ "type": "record", "name": name, "fields": fields.collect::<Vec<_>>() })
+        };
+        let nothing = record("a.b.Nothing", vec![json!("null")]);
+        for items in ["Nothing", "a.b.Nothing"] {
+            let both = vec![nothing.clone(), array_of(items)];
+            assert!(!checked(&record("Row", both)), "{items}");
+        }
+        // Whichever stands first.
+        assert!(!checked(&record(
+            "Row",
+            vec![array_of("Nothing"), nothing.clone()]
+        )));
+        let around = record("Around", vec![json!("Nothing"), json!("a.b.Nothing")]);
+        let deep = vec![nothing.clone(), around, array_of("Around")];
+        assert!(!checked(&record("Row", deep)));
+        let within = record("Within", vec![json!("Within")]);
+        assert!(!checked(&record("Row", vec![within, array_of("Within")])));
+        let none = json!({ "type": "fixed", "name": "None", "size": 0 });
+        assert!(!checked(&record("Row", vec![none, array_of("None")])));
+
+        let some = record("Some", vec![json!("Nothing"), json!("int")]);
+        let fine = vec![nothing.clone(), some, array_of("Some")];
+        assert!(checked(&record("Row", fine)));
+        let list = record("List", vec![json!(["null", "List"])]);
+        assert!(checked(&record("Row", vec![list, array_of("List")])));
+        let map = json!({ "type": "map", "values": "Nothing" });
+        assert!(checked(&record("Row", vec![nothing, map])));
+        assert!(checked(&array_of("string")));
+    }
+
+    #[test]
+    fn many_types_that_hold_each_other_twice_are_soon_judged() {
+        let first = json!({ "type": "record", "name": "T0", "fields": [] });
+        let mut fields = vec![json!({ "name": "f", "type": first })];
+        for n in 1..60 {
+            let below = format!("T{}", n - 1);
+            let twice = json!([{ "name": "x", "type": below }, { "name": "y", "type": below }]);
+            let of = json!({ "type": "record", "name": format!("T{n}"), "fields": twice });
+            fields.push(json!({ "name": "f", "type": of }));
+        }
+        fields.push(json!({ "name": "f", "type": { "type": "array", "items": "T59" } }));
+        let whole = json!({ "type": "record", "name": "Row", "fields": fields });
+        assert!(!checked(&whole));
     }
 }

@@ -163,6 +163,7 @@ impl ColumnBody {
             label,
             mut batch,
             records: mut of_row,
+            is_bare: _,
         } = source;
         let row = frame.envelope.map(|_| AFTER);
         if row.is_some() {

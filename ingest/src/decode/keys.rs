@@ -150,8 +150,11 @@ impl Keys {
                 for source in batches {
                     let schema = source.batch.schema();
                     for (row, record) in source.records.iter().enumerate() {
-                        let key = members(schema.fields(), source.batch.columns(), row);
-                        decoded.set(*record, Ok(vec![without_member(key)]));
+                        let mut key = members(schema.fields(), source.batch.columns(), row);
+                        if source.is_bare {
+                            key = key.get_mut(BARE).map_or(Value::Null, Value::take);
+                        }
+                        decoded.set(*record, Ok(vec![key]));
                     }
                 }
                 for (record, problem) in refused {
@@ -176,14 +179,4 @@ fn framed_json(key: &[u8], in_header: Option<&[u8]>) -> Result<Vec<Value>, Strin
     serde_json::from_slice(body)
         .map(|value: Value| vec![payload(&value).clone()])
         .map_err(|e| format!("the record key is no JSON ({e})"))
-}
-
-/// A bare value was read as a record of one member: it is that value again.
-fn without_member(key: Value) -> Value {
-    match key {
-        Value::Object(mut members) if members.len() == 1 && members.contains_key(BARE) => {
-            members.remove(BARE).unwrap_or(Value::Null)
-        }
-        other => other,
-    }
 }

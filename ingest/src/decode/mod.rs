@@ -242,6 +242,8 @@ pub(crate) struct SourceBatch {
     pub(crate) batch: RecordBatch,
     /// For each row the record; ascending.
     pub(crate) records: Vec<usize>,
+    /// True where the records were bare values: each is the one column of its row.
+    pub(crate) is_bare: bool,
 }
 
 /// A format whose records become columns.
@@ -263,7 +265,7 @@ impl Format {
         }
         match self {
             Format::Avro(format) => format.decode(items).map_err(DecodeProblem::Wait),
-            Format::Protobuf(format) => format.decode(items).map_err(DecodeProblem::Wait),
+            Format::Protobuf(format) => format.decode(items),
             Format::Arrow(format) => format.decode(items),
         }
     }

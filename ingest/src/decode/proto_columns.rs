@@ -17,6 +17,27 @@ use super::proto_wire::{Raw, Wire};
 /// Field numbers below this are found by index.
 const DIRECT_NUMBERS: usize = 256;
 
+/// What one record may decode to. An absent field takes its place in memory, an enum its name: a
+/// few bytes of repeated messages can ask for much.
+pub(crate) const MAX_RECORD_BYTES: usize = 64 << 20;
+/// Bytes of one value beside its text, about.
+const VALUE_BYTES: usize = 9;
+
+/// What the record at hand may still decode to.
+#[derive(Debug)]
+struct Budget {
+    left_bytes: usize,
+}
+
+impl Budget {
+    fn take(&mut self, bytes: usize) -> Result<(), String> {
+        let left = self.left_bytes.checked_sub(bytes);
+        self.left_bytes =
+            left.ok_or_else(|| format!("it decodes to more than {MAX_RECORD_BYTES} bytes"))?;
+        Ok(())
+    }
+}
+
 /// Rows of a message: one column per field that is read.
 #[derive(Debug)]
 pub(crate) struct MessageColumns {
@@ -30,6 +51,8 @@ pub(crate) struct MessageColumns {
     /// Values of lists and messages in the order they came, by place of their field.
     many: Vec<(usize, u8, Raw)>,
     rows: usize,
+    /// What a row takes whose fields are all absent.
+    row_bytes: usize,
 }
 
 /// Values of one field.
@@ -76,8 +99,9 @@ impl MessageColumns {
                 others.insert(field.number, place);
             }
         }
-        let columns = plan.fields.iter().map(Column::of_field).collect();
+        let columns: Vec<Column> = plan.fields.iter().map(Column::of_field).collect();
         MessageColumns {
+            row_bytes: columns.iter().map(Column::row_bytes).sum(),
             direct,
             others,
             columns,
@@ -92,22 +116,28 @@ impl MessageColumns {
         self.rows
     }
 
-    /// Appends a record as one row.
+    /// Appends a record as one row. Returns about how many bytes it takes.
     ///
     /// # Errors
     ///
-    /// What is broken. The columns are as they were before.
-    pub(crate) fn append(&mut self, record: &[u8]) -> Result<(), String> {
+    /// What is broken, or that it is too much. The columns are as they were before.
+    pub(crate) fn append(&mut self, record: &[u8]) -> Result<usize, String> {
         let rows = self.rows;
+        let mut budget = Budget {
+            left_bytes: MAX_RECORD_BYTES,
+        };
         let whole = Raw::Range {
             start: 0,
             end: record.len(),
         };
-        self.push(record, &[whole]).inspect_err(|_| self.cut(rows))
+        self.push(record, &[whole], &mut budget)
+            .inspect_err(|_| self.cut(rows))?;
+        Ok(MAX_RECORD_BYTES - budget.left_bytes)
     }
 
     /// Appends the message that stands at these places, one after another.
-    fn push(&mut self, record: &[u8], places: &[Raw]) -> Result<(), String> {
+    fn push(&mut self, record: &[u8], places: &[Raw], budget: &mut Budget) -> Result<(), String> {
+        budget.take(self.row_bytes)?;
         self.lone.fill(None);
         self.many.clear();
         for place in places {
@@ -126,7 +156,7 @@ impl MessageColumns {
             if field.repeated {
                 let values = self.many.iter().filter(|(of, ..)| *of == place);
                 column
-                    .push_list(record, &field.shape, values)
+                    .push_list(record, &field.shape, values, budget)
                     .map_err(within)?;
             } else if matches!(field.shape, Shape::Message(_)) {
                 let parts: Vec<Raw> = self
@@ -135,13 +165,17 @@ impl MessageColumns {
                     .filter(|(of, ..)| *of == place)
                     .map(|(.., raw)| *raw)
                     .collect();
-                column.push_message(record, &parts).map_err(within)?;
+                column
+                    .push_message(record, &parts, budget)
+                    .map_err(within)?;
             } else {
                 match self.lone.get(place).copied().flatten() {
-                    Some(raw) => column.push_one(record, &field.shape, raw).map_err(within)?,
+                    Some(raw) => column
+                        .push_one(record, &field.shape, raw, budget)
+                        .map_err(within)?,
                     None if field.nullable => column.push_null(),
                     None => column
-                        .push_one(record, &field.shape, zero(&field.shape))
+                        .push_one(record, &field.shape, zero(&field.shape), budget)
                         .map_err(within)?,
                 }
             }
@@ -185,6 +219,11 @@ impl MessageColumns {
     fn push_null(&mut self) {
         self.columns.iter_mut().for_each(Column::push_null);
         self.rows += 1;
+    }
+
+    /// Forgets every row, and gives their memory back.
+    pub(crate) fn clear(&mut self) {
+        *self = MessageColumns::new(self.plan.clone());
     }
 
     /// Cuts back to the first `rows` rows.
@@ -263,7 +302,22 @@ impl Column {
         }
     }
 
-    fn push_one(&mut self, record: &[u8], shape: &Shape, raw: Raw) -> Result<(), String> {
+    /// What an absent value takes.
+    fn row_bytes(&self) -> usize {
+        let below = match &self.values {
+            Values::Message(columns) => columns.row_bytes,
+            _ => 0,
+        };
+        below.saturating_add(VALUE_BYTES)
+    }
+
+    fn push_one(
+        &mut self,
+        record: &[u8],
+        shape: &Shape,
+        raw: Raw,
+        budget: &mut Budget,
+    ) -> Result<(), String> {
         match shape {
             Shape::Scalar(scalar) => self.push_scalar(record, *scalar, raw)?,
             Shape::Enum(names) => {
@@ -274,9 +328,10 @@ impl Column {
                 let name = names
                     .get(&number)
                     .ok_or_else(|| format!("the enum has no value {number}"))?;
+                budget.take(name.len())?;
                 self.push_bytes(name.as_bytes())?;
             }
-            Shape::Message(_) => return self.push_message(record, &[raw]),
+            Shape::Message(_) => return self.push_message(record, &[raw], budget),
             Shape::Timestamp | Shape::Duration => {
                 let nanos = nanos_of(record, raw)?;
                 let Values::I64(values) = &mut self.values else {
@@ -348,7 +403,12 @@ impl Column {
     }
 
     /// A message from its parts; null when there are none.
-    fn push_message(&mut self, record: &[u8], parts: &[Raw]) -> Result<(), String> {
+    fn push_message(
+        &mut self,
+        record: &[u8],
+        parts: &[Raw],
+        budget: &mut Budget,
+    ) -> Result<(), String> {
         if parts.is_empty() {
             self.push_null();
             return Ok(());
@@ -356,7 +416,7 @@ impl Column {
         let Values::Message(columns) = &mut self.values else {
             return Err(kind_of_wire());
         };
-        columns.push(record, parts)?;
+        columns.push(record, parts, budget)?;
         self.valid.push(true);
         Ok(())
     }
@@ -366,6 +426,7 @@ impl Column {
         record: &[u8],
         shape: &Shape,
         values: impl Iterator<Item = &'v (usize, u8, Raw)>,
+        budget: &mut Budget,
     ) -> Result<(), String> {
         let Values::List { ends, child } = &mut self.values else {
             return Err(kind_of_wire());
@@ -377,10 +438,14 @@ impl Column {
                     let mut packed = Wire::new(record, start, end);
                     while !packed.is_empty() {
                         let number = packed.packed(due)?;
-                        child.push_one(record, shape, Raw::Number(number))?;
+                        budget.take(VALUE_BYTES)?;
+                        child.push_one(record, shape, Raw::Number(number), budget)?;
                     }
                 }
-                raw => child.push_one(record, shape, raw)?,
+                raw => {
+                    budget.take(VALUE_BYTES)?;
+                    child.push_one(record, shape, raw, budget)?;
+                }
             }
         }
         ends.push(child.valid.len());

@@ -5,10 +5,10 @@ use arrow_array::{RecordBatch, RecordBatchOptions};
 use arrow_schema::{Schema as ArrowSchema, SchemaRef};
 
 use super::plans::{Plans, Refused, Schemas};
-use super::proto_columns::MessageColumns;
+use super::proto_columns::{MAX_RECORD_BYTES, MessageColumns};
 use super::proto_schema::{MessagePlan, message_of};
 use super::registry::{Language, Schema};
-use super::{Item, SourceBatch};
+use super::{DecodeProblem, Item, SourceBatch};
 
 /// Reads Protobuf.
 #[derive(Debug)]
@@ -36,21 +36,35 @@ impl ProtobufFormat {
     ///
     /// # Errors
     ///
-    /// A schema is not here yet: why.
+    /// `Wait` for a schema that is not here yet; `TooMuch` when several records decode to more
+    /// than one may.
     pub(crate) fn decode(
         &mut self,
         items: &[Item<'_>],
-    ) -> Result<(Vec<SourceBatch>, Refused), String> {
+    ) -> Result<(Vec<SourceBatch>, Refused), DecodeProblem> {
         let (message, wanted) = (&self.message, &self.wanted);
-        let (sorted, mut refused) = self.plans.sort(items, |schema, place| {
-            ProtobufReader::new(schema, message.as_deref(), place, wanted.as_deref())
-        })?;
+        let (sorted, mut refused) = self
+            .plans
+            .sort(items, |schema, place| {
+                ProtobufReader::new(schema, message.as_deref(), place, wanted.as_deref())
+            })
+            .map_err(DecodeProblem::Wait)?;
         let mut batches = Vec::new();
+        let mut bytes = 0;
         for group in sorted {
             let mut records = Vec::with_capacity(group.bodies.len());
             for (record, body) in &group.bodies {
                 match group.reader.columns.append(body) {
-                    Ok(()) => records.push(*record),
+                    Ok(taken) => {
+                        records.push(*record);
+                        bytes += taken;
+                        if bytes > MAX_RECORD_BYTES && items.len() > 1 {
+                            group.reader.columns.clear();
+                            return Err(DecodeProblem::TooMuch(format!(
+                                "its records decode to more than {MAX_RECORD_BYTES} bytes"
+                            )));
+                        }
+                    }
                     Err(problem) => {
                         refused.push((*record, format!("{}: {problem}", group.label)));
                     }
@@ -61,6 +75,7 @@ impl ProtobufFormat {
                     label: group.label,
                     batch,
                     records,
+                    is_bare: false,
                 }),
                 Err(problem) => refused.extend(
                     records

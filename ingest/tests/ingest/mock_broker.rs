@@ -12,14 +12,21 @@ use pinion_feature_store::{ScanRequest, Store, Table};
 use pinion_ingest::{Ingest, IngestConfig, IngestError, IngestHandle, SourceState, SourceStatus};
 use pinion_schemas::TableDefinition;
 use rdkafka::producer::{BaseRecord, Producer};
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 
-use super::support::{Bench, TOPIC, state, wait_for};
+use super::support::{Bench, TOPIC, place, state, wait_for};
 
 const PARTITIONS: i32 = 3;
 
 impl Bench {
     fn of_partitions(brokers: i32) -> Bench {
         Bench::new(PARTITIONS, brokers)
+    }
+
+    /// Gives the first partition another leader.
+    fn lead(&self, broker: i32) {
+        let moved = self.cluster.partition_leader(TOPIC, 0, Some(broker));
+        moved.expect("another leader");
     }
 
     fn start_looking_every(&self, store: &Store, catalog_poll: Duration) -> IngestHandle {
@@ -341,6 +348,55 @@ fn a_paused_topic_is_not_read_until_resumed() {
 }
 
 #[test]
+fn a_paused_topic_is_known_to_grow_and_after_a_restart_too() {
+    let mut bench = Bench::of_partitions(1);
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let ingest = bench.start(&store);
+    bench.spread_rows(0, 30);
+    wait_for("positions", || bench.is_read(&table));
+    ingest.pause("events").expect("pause");
+    bench.spread_rows(30, 60);
+    wait_for("the lag", || status(&ingest).lag == 60);
+    ingest.stop();
+    let ingest = bench.start(&store);
+    wait_for("the lag", || status(&ingest).lag == 60);
+    assert_eq!(status(&ingest).state, SourceState::Paused);
+    ingest.resume("events").expect("resume");
+    wait_for("positions", || bench.is_read(&table));
+    wait_for("no lag", || status(&ingest).lag == 0);
+}
+
+#[test]
+fn a_topic_that_may_be_described_but_not_read_shows_so_until_it_is_read() {
+    let mut bench = Bench::of_partitions(1);
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let ingest = bench.start(&store);
+    bench.spread_rows(0, 30);
+    wait_for("positions", || bench.is_read(&table));
+    let refused = RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+    bench
+        .cluster
+        .request_errors(RDKafkaApiKey::Fetch, &[refused; 100]);
+    bench.spread_rows(30, 30);
+    let is_degraded = || {
+        let degraded = |state| matches!(state, SourceState::Degraded { .. });
+        degraded(status(&ingest).state) && state(&ingest, "t").is_some_and(degraded)
+    };
+    wait_for("the refusal", is_degraded);
+    // Three looks at the topic, all of which go well.
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_millis(1_800) {
+        assert!(is_degraded(), "{:?}", status(&ingest).state);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    bench.cluster.clear_request_errors(RDKafkaApiKey::Fetch);
+    wait_for("positions", || bench.is_read(&table));
+    wait_for("running", || status(&ingest).state == SourceState::Running);
+}
+
+#[test]
 fn a_broker_that_goes_away_and_returns_costs_no_record() {
     let mut bench = Bench::of_partitions(1);
     let store = bench.open();
@@ -436,6 +492,99 @@ fn an_offset_the_topic_no_longer_has_stops_the_table_with_the_reason() {
         Some(1),
         "never reset in silence"
     );
+}
+
+fn wait_for_the_stop_of(ingest: &IngestHandle, table: &str) -> String {
+    let mut found = String::new();
+    wait_for("a stop", || match state(ingest, table) {
+        Some(SourceState::Stopped { reason }) => {
+            found = reason;
+            true
+        }
+        _ => false,
+    });
+    found
+}
+
+/// Partitions at their end are told of again whenever one is read anew.
+#[test]
+fn a_topic_that_lost_records_stops_the_table_though_other_partitions_are_at_their_end() {
+    let mut bench = Bench::of_partitions(1);
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    let ingest = bench.start(&store);
+    bench.spread_rows(0, 30);
+    wait_for("positions", || bench.is_read(&table));
+    ingest.stop();
+    place(&table, 1, 12, None);
+    let ingest = bench.start(&store);
+    let reason = wait_for_the_stop_of(&ingest, "t");
+    assert!(
+        reason.contains("partition 1 up to offset 12, but the topic ends at 10"),
+        "{reason}"
+    );
+    assert_eq!(table.positions().next_offset(TOPIC, 1), Some(12));
+}
+
+#[test]
+fn a_table_that_stopped_alone_is_told_of_by_itself() {
+    let mut bench = Bench::of_partitions(1);
+    let store = bench.open();
+    let sound = apply(&store, "sound", "partitions = [0]");
+    let lost = apply(&store, "lost", "partitions = [1]");
+    let ingest = bench.start(&store);
+    bench.spread_rows(0, 30);
+    wait_for("positions", || {
+        let at = |table: &Table, partition| table.positions().next_offset(TOPIC, partition);
+        at(&sound, 0) == Some(10) && at(&lost, 1) == Some(10)
+    });
+    ingest.stop();
+    place(&lost, 1, 12, None);
+    let ingest = bench.start(&store);
+    let reason = wait_for_the_stop_of(&ingest, "lost");
+    assert_eq!(ingest.stopped(&lost, TOPIC), Some(reason));
+    assert_eq!(ingest.stopped(&sound, TOPIC), None);
+    let id = status(&ingest).topic_id;
+    assert!(!ingest.is_recreated(&lost, TOPIC, &id));
+    assert!(ingest.is_recreated(&lost, TOPIC, "another"));
+}
+
+/// Behind the marker of a transaction a position has no epoch. librdkafka compares what it reads
+/// with the brokers' when a leader changes.
+#[test]
+fn a_log_that_was_cut_and_grew_again_stops_tables_that_know_no_epoch() {
+    let mut bench = Bench::of_partitions(2);
+    let store = bench.open();
+    let tables = ["known", "unknown"].map(|name| apply(&store, name, ""));
+    let ingest = bench.start(&store);
+    bench.spread_rows(0, 30);
+    for table in &tables {
+        wait_for("positions", || bench.is_read(table));
+    }
+    ingest.stop();
+    // As if offsets 10 and 11 had been read before others took their place.
+    let epoch = tables[0].positions().leader_epoch(TOPIC, 0);
+    place(&tables[0], 0, 12, Some(epoch.expect("an epoch")));
+    place(&tables[1], 0, 12, None);
+    bench.lead(1);
+    bench.lead(2);
+    bench.spread_rows(30, 6);
+    let ingest = bench.start(&store);
+    wait_for("the end", || {
+        status(&ingest).end_offsets.get(&0) == Some(&12)
+    });
+    bench.lead(1);
+    for name in ["known", "unknown"] {
+        let reason = wait_for_the_stop_of(&ingest, name);
+        assert!(reason.contains("took others"), "{reason}");
+    }
+    // Whatever else happens on the topic: what was lost stays lost.
+    let third = apply(&store, "third", "");
+    wait_for("the third table", || bench.is_read(&third));
+    for name in ["known", "unknown"] {
+        let state = state(&ingest, name);
+        assert!(matches!(state, Some(SourceState::Stopped { .. })), "{name}");
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMillisecondArray};
 use arrow_ipc::writer::StreamWriter;
-use pinion_feature_store::{Store, Table};
+use pinion_feature_store::{Store, StoreOptions, Table};
 use pinion_ingest::{
     Ingest, IngestConfig, IngestError, IngestHandle, ReplayOf, Seek, SeekTo, SourceState,
     TableProgress, replay_dead_letters,
@@ -13,7 +13,8 @@ use pinion_ingest::{
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::BaseRecord;
+use rdkafka::producer::{BaseRecord, Producer};
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 
 use super::support::{self, Bench, TOPIC, wait_for};
 
@@ -191,6 +192,119 @@ fn a_seek_moves_a_running_table_both_ways_and_refuses_what_does_not_exist() {
 }
 
 #[test]
+fn a_time_that_a_broker_did_not_look_up_moves_nothing() {
+    let mut bench = Bench::of_one_partition();
+    let store = bench.open();
+    let table = apply(&store, "latest", "");
+    let ingest = bench.start(&store);
+    bench.send_rows(10);
+    wait_for_position(&table, 10);
+    // The start and the end are asked for one by one, then the time.
+    let answers = [
+        RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR,
+        RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR,
+        RDKafkaRespErr::RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT,
+    ];
+    bench
+        .cluster
+        .request_errors(RDKafkaApiKey::ListOffsets, &answers);
+    let failed = ingest.seek(&seek(SeekTo::Time(1)));
+    assert!(
+        matches!(failed, Err(IngestError::Failed { .. })),
+        "{failed:?}"
+    );
+}
+
+/// Rows of three features that have the text `s` of the record.
+fn apply_threefold(store: &Store, fields: &str) -> Table {
+    let text = format!(
+        "[table]\nname = \"t\"\nentity = [{{ name = \"id\", type = \"string\" }}]\n\
+         event_time = {{ name = \"ts\", type = \"timestamp[ms, tz=UTC]\" }}\n\
+         history = \"all\"\n[features]\nv = \"int64\"\na = \"string\"\nb = \"string\"\nc = \"string\"\n\
+         [source.kafka]\ntopic = \"events\"\n\
+         [source.kafka.fields]\na = \"s\"\nb = \"s\"\nc = \"s\"\n{fields}\n"
+    );
+    support::apply(store, &text)
+}
+
+/// A store whose commits have 20,000 bytes at most.
+fn narrow(bench: &Bench) -> Store {
+    bench.open_with(StoreOptions {
+        put_max_bytes: 20_000,
+        ..StoreOptions::default()
+    })
+}
+
+#[test]
+fn a_record_that_alone_is_too_much_becomes_a_dead_letter_and_the_rest_goes_on() {
+    let mut bench = Bench::of_one_partition();
+    let store = narrow(&bench);
+    let table = apply_threefold(&store, "");
+    let ingest = bench.start(&store);
+    for (id, bytes) in [(1, 5), (2, 10_000), (3, 5)] {
+        let text = "x".repeat(bytes);
+        bench.send_text(&format!(
+            r#"{{"id":"k{id}","ts":{id},"v":{id},"s":"{text}"}}"#
+        ));
+    }
+    bench.flush();
+    wait_for_position(&table, 3);
+    assert_eq!(values(&table), [1, 3]);
+    let letters = table.dead_letters(9).expect("letters");
+    assert_eq!(letters.len(), 1);
+    assert_eq!(letters[0].offset, 1);
+    assert!(letters[0].error.contains("20000"), "{}", letters[0].error);
+    let state = progress(&ingest).map(|p| p.state);
+    assert_eq!(state, Some(SourceState::Running));
+}
+
+#[test]
+fn dead_letters_that_are_too_much_at_once_are_replayed_in_parts() {
+    let mut bench = Bench::of_one_partition();
+    let store = narrow(&bench);
+    let table = apply_threefold(&store, "");
+    let _ingest = bench.start(&store);
+    for (v, bytes) in [(1, 4_000), (2, 10_000), (3, 4_000)] {
+        let text = "x".repeat(bytes);
+        bench.send_text(&format!(r#"{{"ts":{v},"v":{v},"s":"{text}"}}"#));
+    }
+    bench.flush();
+    wait_for_position(&table, 3);
+    assert_eq!(table.dead_letter_counts().kept, 3, "they have no id");
+    apply_threefold(&store, "id = \"$key\"");
+    let report =
+        replay_dead_letters(&table, &IngestConfig::default(), &ReplayOf::All).expect("replay");
+    assert_eq!((report.tried, report.passed, report.failed), (3, 2, 1));
+    assert_eq!(report.failures[0].offset, 1);
+    assert_eq!(values(&table), [1, 3]);
+}
+
+#[test]
+fn a_dead_letter_larger_than_the_producers_queue_is_copied_without_its_value() {
+    let mut bench = Bench::of_one_partition();
+    bench.cluster.create_topic("dead", 1, 1).expect("topic");
+    let store = bench.open();
+    let table = apply(&store, "all", "dead_letter_topic = \"dead\"");
+    let config = IngestConfig {
+        queue_bytes: 4 << 10,
+        ..bench.config()
+    };
+    let ingest = Ingest::start(store.clone(), config).expect("ingest");
+    for bytes in [10, 20_000, 10] {
+        bench.send_text(&"x".repeat(bytes));
+    }
+    bench.flush();
+    wait_for_position(&table, 3);
+    wait_for("the copies", || {
+        let forwarding = progress(&ingest).and_then(|p| p.forwarding);
+        forwarding.is_some_and(|f| f.waiting == 0)
+    });
+    let client = bench.producer.client();
+    let ends = client.fetch_watermarks("dead", 0, Duration::from_secs(10));
+    assert_eq!(ends, Ok((0, 3)), "each once");
+}
+
+#[test]
 fn a_history_table_is_not_read_again_unless_that_is_meant() {
     let mut bench = Bench::of_one_partition();
     let store = bench.open();
@@ -252,7 +366,10 @@ fn a_paused_table_stays_paused_over_a_restart_and_reads_on_where_it_stood() {
     let ingest = bench.start(&store);
     bench.send_rows(10);
     wait_for_position(&table, 10);
+    assert_eq!(ingest.stopped(&table, TOPIC), None);
     ingest.pause_table("t").expect("pause");
+    let told = ingest.stopped(&table, TOPIC);
+    assert_eq!(told.as_deref(), Some("table t is paused"));
     ingest.stop();
     let ingest = bench.start(&store);
     bench.send_rows(10);
@@ -262,6 +379,7 @@ fn a_paused_table_stays_paused_over_a_restart_and_reads_on_where_it_stood() {
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(position(&table), Some(10));
     ingest.resume_table("t").expect("resume");
+    assert_eq!(ingest.stopped(&table, TOPIC), None);
     wait_for_position(&table, 20);
     assert_eq!(values(&table), (0..20).collect::<Vec<_>>());
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::Int64Type;
-use pinion_feature_store::{ScanRequest, Store, StoreOptions, Table};
+use pinion_feature_store::{Commit, Position, ScanRequest, Store, StoreOptions, Table};
 use pinion_ingest::{Ingest, IngestConfig, IngestHandle, SourceState};
 use pinion_schemas::TableDefinition;
 use rdkafka::ClientConfig;
@@ -48,7 +48,11 @@ impl Bench {
     }
 
     pub fn open(&self) -> Store {
-        Store::open(self.dir.path(), StoreOptions::default()).expect("open")
+        self.open_with(StoreOptions::default())
+    }
+
+    pub fn open_with(&self, options: StoreOptions) -> Store {
+        Store::open(self.dir.path(), options).expect("open")
     }
 
     /// Settings under which a test waits for little.
@@ -99,6 +103,23 @@ pub fn apply(store: &Store, text: &str) -> Table {
     let name = definition.name.clone();
     store.apply(vec![definition]).expect("apply");
     store.table(&name).expect("table")
+}
+
+/// Puts a table that has read the topic somewhere else in it, existing or not.
+pub fn place(table: &Table, partition: i32, next_offset: i64, leader_epoch: Option<i32>) {
+    let positions = table.positions();
+    let position = Position {
+        topic: TOPIC.to_owned(),
+        topic_id: positions.topic_id(TOPIC).expect("a topic id").to_owned(),
+        partition,
+        next_offset,
+        leader_epoch,
+    };
+    let commit = Commit {
+        positions: vec![position],
+        ..Commit::default()
+    };
+    table.commit(commit).expect("commit");
 }
 
 /// The values of the feature `v`, in order.

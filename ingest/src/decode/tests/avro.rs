@@ -336,6 +336,25 @@ fn keys_headers_and_places_stand_beside_the_value() {
 }
 
 #[test]
+fn a_key_that_is_a_record_of_one_field_is_read_by_path_whatever_the_field_is_called() {
+    let (stub, setting) = registry();
+    stub.put_schema(1, "AVRO", AVRO_ROW);
+    let value = avro_row(1, "x", 1, Some(1));
+    for (schema, name) in [(2, "value"), (3, "name")] {
+        let key = format!(
+            r#"{{"type":"record","name":"K","fields":[{{"name":"{name}","type":"string"}}]}}"#
+        );
+        stub.put_schema(schema, "AVRO", &key);
+        let source = format!(
+            "format = \"avro\"\nkey = \"avro\"\n{setting}fields = {{ id = \"$key.{name}\" }}"
+        );
+        let key = Avro::framed(schema).text("k").done();
+        let decoded = decode(&mut decoder(&source), &[raw(0, Some(&key), Some(&value))]);
+        assert_eq!(texts(&decoded, "id"), [Some("k".to_owned())], "{name}");
+    }
+}
+
+#[test]
 fn a_schema_that_is_not_here_stops_everything_and_refuses_nothing() {
     let (stub, setting) = registry();
     stub.put_schema(1, "AVRO", AVRO_ROW);

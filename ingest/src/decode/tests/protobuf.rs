@@ -242,3 +242,47 @@ fn a_schema_that_cannot_be_read_by_refuses_its_records() {
         reason(&decoded, 0)
     );
 }
+
+/// Two bytes of an empty message in a list take the place of all its fields.
+#[test]
+fn a_message_that_decodes_to_far_more_than_it_weighs_is_refused_alone() {
+    let fields: Vec<String> = (1..=200).map(|n| format!("int64 f{n} = {n};")).collect();
+    let schema = format!(
+        "syntax = \"proto3\"; message Row {{ string id = 1; int64 ts = 2; \
+         repeated Wide wide = 3; }} message Wide {{ {} }}",
+        fields.join(" ")
+    );
+    let columns: Vec<String> = (1..=200).map(|n| format!("f{n}: int64")).collect();
+    let features = format!(
+        "[features]\nwide = \"list<struct<{}>>\"\n",
+        columns.join(", ")
+    );
+    let source = format!("format = \"protobuf\"\nmessage = \"Row\"\nschema = '''{schema}'''\n");
+    let text = format!("{TABLE}{features}[source.kafka]\ntopic = \"events\"\n{source}\n");
+    let definition = TableDefinition::parse_toml(&text).expect("definition");
+    let kafka = definition.kafka.clone().expect("source");
+    let settings = DecodeSettings {
+        value_max_bytes: 1 << 20,
+        ..DecodeSettings::default()
+    };
+    let mut decoder = Decoder::new(&definition, &kafka, &settings).expect("decoder");
+    // Field 1, text of one byte; field 2, a number; then field 3, empty, again and again.
+    let of = |count: usize| [&[10, 1, b'a', 16, 5][..], &[26, 0].repeat(count)].concat();
+    let sent = [of(3), of(100_000), of(2)];
+    let decoded = decode(&mut decoder, &values(&sent));
+    assert_eq!(shape(&decoded), [(RunKind::Upsert, vec![0, 2])]);
+    assert!(
+        reason(&decoded, 1).contains("decodes to more than 67108864 bytes"),
+        "{decoded:?}"
+    );
+    // Each fits, and not all of them together.
+    let many = vec![of(20_000); 3];
+    let records = values(&many);
+    let together = decoder.decode(&records, &all(&records), 0);
+    assert!(
+        matches!(together, Err(DecodeProblem::TooMuch(_))),
+        "{together:?}"
+    );
+    let alone = decode(&mut decoder, &records[..1]);
+    assert_eq!(shape(&alone), [(RunKind::Upsert, vec![0])]);
+}
