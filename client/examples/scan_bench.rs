@@ -29,7 +29,7 @@ const USAGE: &str = "scan_bench: a table from a Flight server, again and again
   --passes n              how often (default 5)
   --parallel n            connections that read endpoints side by side (default 1; pinion)
   --window-mib n          HTTP/2 window of a stream (default 16)
-  --frame-kib n           largest HTTP/2 frame (default 256; pinion)
+  --frame-kib n           largest HTTP/2 frame (default 112; pinion)
   --threads n             threads of the runtime (default 2)
 ";
 
@@ -76,7 +76,7 @@ async fn run(arguments: Arguments) {
     options.max_message_bytes = u32::MAX.into();
     options.stream_window_bytes = window;
     options.connection_window_bytes = window.saturating_mul(2);
-    options.max_frame_bytes = arguments.number::<u32>("frame-kib", 256) << 10;
+    options.max_frame_bytes = arguments.number::<u32>("frame-kib", 112) << 10;
     let ours = Client::connect_with(url, options)
         .await
         .expect("cannot connect");
