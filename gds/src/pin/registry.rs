@@ -579,6 +579,12 @@ impl Pins {
         drop(gone);
     }
 
+    /// Threads that a stop would wait for.
+    #[cfg(test)]
+    pub(super) fn threads(&self) -> usize {
+        self.threads.lock().len()
+    }
+
     /// How many wait for a pin of this name that is being made.
     #[cfg(test)]
     pub(super) fn waiting(&self, name: &str) -> usize {
