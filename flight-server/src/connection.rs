@@ -7,18 +7,20 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures::{Stream, stream};
 use metrics::counter;
 use rustix::net::sockopt;
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::authority::Mender;
 use crate::bulk::{Bulk, Class};
+use crate::senders::Place;
 use crate::sendfile;
 
 /// How long to wait when no connection can be accepted (no file descriptors left).
@@ -26,11 +28,13 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Congestion control between processes of one machine. Others pace what they send, which on
 /// loopback only costs throughput: bbr, a common default, halves it.
 const LOOPBACK_CONGESTION: &str = "reno";
-/// Bytes under way between processes of one machine. Over TCP the system would let them grow to
-/// several MB, which then leave the processor's cache before the peer reads them: that costs the
-/// peer up to twice the time (docs/benchmarks.md). Over a Unix socket it would hold half of this,
-/// and wake both sides twice as often. The kernel doubles the number for its own use.
-const LOCAL_SEND_BUFFER_BYTES: usize = 256 << 10;
+/// Send buffer of a Unix socket, as the kernel doubles it for its own use. Half of it is what the
+/// system would take, and both sides would be woken twice as often.
+const UNIX_SEND_BUFFER_BYTES: usize = 256 << 10;
+/// Over TCP within the machine, bytes that are not under way yet: how many are, the client says by its
+/// receive buffer. gRPC's C++ client lets that grow, and takes a third longer when the send buffer
+/// limits it to as little; ours wants few, which are in the processor's cache when they are read.
+const UNSENT_BYTES: u32 = 256 << 10;
 /// Mode of the Unix socket: its owner and group.
 const SOCKET_MODE: u32 = 0o660;
 
@@ -48,6 +52,8 @@ pub(crate) struct Connection {
     class: Class,
     /// Whether the bulk runtime is told what the socket is ready for.
     in_bulk: bool,
+    /// For a client of this machine.
+    place: Option<Place>,
     greeting: Arc<Greeting>,
     _permit: OwnedSemaphorePermit,
 }
@@ -68,23 +74,25 @@ pub(crate) struct Peer {
 }
 
 impl Listener {
-    async fn accept(&self) -> io::Result<Transport> {
+    /// The next connection, and whether its client is on this machine.
+    async fn accept(&self) -> io::Result<(Transport, bool)> {
         match self {
             Listener::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                if peer.ip().is_loopback() {
+                let local = peer.ip().is_loopback();
+                if local {
                     tune_for_loopback(&stream);
                 }
-                Ok(Transport::Tcp(stream))
+                Ok((Transport::Tcp(stream), local))
             }
             Listener::Unix(listener) => {
                 let (stream, _) = listener.accept().await?;
                 tuned(sockopt::set_socket_send_buffer_size(
                     &stream,
-                    LOCAL_SEND_BUFFER_BYTES,
+                    UNIX_SEND_BUFFER_BYTES,
                 ));
-                Ok(Transport::Unix(stream, Mender::new()))
+                Ok((Transport::Unix(stream, Mender::new()), true))
             }
         }
     }
@@ -101,11 +109,13 @@ impl Listener {
             |(listener, permits, bulk)| async move {
                 loop {
                     match listener.accept().await {
-                        Ok(transport) => match Arc::clone(&permits).try_acquire_owned() {
+                        Ok((transport, local)) => match Arc::clone(&permits).try_acquire_owned() {
                             Ok(permit) => {
                                 counter!("pinion_connections_total").increment(1);
+                                let place = local.then(|| bulk.senders().place());
                                 let connection = Connection {
                                     transport,
+                                    place,
                                     class: bulk.connection(),
                                     in_bulk: false,
                                     greeting: Arc::default(),
@@ -149,13 +159,10 @@ impl Transport {
 /// A connection within the machine: no pacing, and few enough bytes under way.
 fn tune_for_loopback(stream: &TcpStream) {
     tuned(sockopt::set_tcp_congestion(stream, LOOPBACK_CONGESTION));
-    tuned(sockopt::set_socket_send_buffer_size(
-        stream,
-        LOCAL_SEND_BUFFER_BYTES,
-    ));
+    tuned(SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_BYTES));
 }
 
-fn tuned(set: rustix::io::Result<()>) {
+fn tuned<E: std::fmt::Display>(set: Result<(), E>) {
     if let Err(error) = set {
         tracing::debug!(%error, "a connection within the machine stays as the system made it");
     }
@@ -179,6 +186,9 @@ impl Connection {
         }
         // A socket that cannot be registered anew goes on as it is.
         self.in_bulk = bulk;
+        if let Some(place) = &mut self.place {
+            place.leave();
+        }
         let _entered = self.class.handle().enter();
         match self.transport.register_anew() {
             // Whoever waited for the other direction is forgotten: both are polled again.
@@ -187,6 +197,24 @@ impl Connection {
                 tracing::debug!(%error, "a connection is worked off by one runtime and told of by the other");
             }
         }
+    }
+
+    /// Ready when bytes may be written: by the runtime that works the connection off, in its turn.
+    fn poll_turn(&mut self, cx: &Context<'_>) -> Poll<()> {
+        self.follow(cx);
+        match &mut self.place {
+            Some(place) if self.in_bulk => place.poll_turn(cx),
+            _ => Poll::Ready(()),
+        }
+    }
+
+    fn sent(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let (Some(place), true, Poll::Ready(Ok(bytes))) =
+            (&mut self.place, self.in_bulk, &written)
+        {
+            place.sent(*bytes);
+        }
+        written
     }
 
     /// What came of HTTP/2's preface so far.
@@ -249,11 +277,12 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.follow(cx);
-        match &mut self.transport {
+        ready!(self.poll_turn(cx));
+        let written = match &mut self.transport {
             Transport::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Transport::Unix(stream, _) => Pin::new(stream).poll_write(cx, buf),
-        }
+        };
+        self.sent(written)
     }
 
     fn poll_write_vectored(
@@ -261,11 +290,12 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.follow(cx);
-        match &mut self.transport {
+        ready!(self.poll_turn(cx));
+        let written = match &mut self.transport {
             Transport::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Transport::Unix(stream, _) => sendfile::poll_write_vectored(stream, cx, bufs),
-        }
+        };
+        self.sent(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -395,13 +425,14 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
     async fn who_waits_to_read_is_polled_again_when_the_socket_moves() {
         use tokio::io::AsyncWriteExt;
-        let bulk = Bulk::start().unwrap();
+        let bulk = Bulk::start(crate::senders::Senders::new(1)).unwrap();
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let class = bulk.connection();
         let mut connection = Connection {
             transport: Transport::Unix(ours, Mender::new()),
             class: class.clone(),
             in_bulk: false,
+            place: None,
             greeting: Arc::default(),
             _permit: Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap(),
         };

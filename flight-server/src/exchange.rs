@@ -180,6 +180,7 @@ impl Session {
     }
 
     async fn answer(&mut self, keys: RecordBatch, arrived: Instant) -> Result<(), Failure> {
+        self.context.senders.make_way();
         let request = measure::Request::start("Lookup");
         match self.look_up(keys, arrived).await {
             Ok((reply, metadata)) => {

@@ -14,7 +14,7 @@
 //! `info` (one file per kind of request), `keys` (JSON keys), `wire` (DoGet's replies, below
 //! tonic), `lane` (the local lane, beside Flight), `intake` (messages of a put), `encode` (batches
 //! to messages of tonic's), `error` (the only place that chooses codes), `service` (the Flight
-//! trait), `serve`, `accept` (connections), `bulk` (which runtime works them off), `connection`, `authority` and `sendfile` (sockets), `admin` (HTTP), `metrics`.
+//! trait), `serve`, `accept` (connections), `bulk` (which runtime works them off), `senders` (which streams are sent), `connection`, `authority` and `sendfile` (sockets), `admin` (HTTP), `metrics`.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
@@ -41,6 +41,7 @@ mod measure;
 mod put;
 mod reply;
 mod scan;
+mod senders;
 mod sendfile;
 mod serve;
 mod service;

@@ -107,7 +107,7 @@ pub async fn serve(
         );
         servers.spawn(server);
     }
-    let bulk = Bulk::start().map_err(|source| ServeError::Serve {
+    let bulk = Bulk::start(Arc::clone(&context.senders)).map_err(|source| ServeError::Serve {
         what: "Flight",
         source: source.into(),
     })?;

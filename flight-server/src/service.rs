@@ -21,7 +21,8 @@ use crate::error::Failure;
 use crate::hooks::Hooks;
 use crate::intake::Received;
 use crate::lane::Leases;
-use crate::{action, info, measure, put};
+use crate::senders::Senders;
+use crate::{action, bulk, info, measure, put};
 
 /// Smallest message size a request may ask for.
 const MIN_MESSAGE_BYTES: u64 = 64 << 10;
@@ -37,6 +38,8 @@ pub(crate) struct Context {
     pub(crate) turns: Arc<Semaphore>,
     /// One permit per request that waits for a barrier.
     pub(crate) waiters: Semaphore,
+    /// Which streams are sent while lookups come.
+    pub(crate) senders: Arc<Senders>,
     /// Who holds which mapped files.
     pub(crate) leases: Arc<Leases>,
 }
@@ -48,6 +51,7 @@ impl Context {
         let scans = Arc::new(Semaphore::new(config.max_scans));
         let turns = Arc::new(Semaphore::new(config.scan_threads));
         let waiters = Semaphore::new(config.max_waiters);
+        let senders = Senders::new(bulk::threads());
         let leases = Leases::new(config.lane.leased_max_bytes, config.lane.lease_term);
         Arc::new(Context {
             store,
@@ -56,6 +60,7 @@ impl Context {
             scans,
             turns,
             waiters,
+            senders,
             leases,
         })
     }

@@ -176,6 +176,7 @@ impl Session {
     fn answer_all(&mut self) -> Result<std::convert::Infallible, Ended> {
         loop {
             let header = self.next()?;
+            self.context.senders.make_way();
             let started = Instant::now();
             let answered = self.answer(&header);
             self.incoming.consume(&header);
