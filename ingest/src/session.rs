@@ -6,6 +6,9 @@
 //! they have already. Nothing is ever reset in silence: a lost offset or another topic of the
 //! same name stops the table with the reason.
 
+mod failures;
+mod gathered;
+
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,6 +19,7 @@ use rdkafka::consumer::Consumer as _;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
 
+use self::gathered::{CLOCK_STEPS, Gathered};
 use crate::assign::{Kept, NAMED, Offsets, least_positions};
 use crate::broker::{Consumer, Seen, TopicWatch, resolve_start, watermarks};
 use crate::control::{Control, Desired, KeptStop};
@@ -33,17 +37,11 @@ use crate::status::{SourceState, TableProgress};
 const POLL_WAIT: Duration = Duration::from_millis(100);
 /// How often the ends of partitions are looked up for the status.
 const ENDS_INTERVAL: Duration = Duration::from_millis(200);
-/// How many records are taken between two looks at the clock.
-const CLOCK_STEPS: usize = 32;
 /// A client that has not reached the brokers for so long is replaced. Seen once, with a broker
 /// that got hardly any CPU: librdkafka 2.12 logged a leader of nonsense numbers ("new
 /// leader-2073493717 not found in cache") and stayed out of reach for 8 minutes, while another
 /// client was answered. Whether the one caused the other is not known.
 const FRESH_CLIENT_AFTER: Duration = Duration::from_secs(15);
-/// Times in a row that a partition must end before a position until that is believed: a broker
-/// that just restarted may not yet know its own end.
-const PAST_END_TRIES: u32 = 4;
-
 /// One connection.
 pub(crate) struct Session<'s> {
     source: &'s Source,
@@ -77,57 +75,6 @@ pub(crate) struct Session<'s> {
     ends_at: Option<Instant>,
     /// Ends as the last fetch told them before the consumer was idle.
     stale_ends: Offsets,
-}
-
-/// Records and events of one micro-batch, in the order they came.
-#[derive(Default)]
-struct Gathered<'c> {
-    records: Vec<Record<'c>>,
-    /// When every [`CLOCK_STEPS`]th record was taken.
-    clock: Vec<Instant>,
-    steps: Vec<Step>,
-    failures: Vec<(RDKafkaErrorCode, Option<i32>, String)>,
-}
-
-impl Gathered<'_> {
-    fn arrival(&self, index: usize) -> Option<Arrival> {
-        let record = self.records.get(index)?;
-        Some(Arrival {
-            partition: record.partition(),
-            received: *self.clock.get(index / CLOCK_STEPS)?,
-            timestamp: record.timestamp(),
-        })
-    }
-
-    /// The partition of each step.
-    fn partitions(&self) -> impl Iterator<Item = i32> {
-        self.steps.iter().filter_map(|step| match *step {
-            Step::Record(index) => self.records.get(index).map(Record::partition),
-            Step::End { partition, .. } => Some(partition),
-        })
-    }
-
-    /// Headers of a record, copied.
-    fn headers(&self, index: usize) -> Headers {
-        let Some(record) = self.records.get(index) else {
-            return Vec::new();
-        };
-        let copied =
-            |(name, value): (&str, Option<&[u8]>)| (name.to_owned(), value.map(<[u8]>::to_vec));
-        record.headers().into_iter().map(copied).collect()
-    }
-
-    /// Of each partition the last record: its offset and leader epoch.
-    fn epochs(&self) -> BTreeMap<i32, (i64, i32)> {
-        let mut epochs = BTreeMap::new();
-        for record in &self.records {
-            match record.leader_epoch() {
-                Some(epoch) => epochs.insert(record.partition(), (record.offset(), epoch)),
-                None => epochs.remove(&record.partition()),
-            };
-        }
-        epochs
-    }
 }
 
 impl<'s> Session<'s> {
@@ -542,136 +489,6 @@ impl<'s> Session<'s> {
         }
     }
 
-    /// Reacts to what the consumer reported. `Some` ends the connection.
-    fn handle_failure(
-        &mut self,
-        code: RDKafkaErrorCode,
-        partition: Option<i32>,
-        message: &str,
-    ) -> Option<Ended> {
-        let topic = &self.topic.name;
-        match code {
-            RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => {
-                match partition {
-                    Some(partition) => self
-                        .check_range(partition, common_end(message))
-                        .err()
-                        .map(Ended::Retry),
-                    None => Some(Ended::Retry(format!(
-                        "offset of {topic} out of range: {message}"
-                    ))),
-                }
-            }
-            RDKafkaErrorCode::UnknownTopic
-            | RDKafkaErrorCode::UnknownTopicOrPartition
-            | RDKafkaErrorCode::UnknownTopicId
-            | RDKafkaErrorCode::UnknownPartition
-            | RDKafkaErrorCode::Fatal => {
-                // A fresh connection sees what became of the topic.
-                Some(Ended::Retry(format!("topic {topic}: {message} ({code})")))
-            }
-            // librdkafka would go on behind the batch, and its records would be missing.
-            RDKafkaErrorCode::BadMessage
-            | RDKafkaErrorCode::BadCompression
-            | RDKafkaErrorCode::InvalidMessage => Some(Ended::Retry(format!(
-                "topic {topic}: the brokers' records are damaged: {message} ({code})"
-            ))),
-            RDKafkaErrorCode::NotImplemented => Some(Ended::Retry(format!(
-                "topic {topic}: the brokers' records cannot be read: {message} ({code})"
-            ))),
-            // One of several brokers: librdkafka finds another or tells of them all.
-            RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::Resolve => {
-                tracing::debug!(topic, "{message} ({code})");
-                None
-            }
-            _ => {
-                let trouble = format!("topic {topic}: {message} ({code})");
-                self.trouble.insert(partition, trouble);
-                None
-            }
-        }
-    }
-
-    /// Stops the tables whose position the partition no longer has, or moves them as their
-    /// `on_lost` says, and reads on for the rest. `common_end`: where librdkafka found that the
-    /// brokers' records cease to be those that were read.
-    fn check_range(&mut self, partition: i32, common_end: Option<i64>) -> Result<(), String> {
-        let timeout = self.source.config.request_timeout;
-        let topic = self.topic.name.clone();
-        let (low, high) = watermarks(self.consumer, &topic, partition, timeout)?;
-        let mut feeds = self.slots.iter().filter_map(Slot::feed);
-        let tries = if feeds.any(|f| f.positions().get(&partition).is_some_and(|n| *n > high)) {
-            let tries = self.past_end_tries.entry(partition).or_default();
-            *tries += 1;
-            *tries
-        } else {
-            self.past_end_tries.remove(&partition);
-            0
-        };
-        let kept = Kept {
-            low,
-            high,
-            is_end_sure: tries >= PAST_END_TRIES,
-            common_end,
-        };
-        let permit = self.permit();
-        let mut wait = true;
-        for slot in &mut self.slots {
-            let Reading::Open(feed) = &mut slot.reading else {
-                continue;
-            };
-            let Some(next) = feed.positions().get(&partition).copied() else {
-                continue;
-            };
-            let Some(lost) = kept.lost(&topic, partition, next) else {
-                continue;
-            };
-            wait = false;
-            let source = slot.definition.kafka.as_ref();
-            let policy = source.and_then(|s| Some((s, start_after_loss(s.on_lost)?)));
-            let problem = match policy {
-                Some((source, policy)) => {
-                    let to = if policy == StartPolicy::Earliest {
-                        low
-                    } else {
-                        high
-                    };
-                    match feed.reset(partition, to, source, &lost, permit) {
-                        Ok(()) => {
-                            slot.tally.resets += 1;
-                            continue;
-                        }
-                        Err(problem) => problem,
-                    }
-                }
-                None => {
-                    let table = slot.table.name();
-                    let reason = format!("table {table}: {lost}; {}", way_out(&table));
-                    // Opened again, the table might read on where others took their place.
-                    let stop = KeptStop {
-                        reason: reason.clone(),
-                        definition: Arc::clone(&slot.definition),
-                    };
-                    self.source.control.keep_stopped(slot.table.id(), stop);
-                    FeedProblem::Stop(reason)
-                }
-            };
-            slot.set_aside(problem);
-        }
-        if wait {
-            self.trouble.insert(
-                Some(partition),
-                format!("{topic} partition {partition}: offset out of range"),
-            );
-            let generation = self.generation.unwrap_or(0);
-            self.source
-                .control
-                .sleep(generation, Duration::from_millis(500));
-        }
-        self.assigned = None;
-        Ok(())
-    }
-
     /// Ends of partitions as the last fetch told them.
     fn fetched_ends(&self) -> Offsets {
         let end = |&partition: &i32| {
@@ -790,20 +607,6 @@ fn apply_to(
     }
 }
 
-/// Where the brokers' records cease to be those that were read, of what librdkafka says of a
-/// position that it gave up; `None` where it did not compare them.
-fn common_end(message: &str) -> Option<i64> {
-    // "Partition log truncation detected at offset 12 (leader epoch 3): broker end offset is 10
-    // (offset leader epoch 3). Reset to INVALID.": of `rdkafka_offset.c`.
-    if !message.contains("truncation") {
-        return None;
-    }
-    let end = message.split_once("broker end offset is ");
-    let end = end.and_then(|(_, rest)| rest.split_whitespace().next()?.parse().ok());
-    // Nothing is common where no number stands, nor where it is -1.
-    Some(end.unwrap_or(-1))
-}
-
 fn now_nanos() -> i128 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -813,24 +616,4 @@ fn now_nanos() -> i128 {
 
 pub(crate) fn now_millis() -> i64 {
     i64::try_from(now_nanos() / 1_000_000).unwrap_or(i64::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn where_a_log_was_truncated_is_read_from_what_librdkafka_says() {
-        let truncated = "Partition log truncation detected at offset 12 (leader epoch 3): broker \
-             end offset is 10 (offset leader epoch 3). Reset to INVALID.: Local: Partition log \
-             truncation detected (broker 1)";
-        assert_eq!(common_end(truncated), Some(10));
-        let unknown = "No epoch found less or equal to offset 12 (leader epoch 3): broker end \
-             offset is -1 (offset leader epoch -1). Reset using configured policy.: Local: \
-             Partition log truncation detected (broker 1)";
-        assert_eq!(common_end(unknown), Some(-1));
-        let gone = "fetch failed due to requested offset not available on the broker: Broker: \
-             Offset out of range (broker 1)";
-        assert_eq!(common_end(gone), None);
-    }
 }
