@@ -14,21 +14,18 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use pinion_schemas::StartPolicy;
 use rdkafka::consumer::Consumer as _;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset, TopicPartitionList};
 
 use self::gathered::{CLOCK_STEPS, Gathered};
-use crate::assign::{Kept, NAMED, Offsets, least_positions};
-use crate::broker::{Consumer, Seen, TopicWatch, resolve_start, watermarks};
+use crate::assign::{NAMED, Offsets, least_positions};
+use crate::broker::{Consumer, Seen, TopicWatch, resolve_start};
 use crate::control::{Control, Desired, KeptStop};
 use crate::decode::Incoming;
-use crate::feed::{
-    Beside, Feed, FeedProblem, Headers, Permit, Step, TopicView, start_after_loss, way_out,
-};
-use crate::freshness::{Arrival, Visible};
-use crate::native::{self, EventQueue, Polled, Record};
+use crate::feed::{Beside, Feed, FeedProblem, Permit, Step, TopicView};
+use crate::freshness::Visible;
+use crate::native::{self, EventQueue, Polled};
 use crate::slot::{Reading, Slot};
 use crate::source::{BACKOFF, Ended, Source};
 use crate::status::{SourceState, TableProgress};
