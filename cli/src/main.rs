@@ -36,6 +36,11 @@ use clap::Parser;
 use crate::args::{Cli, Command};
 use crate::error::CliResult;
 
+/// Snapshots are dropped by whoever looked something up last, and were made by whoever committed. glibc's
+/// allocator takes the other thread's lock for that, which its owner may hold while it has no core.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Command::GdsProbe(args) = cli.command {
