@@ -4,7 +4,6 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
-use rustix::process::{getpid, getpriority_process, setpriority_process};
 
 use crate::store::StoreInner;
 
@@ -32,10 +31,6 @@ impl Wake {
     }
 }
 
-/// How far the thread that merges stands below the others. What it does is not urgent, and yet has to
-/// keep up: it has a third of their weight.
-const NICER_BY: i32 = 5;
-
 /// Starts the threads of a store. They end when the store is closed or dropped.
 pub(crate) fn start(store: &Arc<StoreInner>) -> std::io::Result<()> {
     let weak = Arc::downgrade(store);
@@ -47,20 +42,8 @@ pub(crate) fn start(store: &Arc<StoreInner>) -> std::io::Result<()> {
     let wake = Arc::clone(&store.wake);
     std::thread::Builder::new()
         .name("pinion-merge".to_owned())
-        .spawn(move || {
-            yield_to_others();
-            merge_loop(&weak, &wake);
-        })?;
+        .spawn(move || merge_loop(&weak, &wake))?;
     Ok(())
-}
-
-/// The thread gets the nice value of the process's first one and [`NICER_BY`] more: it is born with
-/// that of its maker, which may be another.
-fn yield_to_others() {
-    let nice = getpriority_process(Some(getpid())).unwrap_or(0);
-    if let Err(error) = setpriority_process(None, nice + NICER_BY) {
-        tracing::debug!(%error, "merges have the priority of the other threads");
-    }
 }
 
 fn sync_loop(store: &Weak<StoreInner>, interval: Duration) {

@@ -28,9 +28,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Congestion control between processes of one machine. Others pace what they send, which on
 /// loopback only costs throughput: bbr, a common default, halves it.
 const LOOPBACK_CONGESTION: &str = "reno";
-/// Send buffer of a Unix socket, which the kernel doubles for its own use. With a third of it, as
-/// the system has it, both sides are woken three times as often; with more, what the client reads
-/// has left the processor's cache: gRPC's C++ client gains up to 512 KiB, ours loses a third there.
+/// Send buffer of a Unix socket, which the kernel doubles for its own use (and keeps under
+/// `net.core.wmem_max`). With the 208 KiB that the system has, both sides are woken four times as often;
+/// with more, what the client reads has left the processor's cache: gRPC's C++ client gains up to
+/// 512 KiB, ours loses a third there.
 const UNIX_SEND_BUFFER_BYTES: usize = 384 << 10;
 /// Over TCP within the machine, bytes that are not under way yet: how many are, the client says by its
 /// receive buffer. gRPC's C++ client lets that grow, and takes a third longer when the send buffer
@@ -81,7 +82,8 @@ impl Listener {
             Listener::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                let local = peer.ip().is_loopback();
+                let ip = peer.ip().to_canonical();
+                let local = ip.is_loopback() || ip == stream.local_addr()?.ip().to_canonical();
                 if local {
                     tune_for_loopback(&stream);
                 }
@@ -188,16 +190,14 @@ impl Connection {
         // A socket that cannot be registered anew goes on as it is.
         self.in_bulk = bulk;
         if let Some(place) = &mut self.place {
-            place.leave();
+            place.restart();
         }
         let _entered = self.class.handle().enter();
-        match self.transport.register_anew() {
-            // Whoever waited for the other direction is forgotten: both are polled again.
-            Ok(()) => cx.waker().wake_by_ref(),
-            Err(error) => {
-                tracing::debug!(%error, "a connection is worked off by one runtime and told of by the other");
-            }
+        if let Err(error) = self.transport.register_anew() {
+            tracing::debug!(%error, "a connection is worked off by one runtime and told of by the other");
         }
+        // Whoever waited for the other direction, or for a turn, is forgotten: all are polled again.
+        cx.waker().wake_by_ref();
     }
 
     /// Ready when bytes may be written: by the runtime that works the connection off, in its turn.

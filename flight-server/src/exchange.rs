@@ -180,7 +180,6 @@ impl Session {
     }
 
     async fn answer(&mut self, keys: RecordBatch, arrived: Instant) -> Result<(), Failure> {
-        self.context.senders.make_way();
         let request = measure::Request::start("Lookup");
         match self.look_up(keys, arrived).await {
             Ok((reply, metadata)) => {
@@ -210,6 +209,7 @@ impl Session {
         };
         let bound = Arc::clone(bound);
         let snapshots = await_barrier(&bound.tables(), &self.barrier, &self.context).await?;
+        self.context.senders.make_way();
         let rows = keys.num_rows();
         let quick = rows <= INLINE_ROWS && snapshots.iter().all(Snapshot::is_warm);
         let (reply, snapshots) = if quick {

@@ -220,6 +220,7 @@ pub(crate) async fn open(context: &Context, ticket: &[u8]) -> Result<Reply, Fail
             let plan = LookupPlan::new(context, &command)?;
             let tables = plan.tables();
             let snapshots = await_barrier(&tables, &command.barrier(), context).await?;
+            context.senders.make_way();
             lookup_reply(context, plan, &command, snapshots)
         }
         TicketRequest::Command(Command::Asof(_)) => Err(no_asof()),

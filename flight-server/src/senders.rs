@@ -3,9 +3,10 @@
 //! A client of this machine that is given bytes takes a core until it has read them. Beside dozens of
 //! such clients whoever asks for a few rows waits in the system's queue of runnable threads, whatever
 //! the server's own threads do. So while lookups come, one connection for every two cores is
-//! given bytes at a time: [`TURN_BYTES`], then the next one. A client that leaves its turn unused is
-//! slow, wakes rarely, and is in nobody's way: the turn passes on, and it is sent as many bytes
-//! without one before it waits again. Clients of other machines need no turns.
+//! given bytes at a time: [`TURN_BYTES`], then the one that waits longest. A turn that is not used, or
+//! lasts too long, passes on: that stream is slow, by its client or by its rows, wakes nobody often,
+//! and is sent as many bytes without a turn before it waits again. So is the beginning of every stream,
+//! which may be all of it. Clients of other machines need no turns.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,8 +19,12 @@ use tokio::time::Instant;
 
 /// Bytes of one turn.
 const TURN_BYTES: usize = 2 << 20;
-/// How long a client may leave its turn unused.
+/// Bytes that every stream is sent before it waits for a turn.
+const FIRST_BYTES: usize = 256 << 10;
+/// How long a turn may be left unused. It is looked at as often, so it may last twice as long.
 const PATIENCE: Duration = Duration::from_millis(2);
+/// How long a turn may last in all: at 200 MB/s.
+const LONGEST: Duration = Duration::from_millis(10);
 /// How long after a lookup turns are taken.
 const LINGER: Duration = Duration::from_millis(100);
 
@@ -46,6 +51,8 @@ struct Queue {
 #[derive(Debug)]
 struct Turn {
     place: u64,
+    bytes: usize,
+    began: Instant,
     used: Instant,
 }
 
@@ -74,9 +81,8 @@ impl Senders {
         Place {
             senders: Arc::clone(self),
             number: queue.places,
-            sends: false,
-            slow: false,
-            bytes: 0,
+            asked: false,
+            free: FIRST_BYTES,
         }
     }
 
@@ -91,7 +97,9 @@ impl Senders {
             tokio::time::sleep(PATIENCE).await;
             let mut queue = self.queue.lock();
             if self.takes_turns() {
-                queue.sending.retain(|turn| turn.used.elapsed() < PATIENCE);
+                queue.sending.retain(|turn| {
+                    turn.used.elapsed() < PATIENCE && turn.began.elapsed() < LONGEST
+                });
                 queue.fill(self.most);
             } else {
                 queue.sending.clear();
@@ -111,8 +119,13 @@ impl Queue {
         while self.sending.len() < most
             && let Some((place, waker)) = self.waiting.pop_front()
         {
-            let used = Instant::now();
-            self.sending.push(Turn { place, used });
+            let now = Instant::now();
+            self.sending.push(Turn {
+                place,
+                bytes: 0,
+                began: now,
+                used: now,
+            });
             waker.wake();
         }
     }
@@ -125,6 +138,10 @@ impl Queue {
         }
     }
 
+    fn is_waiting(&self, place: u64) -> bool {
+        self.waiting.iter().any(|(other, _)| *other == place)
+    }
+
     fn turn(&mut self, place: u64) -> Option<&mut Turn> {
         self.sending.iter_mut().find(|turn| turn.place == place)
     }
@@ -135,34 +152,36 @@ impl Queue {
 pub(crate) struct Place {
     senders: Arc<Senders>,
     number: u64,
-    /// It was given a turn, which may have passed on since.
-    sends: bool,
-    /// It left a turn unused, and needs none for as many bytes.
-    slow: bool,
-    /// Bytes of this turn so far.
-    bytes: usize,
+    /// It waits for a turn, or was given one, which may have passed on since.
+    asked: bool,
+    /// Bytes that it is sent without a turn.
+    free: usize,
 }
 
 impl Place {
     /// Ready when the connection may be sent to.
     pub(crate) fn poll_turn(&mut self, cx: &Context<'_>) -> Poll<()> {
         let senders = &self.senders;
-        if self.slow || !senders.takes_turns() {
+        if self.free > 0 {
+            return Poll::Ready(());
+        }
+        if !senders.takes_turns() {
+            self.asked = false;
             return Poll::Ready(());
         }
         let mut queue = senders.queue.lock();
-        if std::mem::take(&mut self.sends) && queue.turn(self.number).is_none() {
-            // It passed on: the client did not take what it was sent.
-            self.slow = true;
-            self.bytes = 0;
+        if queue.turn(self.number).is_some() {
             return Poll::Ready(());
         }
-        if queue.turn(self.number).is_none() {
-            queue.wait(self.number, cx.waker());
-            queue.fill(senders.most);
+        if std::mem::replace(&mut self.asked, true) && !queue.is_waiting(self.number) {
+            // Its turn passed on.
+            self.asked = false;
+            self.free = TURN_BYTES;
+            return Poll::Ready(());
         }
-        self.sends = queue.turn(self.number).is_some();
-        if self.sends {
+        queue.wait(self.number, cx.waker());
+        queue.fill(senders.most);
+        if queue.turn(self.number).is_some() {
             return Poll::Ready(());
         }
         if !std::mem::replace(&mut queue.watched, true) {
@@ -173,21 +192,30 @@ impl Place {
 
     /// The socket took so many bytes.
     pub(crate) fn sent(&mut self, bytes: usize) {
-        self.bytes += bytes;
-        if self.bytes >= TURN_BYTES {
-            self.bytes = 0;
-            self.slow = false;
-            self.leave();
-        } else if self.sends
-            && let Some(turn) = self.senders.queue.lock().turn(self.number)
-        {
-            turn.used = Instant::now();
+        if self.free > 0 {
+            self.free = self.free.saturating_sub(bytes);
+        } else if self.asked {
+            let mut queue = self.senders.queue.lock();
+            if let Some(turn) = queue.turn(self.number) {
+                turn.bytes += bytes;
+                turn.used = Instant::now();
+                if turn.bytes >= TURN_BYTES {
+                    drop(queue);
+                    self.leave();
+                }
+            }
         }
     }
 
+    /// Begins anew, for another stream.
+    pub(crate) fn restart(&mut self) {
+        self.leave();
+        self.free = FIRST_BYTES;
+    }
+
     /// Gives the turn back, and the place in the queue.
-    pub(crate) fn leave(&mut self) {
-        self.sends = false;
+    fn leave(&mut self) {
+        self.asked = false;
         let mut queue = self.senders.queue.lock();
         queue.waiting.retain(|(place, _)| *place != self.number);
         queue.sending.retain(|turn| turn.place != self.number);
@@ -211,10 +239,19 @@ mod tests {
             .is_ready()
     }
 
+    /// Places whose streams are past their beginning.
+    fn places<const N: usize>(senders: &Arc<Senders>) -> [Place; N] {
+        std::array::from_fn(|_| {
+            let mut place = senders.place();
+            place.sent(FIRST_BYTES);
+            place
+        })
+    }
+
     #[tokio::test(start_paused = true)]
     async fn everybody_sends_until_a_lookup_comes_and_again_a_while_after_it() {
         let senders = Senders::new(1);
-        let (mut first, mut second) = (senders.place(), senders.place());
+        let [mut first, mut second] = places(&senders);
         assert!(may_send(&mut first) && may_send(&mut second));
         senders.make_way();
         assert!(may_send(&mut first));
@@ -226,7 +263,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn one_sends_the_bytes_of_a_turn_and_then_the_one_that_waits_longest() {
         let senders = Senders::new(1);
-        let (mut first, mut second) = (senders.place(), senders.place());
+        let [mut first, mut second] = places(&senders);
         senders.make_way();
         assert!(may_send(&mut first));
         assert!(!may_send(&mut second));
@@ -236,6 +273,7 @@ mod tests {
         assert!(!may_send(&mut first));
         assert!(may_send(&mut second));
         second.sent(TURN_BYTES);
+        assert!(!may_send(&mut second));
         assert!(may_send(&mut first));
         drop(first);
         assert!(may_send(&mut second), "a closed connection has no turn");
@@ -244,28 +282,33 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn who_waits_is_woken_when_a_turn_is_not_used_and_when_no_more_lookups_come() {
         let senders = Senders::new(1);
-        let (mut stuck, mut second, mut third) =
-            (senders.place(), senders.place(), senders.place());
+        let [mut stuck, mut second, mut third] = places(&senders);
         senders.make_way();
         assert!(may_send(&mut stuck));
         let began = Instant::now();
         std::future::poll_fn(|cx| second.poll_turn(cx)).await;
-        assert!(began.elapsed() < PATIENCE * 3);
-        while began.elapsed() < LINGER * 2 {
-            second.sent(1);
-            let turn = std::future::poll_fn(|cx| third.poll_turn(cx));
-            if tokio::time::timeout(PATIENCE / 2, turn).await.is_ok() {
-                break;
-            }
-        }
-        assert!(began.elapsed() >= LINGER / 2, "its turn was in use");
-        assert!(began.elapsed() <= LINGER * 2, "nobody looks anything up");
+        assert!(began.elapsed() <= PATIENCE * 2);
+        let ends = tokio::spawn(async move {
+            std::future::poll_fn(|cx| third.poll_turn(cx)).await;
+            began.elapsed()
+        });
+        // Nobody polls what the turn was given to, and yet it does not stay there.
+        assert!(ends.await.unwrap() <= PATIENCE * 4);
+        senders.make_way();
+        let mut last = senders.place();
+        last.sent(FIRST_BYTES);
+        let [mut holds] = places(&senders);
+        assert!(may_send(&mut holds));
+        let waits = async {
+            std::future::poll_fn(|cx| last.poll_turn(cx)).await;
+        };
+        tokio::time::timeout(LINGER * 2, waits).await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_client_that_leaves_its_turn_unused_holds_up_nobody_and_is_sent_as_much_without() {
+    async fn a_turn_left_unused_passes_on_and_its_stream_is_sent_as_much_without_one() {
         let senders = Senders::new(1);
-        let (mut slow, mut other) = (senders.place(), senders.place());
+        let [mut slow, mut other] = places(&senders);
         senders.make_way();
         assert!(may_send(&mut slow));
         assert!(!may_send(&mut other));
@@ -276,5 +319,50 @@ mod tests {
         assert!(may_send(&mut slow));
         slow.sent(1);
         assert!(!may_send(&mut slow), "it waits again");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_that_was_gone_before_its_stream_looked_was_a_turn_too() {
+        let senders = Senders::new(1);
+        let [mut first, mut second, mut third] = places(&senders);
+        senders.make_way();
+        assert!(may_send(&mut first));
+        assert!(!may_send(&mut second));
+        assert!(!may_send(&mut third));
+        first.sent(TURN_BYTES);
+        // Now it is the second's, which is not polled in time.
+        tokio::time::sleep(PATIENCE * 2).await;
+        assert!(may_send(&mut third));
+        assert!(may_send(&mut second));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_takes_little_at_a_time_does_not_keep_the_turn() {
+        let senders = Senders::new(1);
+        let [mut trickle, mut other] = places(&senders);
+        senders.make_way();
+        assert!(may_send(&mut trickle));
+        assert!(!may_send(&mut other));
+        let began = Instant::now();
+        while !may_send(&mut other) {
+            assert!(began.elapsed() < LONGEST * 2);
+            tokio::time::sleep(PATIENCE / 2).await;
+            trickle.sent(1);
+        }
+        assert!(may_send(&mut trickle), "it is slow now");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_beginning_of_a_stream_waits_for_nobody() {
+        let senders = Senders::new(1);
+        let [mut first] = places(&senders);
+        let mut second = senders.place();
+        senders.make_way();
+        assert!(may_send(&mut first));
+        assert!(may_send(&mut second));
+        second.sent(FIRST_BYTES);
+        assert!(!may_send(&mut second));
+        second.restart();
+        assert!(may_send(&mut second));
     }
 }

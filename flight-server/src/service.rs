@@ -35,7 +35,7 @@ pub(crate) struct Context {
     /// One permit per open DoGet stream.
     pub(crate) scans: Arc<Semaphore>,
     /// One permit per step of a DoGet stream that is being worked off.
-    pub(crate) turns: Arc<Semaphore>,
+    pub(crate) steps: Arc<Semaphore>,
     /// One permit per request that waits for a barrier.
     pub(crate) waiters: Semaphore,
     /// Which streams are sent while lookups come.
@@ -49,7 +49,7 @@ pub(crate) type SharedContext = Arc<Context>;
 impl Context {
     pub(crate) fn new(store: Store, hooks: Hooks, config: ServerConfig) -> SharedContext {
         let scans = Arc::new(Semaphore::new(config.max_scans));
-        let turns = Arc::new(Semaphore::new(config.scan_threads));
+        let steps = Arc::new(Semaphore::new(config.scan_threads));
         let waiters = Semaphore::new(config.max_waiters);
         let senders = Senders::new(bulk::threads());
         let leases = Leases::new(config.lane.leased_max_bytes, config.lane.lease_term);
@@ -58,7 +58,7 @@ impl Context {
             hooks,
             config,
             scans,
-            turns,
+            steps,
             waiters,
             senders,
             leases,

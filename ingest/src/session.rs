@@ -39,6 +39,7 @@ const ENDS_INTERVAL: Duration = Duration::from_millis(200);
 /// leader-2073493717 not found in cache") and stayed out of reach for 8 minutes, while another
 /// client was answered. Whether the one caused the other is not known.
 const FRESH_CLIENT_AFTER: Duration = Duration::from_secs(15);
+
 /// One connection.
 pub(crate) struct Session<'s> {
     source: &'s Source,

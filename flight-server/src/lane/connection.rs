@@ -176,7 +176,6 @@ impl Session {
     fn answer_all(&mut self) -> Result<std::convert::Infallible, Ended> {
         loop {
             let header = self.next()?;
-            self.context.senders.make_way();
             let started = Instant::now();
             let answered = self.answer(&header);
             self.incoming.consume(&header);
@@ -299,6 +298,7 @@ impl Session {
             &handle.tables,
             &handle.barrier,
         )?;
+        self.context.senders.make_way();
         let payload = self.incoming.payload(header);
         let message = handle.answer(&mut self.room, payload, &snapshots, arrived)?;
         let frame = self.outgoing.begin();

@@ -144,7 +144,7 @@ async fn open(
     let limits = Limits {
         permit,
         open: Arc::new(peer.class.stream()),
-        turns: Arc::clone(&context.turns),
+        steps: Arc::clone(&context.steps),
         reader_idle: context.config.reader_idle,
     };
     Ok((reply, limits))

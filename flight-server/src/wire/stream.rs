@@ -71,8 +71,8 @@ pub(crate) struct Limits {
     pub(crate) permit: OwnedSemaphorePermit,
     /// Counts the stream for its connection.
     pub(crate) open: Arc<OpenStream>,
-    /// Turns in the pool of blocking threads, given in the order asked.
-    pub(crate) turns: Arc<Semaphore>,
+    /// One permit per step in the pool of blocking threads, given in the order asked.
+    pub(crate) steps: Arc<Semaphore>,
     pub(crate) reader_idle: Duration,
 }
 
@@ -198,7 +198,7 @@ async fn drive(shared: Arc<Shared>, mut reply: Reply, limits: Limits) {
     let Limits {
         permit: _permit,
         open: _open,
-        turns,
+        steps,
         reader_idle,
     } = limits;
     loop {
@@ -208,7 +208,7 @@ async fn drive(shared: Arc<Shared>, mut reply: Reply, limits: Limits) {
             Wait::Idle => return shared.cut_off(reader_idle),
         }
         // Closed only at the end of the process.
-        let Ok(turn) = Arc::clone(&turns).acquire_owned().await else {
+        let Ok(permit) = Arc::clone(&steps).acquire_owned().await else {
             return;
         };
         if shared.queue.lock().closed {
@@ -216,7 +216,7 @@ async fn drive(shared: Arc<Shared>, mut reply: Reply, limits: Limits) {
         }
         let stepped = tokio::task::spawn_blocking(move || {
             let step = reply.step();
-            drop(turn);
+            drop(permit);
             (reply, step)
         });
         let step = match stepped.await {
