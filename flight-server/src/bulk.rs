@@ -16,8 +16,6 @@ use std::task::{Context, Poll};
 use rustix::process::{getpid, getpriority_process, setpriority_process};
 use tokio::runtime::{Builder, Handle, Runtime};
 
-use crate::senders::Senders;
-
 /// How far the bulk threads stand below the others. Beside 64 scans on two cores lookups over
 /// Flight took 1.3 ms (p99) so, 1.7 ms without a difference, and 1.3 ms with 10, which cost
 /// scans a tenth of their rows.
@@ -28,7 +26,6 @@ const NICER_BY: i32 = 5;
 pub(crate) struct Bulk {
     runtime: Option<Runtime>,
     handles: Handles,
-    senders: Arc<Senders>,
 }
 
 #[derive(Debug, Clone)]
@@ -43,7 +40,7 @@ impl Bulk {
     /// # Errors
     ///
     /// No thread could be made.
-    pub(crate) fn start(senders: Arc<Senders>) -> io::Result<Bulk> {
+    pub(crate) fn start() -> io::Result<Bulk> {
         let runtime = Builder::new_multi_thread()
             .worker_threads(threads())
             .thread_name("pinion-bulk")
@@ -57,13 +54,7 @@ impl Bulk {
         Ok(Bulk {
             runtime: Some(runtime),
             handles,
-            senders,
         })
-    }
-
-    /// Which connections are sent to.
-    pub(crate) fn senders(&self) -> &Arc<Senders> {
-        &self.senders
     }
 
     /// What a new connection runs by.
@@ -211,7 +202,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_is_worked_off_in_bulk_while_a_stream_is_open_and_no_longer() {
-        let bulk = Bulk::start(Senders::new(1)).unwrap();
+        let bulk = Bulk::start().unwrap();
         let class = bulk.connection();
         let (names, mut seen) = tokio::sync::mpsc::unbounded_channel();
         let (go, mut gone) = tokio::sync::mpsc::unbounded_channel::<()>();
@@ -237,7 +228,7 @@ mod tests {
     #[tokio::test]
     async fn threads_for_bulk_stand_below_the_others() {
         let own = getpriority_process(Some(getpid())).unwrap();
-        let bulk = Bulk::start(Senders::new(1)).unwrap();
+        let bulk = Bulk::start().unwrap();
         let (sender, receiver) = oneshot::channel();
         bulk.handles.bulk.spawn(async move {
             let _ = sender.send(getpriority_process(None).unwrap());
@@ -247,7 +238,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_waits_while_it_is_moved_is_woken() {
-        let bulk = Bulk::start(Senders::new(1)).unwrap();
+        let bulk = Bulk::start().unwrap();
         let class = bulk.connection();
         let (done, ended) = oneshot::channel();
         class.spawn(async move {

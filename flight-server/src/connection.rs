@@ -20,7 +20,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::authority::Mender;
 use crate::bulk::{Bulk, Class};
-use crate::senders::Place;
+use crate::senders::{Place, Senders};
 use crate::sendfile;
 
 /// How long to wait when no connection can be accepted (no file descriptors left).
@@ -106,16 +106,17 @@ impl Listener {
         self,
         permits: Arc<Semaphore>,
         bulk: Arc<Bulk>,
+        senders: Arc<Senders>,
     ) -> impl Stream<Item = Connection> {
         stream::unfold(
-            (self, permits, bulk),
-            |(listener, permits, bulk)| async move {
+            (self, permits, bulk, senders),
+            |(listener, permits, bulk, senders)| async move {
                 loop {
                     match listener.accept().await {
                         Ok((transport, local)) => match Arc::clone(&permits).try_acquire_owned() {
                             Ok(permit) => {
                                 counter!("pinion_connections_total").increment(1);
-                                let place = local.then(|| bulk.senders().place());
+                                let place = local.then(|| senders.place());
                                 let connection = Connection {
                                     transport,
                                     place,
@@ -124,7 +125,7 @@ impl Listener {
                                     greeting: Arc::default(),
                                     _permit: permit,
                                 };
-                                return Some((connection, (listener, permits, bulk)));
+                                return Some((connection, (listener, permits, bulk, senders)));
                             }
                             Err(_) => {
                                 counter!("pinion_connections_refused_total").increment(1);
@@ -426,7 +427,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
     async fn who_waits_to_read_is_polled_again_when_the_socket_moves() {
         use tokio::io::AsyncWriteExt;
-        let bulk = Bulk::start(crate::senders::Senders::new(1)).unwrap();
+        let bulk = Bulk::start().unwrap();
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let class = bulk.connection();
         let mut connection = Connection {

@@ -107,7 +107,7 @@ pub async fn serve(
         );
         servers.spawn(server);
     }
-    let bulk = Bulk::start(Arc::clone(&context.senders)).map_err(|source| ServeError::Serve {
+    let bulk = Bulk::start().map_err(|source| ServeError::Serve {
         what: "Flight",
         source: source.into(),
     })?;
@@ -127,7 +127,11 @@ pub async fn serve(
             context: Arc::clone(&context),
         });
         let server = accept(
-            listener.incoming(Arc::clone(&permits), Arc::clone(&bulk)),
+            listener.incoming(
+                Arc::clone(&permits),
+                Arc::clone(&bulk),
+                Arc::clone(&context.senders),
+            ),
             routes.prepare(),
             context.config.max_concurrent_streams,
             until_stopped(stopped.clone()),
