@@ -141,6 +141,7 @@ impl Reader {
         pick: &Pick,
     ) -> Result<EncodedKeys, ReadError> {
         let columns: Vec<usize> = (0..from.key_columns).collect();
+        stored.fetch(&columns)?;
         stored.read(&columns)?;
         let taken = columns.iter().map(|&at| taken(&stored.column(at)?, pick));
         let taken = taken.collect::<Result<Vec<_>, ArrowError>>();
@@ -205,7 +206,7 @@ impl Reader {
                 true => self.keys(from, &at.stored, &pick)?,
                 false => EncodedKeys::default(),
             };
-            let (batch, ranges) = self.columns(from, &at.stored, &pick, picked(&pick))?;
+            let (batch, ranges) = self.columns(from, &at.stored, &pick, pick.rows())?;
             let mapped = match (&at.stored, pick) {
                 (Stored::Segment(level, number), Pick::Run(rows)) => Some(MappedRows {
                     file: SegmentFile(Arc::clone(level)),
@@ -238,6 +239,11 @@ impl Reader {
         let how = self.columns.iter().map(|&c| version.column_from(from, c));
         let how = how.collect::<Result<Vec<_>, _>>().map_err(compute)?;
         let needed: Vec<usize> = how.iter().filter_map(stored_at).collect();
+        // What the file holds as a run is likely to be read from there, by other means.
+        let schema = &from.storage_schema;
+        let others = needed.iter().copied();
+        let others = others.filter(|&at| !is_run(schema.field(at).data_type()));
+        stored.fetch(&others.collect::<Vec<_>>())?;
         stored.read(&needed)?;
         let map = match stored {
             Stored::Segment(level, _) => Some(level.segment.arrow_file()),
@@ -275,14 +281,6 @@ fn stored_at(how: &ColumnFrom) -> Option<usize> {
     }
 }
 
-/// How many rows.
-fn picked(pick: &Pick) -> usize {
-    match pick {
-        Pick::Run(rows) => rows.len(),
-        Pick::Scattered(_, passed) => passed.true_count(),
-    }
-}
-
 fn taken(column: &ArrayRef, pick: &Pick) -> Result<ArrayRef, ArrowError> {
     match pick {
         Pick::Run(rows) => Ok(column.slice(rows.start, rows.len())),
@@ -296,6 +294,15 @@ fn taken(column: &ArrayRef, pick: &Pick) -> Result<ArrayRef, ArrowError> {
 /// The hash of each key.
 pub(super) fn hashes(keys: &EncodedKeys) -> Vec<u64> {
     keys.iter().map(key_hash).collect()
+}
+
+/// Whether values of a type lie in a file one after the other.
+fn is_run(data_type: &DataType) -> bool {
+    match data_type {
+        DataType::FixedSizeBinary(_) => true,
+        DataType::FixedSizeList(item, _) => is_run(item.data_type()),
+        other => other.primitive_width().is_some(),
+    }
 }
 
 /// Where the values of a column lie, if they are of fixed width and whole bytes.

@@ -270,6 +270,11 @@ impl Scan {
             schema: &self.schema,
         };
         let needed = output.needed().map_err(|e| self.compute(e))?;
+        // A few rows are better fetched by themselves, when they leave.
+        let rows: usize = left.iter().map(Pick::rows).sum();
+        if rows > piece.stored.rows() / 2 {
+            piece.stored.fetch(&needed)?;
+        }
         piece.stored.read(&needed)?;
         let storage = piece.stored.storage();
         left.reverse();

@@ -33,6 +33,14 @@ pub(crate) enum Pick {
 }
 
 impl Pick {
+    /// How many rows.
+    pub(crate) fn rows(&self) -> usize {
+        match self {
+            Pick::Run(rows) => rows.len(),
+            Pick::Scattered(_, set) => set.true_count(),
+        }
+    }
+
     /// Its first half and its second, those of them that have rows; `None` of a single row.
     pub(crate) fn halves(&self) -> Option<Vec<Pick>> {
         let (Pick::Run(range) | Pick::Scattered(range, _)) = self;

@@ -75,7 +75,19 @@ impl Stored {
         }
     }
 
-    fn rows(&self) -> usize {
+    /// Reads all of some columns from the disk, for those who will read most of them. Those that
+    /// were decoded before are not looked at.
+    pub(crate) fn fetch(&self, columns: &[usize]) -> Result<(), ReadError> {
+        match self {
+            Stored::Segment(level, index) => level
+                .segment
+                .fetch_columns(*index, columns)
+                .map_err(|error| level.error(error)),
+            Stored::Memory { .. } => Ok(()),
+        }
+    }
+
+    pub(super) fn rows(&self) -> usize {
         match self {
             Stored::Segment(level, index) => level.segment.batch_row_count(*index).unwrap_or(0),
             Stored::Memory { batch, .. } => batch.num_rows(),
@@ -351,6 +363,7 @@ impl OpenSegment {
             }
         }
         let stored = Stored::Segment(Arc::clone(level), index);
+        stored.fetch(&needed)?;
         stored.read(&needed)?;
         let mut rows = 0..stored.rows();
         let mut filtered = filter.is_some();

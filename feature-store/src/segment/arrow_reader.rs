@@ -1,13 +1,14 @@
 //! Reads the Arrow files of a segment through their maps.
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use arrow_array::{ArrayRef, RecordBatch, RecordBatchOptions};
 use arrow_buffer::Buffer;
 use arrow_ipc::convert::fb_to_schema;
 use arrow_ipc::reader::{FileDecoder, read_footer_length};
-use arrow_ipc::{Footer, MetadataVersion, root_as_footer};
-use arrow_schema::{ArrowError, Schema, SchemaRef};
+use arrow_ipc::{Footer, MetadataVersion, root_as_footer, root_as_message};
+use arrow_schema::{ArrowError, DataType, Schema, SchemaRef};
 use bytes::Bytes;
 
 use super::arrow_writer::FORMAT_KEY;
@@ -262,6 +263,59 @@ impl ArrowFile {
         Ok(())
     }
 
+    /// Reads from the disk what decoding some columns, and handing them out, will read: their
+    /// bytes, unless they were decoded before.
+    pub(super) fn fetch_columns(
+        &self,
+        batch: usize,
+        columns: &[usize],
+    ) -> Result<(), SegmentDamage> {
+        if columns.iter().all(|&c| self.column(batch, c).is_some()) {
+            return Ok(());
+        }
+        let Some(block) = self.blocks.get(batch) else {
+            return Err(self.no_batch(batch));
+        };
+        let fetch = |range: Range<usize>| {
+            let fetched = self.mapped.fetch(range);
+            fetched.map_err(|error| self.damage(Some(batch), format!("cannot be read: {error}")))
+        };
+        if columns.len() == self.schema.fields().len() {
+            return fetch(block.offset as usize..block.end() as usize);
+        }
+        fetch(block.offset as usize..block.body_offset() as usize)?;
+        let ranges = self.column_ranges(block, columns);
+        ranges.into_iter().try_for_each(fetch)
+    }
+
+    /// Where the buffers of some columns lie, in ascending order, by the batch's message; nothing
+    /// where that cannot be read, which decoding it will tell.
+    pub(super) fn column_ranges(&self, block: &Block, columns: &[usize]) -> Vec<Range<usize>> {
+        // Behind the marker and the length.
+        let message = self.metadata(block).get(8..);
+        let message = message.and_then(|message| root_as_message(message).ok());
+        let Some(batch) = message.as_ref().and_then(|m| m.header_as_record_batch()) else {
+            return Vec::new();
+        };
+        let mut buffers = batch.buffers().into_iter().flatten();
+        let mut of_views = batch.variadicBufferCounts().into_iter().flatten();
+        let mut next_views = || of_views.next().unwrap_or(0) as usize;
+        let body = block.body_offset();
+        let mut found = Vec::new();
+        for (number, field) in self.schema.fields().iter().enumerate() {
+            let count = buffers_of(field.data_type(), &mut next_views);
+            for buffer in buffers.by_ref().take(count) {
+                if columns.contains(&number) && buffer.length() > 0 {
+                    let from = body.saturating_add(buffer.offset() as u64);
+                    let to = from.saturating_add(buffer.length() as u64);
+                    found.push(from as usize..to.min(block.end()) as usize);
+                }
+            }
+        }
+        found.sort_unstable_by_key(|range| range.start);
+        found
+    }
+
     /// Some columns, by ascending number. Those that were not decoded yet are, and no others.
     pub(super) fn batch_columns(
         &self,
@@ -377,6 +431,24 @@ impl ArrowFile {
             what,
             batch,
         }
+    }
+}
+
+/// Buffers of a column in a message; `views` tells those that the next column of views has beside
+/// its views.
+fn buffers_of(data_type: &DataType, views: &mut impl FnMut() -> usize) -> usize {
+    match data_type {
+        DataType::Null => 0,
+        DataType::Utf8 | DataType::LargeUtf8 | DataType::Binary | DataType::LargeBinary => 3,
+        DataType::Utf8View | DataType::BinaryView => 2 + views(),
+        DataType::List(item) | DataType::LargeList(item) | DataType::Map(item, _) => {
+            2 + buffers_of(item.data_type(), views)
+        }
+        DataType::FixedSizeList(item, _) => 1 + buffers_of(item.data_type(), views),
+        DataType::Struct(fields) => fields
+            .iter()
+            .fold(1, |sum, field| sum + buffers_of(field.data_type(), views)),
+        _ => 2,
     }
 }
 

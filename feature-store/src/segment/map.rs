@@ -26,6 +26,14 @@ const PAGES_A_CALL: usize = 2048;
 /// How much of a file is remembered as mapped by one flag.
 const REGION_BYTES: usize = 1 << 20;
 
+/// The disk is read in pieces of this: while the kernel finds memory for one, or is told that
+/// one has come, nobody else runs on that core. Devices that read ahead by more (some by 8 MiB)
+/// made lookups wait for a millisecond.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// Pieces that are read ahead of the one that is waited for.
+const PIECES_AHEAD: usize = 1;
+
 /// A published file, mapped read-only. Clones share the map, which lives as long as any of
 /// them, or any slice of [`bytes`](MappedFile::bytes).
 #[derive(Clone)]
@@ -94,32 +102,52 @@ impl MappedFile {
         position_in(self.bytes.as_ptr() as usize, self.bytes.len(), part)
     }
 
-    /// Brings a range of the file into memory, and into the page table, if it is not there:
-    /// whoever reads it soon after does not wait for the disk. Blocks while the disk is read.
+    /// Brings a range of the file into memory, if it is not there. Blocks while the disk is read.
+    /// Where all of it is there this costs one cheap call.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be read: it was cut short from outside, or the device failed.
+    pub(super) fn fetch(&self, range: Range<usize>) -> io::Result<()> {
+        match self.pages(range) {
+            Some((mapping, pages)) => mapping.fetch(pages),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`fetch`](Self::fetch), and brings the range into the page table: whoever reads it soon
+    /// after does not wait at all.
     ///
     /// Where all of it was brought in before and is still there, this costs one cheap call.
     ///
     /// # Errors
     ///
-    /// If the file cannot be read: it was cut short from outside, or the device failed.
+    /// As [`fetch`](Self::fetch).
     pub fn make_resident(&self, range: Range<usize>) -> io::Result<()> {
-        let end = range.end.min(self.bytes.len());
-        let start = range.start / MEMORY_PAGE_BYTES * MEMORY_PAGE_BYTES;
-        let (Some(mapping), true) = (&self.mapping, start < end) else {
+        let Some((mapping, pages)) = self.pages(range) else {
             return Ok(());
         };
-        let regions = &mapping.populated[start / REGION_BYTES..end.div_ceil(REGION_BYTES)];
-        let known = regions.iter().all(|flag| flag.load(Ordering::Relaxed));
-        if known && mapping.is_resident(start, end) {
+        mapping.fetch(pages.clone())?;
+        let regions = pages.start / REGION_BYTES..pages.end.div_ceil(REGION_BYTES);
+        let regions = &mapping.populated[regions];
+        if regions.iter().all(|flag| flag.load(Ordering::Relaxed)) {
             return Ok(());
         }
-        mapping.populate(start, end)?;
+        mapping.populate(pages)?;
         // Regions at the edges may be known only in part. That costs later readers page
-        // faults, never a wait: `is_resident` is asked each time.
+        // faults, never a wait: memory is asked for each time.
         for flag in regions {
             flag.store(true, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// The map, and the pages of a range as bytes; `None` if there are none.
+    fn pages(&self, range: Range<usize>) -> Option<(&Mapping, Range<usize>)> {
+        let mapping = self.mapping.as_ref()?;
+        let start = range.start / MEMORY_PAGE_BYTES * MEMORY_PAGE_BYTES;
+        let end = range.end.min(self.bytes.len());
+        (start < end).then_some((&**mapping, start..end))
     }
 
     /// Lets [`file_behind`] find this file, from now until the map is gone. Keeps one file
@@ -146,13 +174,36 @@ impl std::fmt::Debug for MappedFile {
 }
 
 impl Mapping {
-    /// Whether the page cache holds all of a range that starts on a page.
-    fn is_resident(&self, start: usize, end: usize) -> bool {
+    /// Reads what of some pages is not in memory.
+    fn fetch(&self, pages: Range<usize>) -> io::Result<()> {
+        let Some(first) = self.first_missing(pages.clone()) else {
+            return Ok(());
+        };
+        let mut asked = first;
+        for at in (first..pages.end).step_by(PIECE_BYTES) {
+            let end = pages.end.min(at + (1 + PIECES_AHEAD) * PIECE_BYTES);
+            while asked < end {
+                // Only advice: what it does not fetch is read below.
+                let bytes = PIECE_BYTES.min(end - asked);
+                let _ = self.map.advise_range(Advice::WillNeed, asked, bytes);
+                asked += bytes;
+            }
+            let mut piece = at..pages.end.min(at + PIECE_BYTES);
+            while let Some(missing) = self.first_missing(piece.clone()) {
+                piece.start = piece.end.min(missing + MEMORY_PAGE_BYTES);
+                self.populate(missing..piece.start)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Of a range that starts on a page, the first page that the page cache does not hold.
+    fn first_missing(&self, pages: Range<usize>) -> Option<usize> {
         let mut answers = [0_u8; PAGES_A_CALL];
-        let mut at = start;
-        while at < end {
-            let bytes = (end - at).min(PAGES_A_CALL * MEMORY_PAGE_BYTES);
-            let pages = bytes.div_ceil(MEMORY_PAGE_BYTES);
+        let mut at = pages.start;
+        while at < pages.end {
+            let bytes = (pages.end - at).min(PAGES_A_CALL * MEMORY_PAGE_BYTES);
+            let count = bytes.div_ceil(MEMORY_PAGE_BYTES);
             // SAFETY: the range lies in this map, which `self` keeps mapped, and starts on a
             // page of it; `answers` has room for one byte a page, at most `PAGES_A_CALL`. The
             // call only writes `answers`.
@@ -163,22 +214,25 @@ impl Mapping {
                     answers.as_mut_ptr(),
                 )
             };
-            if failed != 0 || answers[..pages].iter().any(|page| page & 1 == 0) {
-                return false;
+            if failed != 0 {
+                return Some(at);
+            }
+            if let Some(page) = answers[..count].iter().position(|page| page & 1 == 0) {
+                return Some(at + page * MEMORY_PAGE_BYTES);
             }
             at += bytes;
         }
-        true
+        None
     }
 
-    fn populate(&self, start: usize, end: usize) -> io::Result<()> {
+    fn populate(&self, range: Range<usize>) -> io::Result<()> {
         match self
             .map
-            .advise_range(Advice::PopulateRead, start, end - start)
+            .advise_range(Advice::PopulateRead, range.start, range.len())
         {
             // Kernels before 5.14 do not know the advice: read a byte of every page.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                for page in self.map[start..end].chunks(MEMORY_PAGE_BYTES) {
+                for page in self.map[range].chunks(MEMORY_PAGE_BYTES) {
                     std::hint::black_box(page[0]);
                 }
                 Ok(())
@@ -323,6 +377,7 @@ mod tests {
         writable.set_len(1 << 20).unwrap();
         map.make_resident(0..1 << 20).unwrap();
         assert!(map.make_resident(0..5 << 20).is_err());
+        assert!(map.fetch(0..5 << 20).is_err());
     }
 
     #[test]

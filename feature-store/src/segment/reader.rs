@@ -246,6 +246,16 @@ impl Segment {
         self.rows.file.batch_columns(batch, columns)
     }
 
+    /// Reads what some columns of a batch need from the disk, in pieces, unless they were decoded
+    /// before: then [`decode_columns`](Self::decode_columns) waits for nothing.
+    pub(crate) fn fetch_columns(
+        &self,
+        batch: usize,
+        columns: &[usize],
+    ) -> Result<(), SegmentDamage> {
+        self.rows.file.fetch_columns(batch, columns)
+    }
+
     /// Decodes some columns of a batch, for [`column`](Self::column).
     pub(crate) fn decode_columns(
         &self,

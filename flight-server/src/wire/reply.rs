@@ -24,6 +24,9 @@ use crate::reply::{Shares, metadata};
 /// A step ends once it has made this many bytes.
 const STEP_BYTES: u64 = 1 << 20;
 
+/// The next rows are read while so many messages, or fewer, are ready.
+const READY_MESSAGES: usize = 1;
+
 /// Room in a message for what the shares add to its metadata.
 const SHARES_BYTES: usize = 256;
 
@@ -64,6 +67,8 @@ pub(crate) struct Reply {
     /// Cut to size, not laid out yet.
     ready: VecDeque<Planned>,
     held: Option<Planned>,
+    /// Met while reading ahead: what is ready is sent first.
+    failed: Option<Failure>,
     state: State,
     rows: u64,
     handed: Handed,
@@ -115,6 +120,7 @@ impl Reply {
             dictionaries: Vec::new(),
             ready: VecDeque::new(),
             held: None,
+            failed: None,
             state: State::Schema,
             rows: 0,
             handed: Handed::default(),
@@ -163,6 +169,9 @@ impl Reply {
                 }
                 continue;
             }
+            if let Some(failure) = self.failed.take() {
+                return Err(failure);
+            }
             match self.state {
                 State::Schema => {
                     if let Some(open) = self.open.take() {
@@ -178,26 +187,45 @@ impl Reply {
                     push(message, &Storage::None, &metadata, out)?;
                     return Ok(true);
                 }
-                State::FirstRows | State::Rows => match self.batches.next() {
-                    Some(found) => {
-                        let ScanBatch { batch, storage, .. } = found?;
-                        self.rows += batch.num_rows() as u64;
-                        self.plan(&batch, &storage)?;
-                    }
-                    None => {
-                        if self.rows == 0 {
-                            let empty = RecordBatch::new_empty(self.schema.clone());
-                            self.plan(&empty, &Storage::None)?;
-                        }
-                        self.state = State::Ending;
-                    }
-                },
+                State::FirstRows | State::Rows => self.read()?,
                 State::Ending => {
                     return match self.held.take() {
                         Some(last) => self.lay_out(last, true, out).map(|()| true),
                         None => Ok(false),
                     };
                 }
+            }
+        }
+    }
+
+    /// Whether what is ready may soon be used up, and more be there.
+    pub(super) fn runs_out(&self) -> bool {
+        let more = matches!(self.state, State::FirstRows | State::Rows);
+        more && self.failed.is_none() && self.ready.len() <= READY_MESSAGES
+    }
+
+    /// Reads the next rows before they are needed. Blocks while the disk is read.
+    pub(super) fn read_ahead(&mut self) {
+        if let Err(failure) = self.read() {
+            self.failed = Some(failure);
+        }
+    }
+
+    /// Reads the next rows, and cuts them into messages.
+    fn read(&mut self) -> Result<(), Failure> {
+        match self.batches.next() {
+            Some(found) => {
+                let ScanBatch { batch, storage, .. } = found?;
+                self.rows += batch.num_rows() as u64;
+                self.plan(&batch, &storage)
+            }
+            None => {
+                if self.rows == 0 {
+                    let empty = RecordBatch::new_empty(self.schema.clone());
+                    self.plan(&empty, &Storage::None)?;
+                }
+                self.state = State::Ending;
+                Ok(())
             }
         }
     }
@@ -403,6 +431,9 @@ mod tests {
             messages.extend(decoded);
             if let Some(end) = step.end {
                 return (messages, end);
+            }
+            if reply.runs_out() {
+                reply.read_ahead();
             }
         }
     }

@@ -4,9 +4,9 @@
 //! the client, and the response's body hands their chunks to HTTP/2. Streams take turns in
 //! the pool in the order in which they ask, one step each, so many share it fairly.
 //!
-//! A stream holds at most [`WINDOW_BYTES`] and one step of chunks; of these only rows that had
-//! to be copied take memory of their own. When the client hangs up, or reads nothing for
-//! `reader_idle`, the snapshot and the permit are released at once.
+//! A stream holds at most [`WINDOW_BYTES`] and one step of chunks, and two batches of rows; of
+//! these only rows that had to be copied take memory of their own. When the client hangs up, or
+//! reads nothing for `reader_idle`, the snapshot and the permit are released at once.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -20,6 +20,7 @@ use http_body::Frame;
 use metrics::Gauge;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinError;
 use tonic::{Code, Status};
 
 use super::reply::{Reply, Step};
@@ -207,35 +208,27 @@ async fn drive(shared: Arc<Shared>, mut reply: Reply, limits: Limits) {
             Wait::Closed => return,
             Wait::Idle => return shared.cut_off(reader_idle),
         }
-        // Closed only at the end of the process.
-        let Ok(permit) = Arc::clone(&steps).acquire_owned().await else {
-            return;
-        };
-        if shared.queue.lock().closed {
-            return;
-        }
-        let stepped = tokio::task::spawn_blocking(move || {
-            let step = reply.step();
-            drop(permit);
-            (reply, step)
-        });
-        let step = match stepped.await {
-            Ok((back, step)) => {
+        let step = match in_turn(&shared, &steps, reply, Reply::step).await {
+            Some(Ok((back, step))) => {
                 reply = back;
                 step
             }
-            Err(error) => {
-                let failure = Failure::new(Code::Internal, "TASK", error.to_string());
-                return shared.push(Step {
-                    messages: Vec::new(),
-                    end: Some(Err(failure)),
-                });
-            }
+            Some(Err(failure)) => return shared.fail(failure),
+            None => return,
         };
         let ended = step.end.is_some();
         shared.push(step);
         if ended {
             break;
+        }
+        // While the client takes these: what comes next is then a matter of microseconds, and the
+        // client is not given all of a batch whenever the disk has read one.
+        if reply.runs_out() {
+            match in_turn(&shared, &steps, reply, Reply::read_ahead).await {
+                Some(Ok((back, ()))) => reply = back,
+                Some(Err(failure)) => return shared.fail(failure),
+                None => return,
+            }
         }
     }
     // The snapshot goes now, the permit when the client has everything.
@@ -243,6 +236,28 @@ async fn drive(shared: Arc<Shared>, mut reply: Reply, limits: Limits) {
     if shared.below(1, reader_idle).await == Wait::Idle {
         shared.cut_off(reader_idle);
     }
+}
+
+/// Works on a reply on a blocking thread, when its turn in the pool has come; `None` if the body is
+/// gone by then.
+async fn in_turn<T: Send + 'static>(
+    shared: &Shared,
+    steps: &Arc<Semaphore>,
+    mut reply: Reply,
+    work: fn(&mut Reply) -> T,
+) -> Option<Result<(Reply, T), Failure>> {
+    // Closed only at the end of the process.
+    let permit = Arc::clone(steps).acquire_owned().await.ok()?;
+    if shared.queue.lock().closed {
+        return None;
+    }
+    let worked = tokio::task::spawn_blocking(move || {
+        let done = work(&mut reply);
+        drop(permit);
+        (reply, done)
+    });
+    let failed = |error: JoinError| Failure::new(Code::Internal, "TASK", error.to_string());
+    Some(worked.await.map_err(failed))
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -275,6 +290,13 @@ impl Shared {
             // Timed out or told: the loop looks again.
             let _ = tokio::time::timeout(left, self.taken.notified()).await;
         }
+    }
+
+    fn fail(&self, failure: Failure) {
+        self.push(Step {
+            messages: Vec::new(),
+            end: Some(Err(failure)),
+        });
     }
 
     fn push(&self, step: Step) {

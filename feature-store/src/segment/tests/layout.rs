@@ -157,3 +157,36 @@ fn blocks_are_flight_messages() {
     let message = arrow_ipc::root_as_message(header).unwrap();
     assert_eq!(message.bodyLength() as usize, block.body_bytes);
 }
+
+#[test]
+fn what_is_fetched_for_a_column_is_where_its_buffers_lie() {
+    let rows = super::types::every_type(500);
+    let fixture = Fixture::new(rows.schema(), 1);
+    let segment = fixture.open(&fixture.write(&[rows]));
+    let file = &segment.rows.file;
+    let block = file.block(0).unwrap();
+    let start = file.map().bytes().as_ptr() as usize;
+    for column in 0..segment.schema().fields().len() {
+        let fetched = file.column_ranges(&block, &[column]);
+        let mut found = Vec::new();
+        let decoded = segment.batch_columns(0, &[column]).unwrap();
+        all_buffers(&decoded.column(0).to_data(), &mut found);
+        found.retain(|(at, bytes)| {
+            *bytes > 0
+                && file
+                    .map()
+                    .bytes()
+                    .as_ptr_range()
+                    .contains(&(*at as *const u8))
+        });
+        let name = segment.schema().field(column).name();
+        for (at, bytes) in &found {
+            let (from, to) = (at - start, at - start + bytes);
+            let holds = fetched
+                .iter()
+                .any(|range| range.start <= from && to <= range.end);
+            assert!(holds, "{name}: {from}..{to} is not in {fetched:?}");
+        }
+        assert_eq!(fetched.len(), found.len(), "{name}");
+    }
+}
