@@ -276,16 +276,23 @@ impl ArrowFile {
         let Some(block) = self.blocks.get(batch) else {
             return Err(self.no_batch(batch));
         };
-        let fetch = |range: Range<usize>| {
-            let fetched = self.mapped.fetch(range);
-            fetched.map_err(|error| self.damage(Some(batch), format!("cannot be read: {error}")))
-        };
         if columns.len() == self.schema.fields().len() {
-            return fetch(block.offset as usize..block.end() as usize);
+            return self.fetch(batch, block.offset as usize..block.end() as usize);
         }
-        fetch(block.offset as usize..block.body_offset() as usize)?;
-        let ranges = self.column_ranges(block, columns);
-        ranges.into_iter().try_for_each(fetch)
+        self.fetch_metadata(batch, block)?;
+        let mut ranges = self.column_ranges(block, columns).into_iter();
+        ranges.try_for_each(|range| self.fetch(batch, range))
+    }
+
+    /// The metadata alone: a page fault would read what lies around it too, as much as the
+    /// device reads ahead, though nobody may want it.
+    fn fetch_metadata(&self, batch: usize, block: &Block) -> Result<(), SegmentDamage> {
+        self.fetch(batch, block.offset as usize..block.body_offset() as usize)
+    }
+
+    fn fetch(&self, batch: usize, range: Range<usize>) -> Result<(), SegmentDamage> {
+        let fetched = self.mapped.fetch(range);
+        fetched.map_err(|error| self.damage(Some(batch), format!("cannot be read: {error}")))
     }
 
     /// Where the buffers of some columns lie, in ascending order, by the batch's message; nothing
@@ -347,6 +354,7 @@ impl ArrowFile {
         else {
             return Err(self.no_batch(batch));
         };
+        self.fetch_metadata(batch, block)?;
         // The decoder trusts metadata that is well-formed, so first of all it must be ours.
         if crc32fast::hash(self.metadata(block)) != meta.metadata_crc32 {
             return Err(self.damage(Some(batch), "wrong checksum of the metadata".to_owned()));
