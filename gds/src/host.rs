@@ -130,10 +130,11 @@ impl Backend for HostBackend {
         let memory = self.ours(region)?;
         check_pieces(file, pieces, region)?;
         let chunks = cut(pieces, CHUNK_BYTES);
-        let stretches = together(&chunks);
+        let tasks = tasks(file, &chunks);
         let writer = memory.writer();
-        spread(READ_THREADS, &stretches, |stretch| {
-            read_stretch(file, stretch, &writer)
+        spread(READ_THREADS, &tasks, |task| match task {
+            Task::Copy(stretch) => copy_stretch(file, stretch, &writer),
+            Task::Read(chunk) => read_chunk(file, chunk, &writer),
         })?;
         Ok(LoadReport {
             path: LoadPath::Host,
@@ -256,20 +257,42 @@ fn together(chunks: &[Chunk]) -> Vec<&[Chunk]> {
     stretches
 }
 
-/// Brings chunks in that lie side by side: all at once from the page cache, if it has them, else
-/// one by one.
-fn read_stretch(file: &DmaFile, chunks: &[Chunk], writer: &Writer<'_>) -> Result<(), GdsError> {
-    let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else {
-        return Ok(());
-    };
-    let all = first.file_offset..last.file_offset + last.bytes;
-    if first.whole_pages && is_cached(file.buffered(), all.start, all.end - all.start) {
-        let copies: Vec<_> = chunks.iter().map(|c| (c.file_offset, place(c))).collect();
-        if writer.copy_cached(file.buffered(), all, &copies).is_ok() {
-            return Ok(());
+/// What one thread does at a time.
+enum Task<'c> {
+    /// Chunks side by side that the page cache has.
+    Copy(&'c [Chunk]),
+    Read(&'c Chunk),
+}
+
+/// Threads that read take chunks that follow each other, so that the disk is read in order.
+fn tasks<'c>(file: &DmaFile, chunks: &'c [Chunk]) -> Vec<Task<'c>> {
+    let mut tasks = Vec::new();
+    for stretch in together(chunks) {
+        let (first, all) = (&stretch[0], extent(stretch));
+        if first.whole_pages && is_cached(file.buffered(), all.start, all.end - all.start) {
+            tasks.push(Task::Copy(stretch));
+        } else {
+            tasks.extend(stretch.iter().map(Task::Read));
         }
-        // A file system that cannot be mapped.
     }
+    tasks
+}
+
+/// From the first byte to the last of chunks that lie side by side.
+fn extent(chunks: &[Chunk]) -> Range<u64> {
+    let end = chunks.last().map(|last| last.file_offset + last.bytes);
+    let start = chunks.first().map_or(0, |first| first.file_offset);
+    start..end.unwrap_or(start)
+}
+
+/// Brings chunks in that lie side by side, all at once, from the page cache.
+fn copy_stretch(file: &DmaFile, chunks: &[Chunk], writer: &Writer<'_>) -> Result<(), GdsError> {
+    let copies: Vec<_> = chunks.iter().map(|c| (c.file_offset, place(c))).collect();
+    let copied = writer.copy_cached(file.buffered(), extent(chunks), &copies);
+    if copied.is_ok() {
+        return Ok(());
+    }
+    // A file system that cannot be mapped.
     chunks
         .iter()
         .try_for_each(|chunk| read_chunk(file, chunk, writer))

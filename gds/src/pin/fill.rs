@@ -2,11 +2,14 @@
 //!
 //! What lies on disk as a slot has it (the values of a fixed-width column without nulls, in a
 //! run of rows that a segment holds side by side) is loaded from the segment's file by the
-//! backend, without a stop on the host. Everything else is encoded here and written: rows that
-//! are compacted before the copy, rows of logs, nulls, texts, lists, booleans, and validity,
-//! which files hold as bits.
+//! backend, without a stop on the host, by a thread of its own while the next rows are read.
+//! Everything else is encoded here and written: rows that are compacted before the copy, rows of
+//! logs, nulls, texts, lists, booleans, and validity, which files hold as bits.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use arrow_array::cast::AsArray;
@@ -16,14 +19,22 @@ use serde_json::{Value, json};
 
 use super::columns::Columns;
 use super::error::PinError;
-use super::index::KeyIndex;
-use crate::backend::{Backend, DmaFile, Edits, LoadPath, Piece, Region};
+use super::index::{IndexBuilder, KeyIndex};
+use crate::backend::{Backend, DmaFile, Edits, LoadPath, LoadReport, Piece, Region};
 use crate::encode::{Encoder, Rows};
+use crate::error::GdsError;
 use crate::layout::{Node, Shape, Used};
 
-/// Bytes encoded before they are written, and pieces named before they are loaded.
+/// Bytes encoded before they are written.
 const WRITE_AT_BYTES: u64 = 32 << 20;
+
+/// Bytes, and pieces, named before they are loaded: enough to keep all readers of a disk busy, and
+/// few enough that they soon begin.
+const LOAD_AT_BYTES: u64 = 256 << 20;
 const LOAD_AT_PIECES: usize = 4096;
+
+/// Loads named while one is under way.
+const LOADS_AHEAD: usize = 1;
 
 /// How the bytes of a fill reached the slot, and why not all were loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,6 +124,63 @@ pub(crate) fn fill(
     go_on: &dyn Fn() -> Result<(), PinError>,
 ) -> Result<Filled, PinError> {
     let started = Instant::now();
+    thread::scope(|scope| {
+        let (loads, to_load) = sync_channel(LOADS_AHEAD);
+        let loader = thread::Builder::new()
+            .name("pin-load".to_owned())
+            .spawn_scoped(scope, move || load_all(backend, region, &to_load))
+            .map_err(|source| PinError::Io {
+                action: "start a thread".to_owned(),
+                source,
+            })?;
+        let filled = name_all(
+            backend, region, shape, snapshot, columns, with_index, go_on, loads,
+        );
+        // It ends with what was named, or at an error of its own, which is why naming ended.
+        let loaded = match loader.join() {
+            Ok(loaded) => loaded?,
+            Err(panicked) => std::panic::resume_unwind(panicked),
+        };
+        let mut filled = filled?;
+        let report = &mut filled.report;
+        if let Some(loaded) = loaded {
+            report.path = loaded.path;
+            report.reason = loaded.reason;
+        }
+        report.elapsed = started.elapsed();
+        Ok(filled)
+    })
+}
+
+/// Stretches of a file to be loaded.
+type Load = (Arc<DmaFile>, Vec<Piece>);
+
+/// Loads all that comes; tells of the last.
+fn load_all(
+    backend: &dyn Backend,
+    region: &Region,
+    loads: &Receiver<Load>,
+) -> Result<Option<LoadReport>, GdsError> {
+    let mut last = None;
+    for (file, pieces) in loads {
+        last = Some(backend.load(&file, &pieces, region)?);
+    }
+    Ok(last)
+}
+
+/// Reads all rows, writes what has to be encoded, and names what is to be loaded. Ends early if
+/// nobody loads any more.
+#[expect(clippy::too_many_arguments, reason = "those of `fill`, once more")]
+fn name_all(
+    backend: &dyn Backend,
+    region: &Region,
+    shape: &Shape,
+    snapshot: &Snapshot,
+    columns: &Columns,
+    with_index: bool,
+    go_on: &dyn Fn() -> Result<(), PinError>,
+    loads: SyncSender<Load>,
+) -> Result<Filled, PinError> {
     let none = Used {
         rows: 0,
         parts: vec![0; shape.parts().len()],
@@ -122,13 +190,11 @@ pub(crate) fn fill(
         region,
         shape,
         encoder: Encoder::new(shape, &none, Edits::default()),
-        index: with_index.then(|| {
-            // A snapshot with history counts events; the room is for their keys.
-            let rows = snapshot.rows().min(shape.capacity_rows);
-            KeyIndex::with_capacity(rows as usize)
-        }),
+        index: with_index.then(IndexBuilder::default),
+        loads,
         file: None,
         pieces: Vec::new(),
+        piece_bytes: 0,
         valid: BTreeMap::new(),
         rows: 0,
         written_bytes: 0,
@@ -149,7 +215,8 @@ pub(crate) fn fill(
         go_on()?;
         filling.add(&rows?)?;
     }
-    filling.flush()?;
+    filling.hand_over()?;
+    filling.write()?;
     filling.set_valid()?;
     let used = Used {
         rows: filling.rows,
@@ -157,10 +224,9 @@ pub(crate) fn fill(
     };
     Ok(Filled {
         used,
-        index: filling.index,
+        index: filling.index.map(IndexBuilder::build),
         report: FillReport {
             rows: filling.rows,
-            elapsed: started.elapsed(),
             ..filling.report
         },
     })
@@ -171,10 +237,13 @@ struct Filling<'a> {
     region: &'a Region,
     shape: &'a Shape,
     encoder: Encoder<'a, Edits>,
-    index: Option<KeyIndex>,
+    index: Option<IndexBuilder>,
+    /// To the thread that loads.
+    loads: SyncSender<Load>,
     /// The file that `pieces` are of.
-    file: Option<(u64, DmaFile)>,
+    file: Option<(u64, Arc<DmaFile>)>,
     pieces: Vec<Piece>,
+    piece_bytes: u64,
     /// Validity of loaded columns and of their elements, to be set: where, and how many bytes.
     valid: BTreeMap<(usize, usize), (u64, u64)>,
     rows: u64,
@@ -189,9 +258,7 @@ impl Filling<'_> {
         let first = self.rows;
         self.rows += count as u64;
         if let Some(index) = &mut self.index {
-            for (key, hash) in rows.keys.iter().zip(&rows.hashes) {
-                index.push(key, *hash);
-            }
+            index.extend(&rows.keys);
         }
         let run = Rows::Run { first, count };
         for (at, array) in rows.batch.columns().iter().enumerate() {
@@ -216,7 +283,9 @@ impl Filling<'_> {
                 Way::Nulls => encoded.nulls_bytes += bytes,
                 Way::Form => encoded.form_bytes += bytes,
             }
-            self.flush_if_full()?;
+            if self.encoder.sink.held_bytes() >= WRITE_AT_BYTES {
+                self.write()?;
+            }
         }
         Ok(())
     }
@@ -236,20 +305,24 @@ impl Filling<'_> {
         };
         let segment = mapped.file.segment().0;
         if self.file.as_ref().is_none_or(|(open, _)| *open != segment) {
-            self.flush()?;
+            self.hand_over()?;
             let name = format!("segment {}", mapped.file.segment());
             let file = mapped.file.open().map_err(|source| PinError::Io {
                 action: format!("open {name}"),
                 source,
             })?;
-            self.file = Some((segment, DmaFile::reopen(&file, &name)?));
+            self.file = Some((segment, Arc::new(DmaFile::reopen(&file, &name)?)));
         }
         self.pieces.push(Piece {
             file_offset: range.offset,
             region_offset,
             bytes: range.bytes,
         });
+        self.piece_bytes += range.bytes;
         self.report.loaded_bytes += range.bytes;
+        if self.piece_bytes >= LOAD_AT_BYTES || self.pieces.len() >= LOAD_AT_PIECES {
+            self.hand_over()?;
+        }
         Ok(())
     }
 
@@ -284,32 +357,39 @@ impl Filling<'_> {
         Ok(())
     }
 
-    fn flush_if_full(&mut self) -> Result<(), PinError> {
-        if self.encoder.sink.held_bytes() >= WRITE_AT_BYTES || self.pieces.len() >= LOAD_AT_PIECES {
-            self.flush()?;
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self) -> Result<(), PinError> {
-        // What was measured is what comes; else nothing is written past a buffer's end.
+    /// What was measured is what comes; else nothing is written past a buffer's end.
+    fn check_room(&self) -> Result<(), PinError> {
         let used = Used {
             rows: self.rows,
             parts: self.encoder.parts.clone(),
         };
-        if !self.shape.fits(&used) {
-            return Err(PinError::Inconsistent {
+        match self.shape.fits(&used) {
+            true => Ok(()),
+            false => Err(PinError::Inconsistent {
                 problem: format!("more came than was measured: {used:?}"),
-            });
+            }),
         }
+    }
+
+    /// Has what was named loaded.
+    fn hand_over(&mut self) -> Result<(), PinError> {
+        self.check_room()?;
+        self.piece_bytes = 0;
+        let pieces = std::mem::take(&mut self.pieces);
         if let Some((_, file)) = &self.file
-            && !self.pieces.is_empty()
+            && !pieces.is_empty()
         {
-            let loaded = self.backend.load(file, &self.pieces, self.region)?;
-            self.report.path = loaded.path;
-            self.report.reason = loaded.reason;
-            self.pieces.clear();
+            let load = (Arc::clone(file), pieces);
+            self.loads.send(load).map_err(|_| PinError::Inconsistent {
+                problem: "loading has ended".to_owned(),
+            })?;
         }
+        Ok(())
+    }
+
+    /// Writes what was encoded.
+    fn write(&mut self) -> Result<(), PinError> {
+        self.check_room()?;
         if !self.encoder.sink.is_empty() {
             let edits = std::mem::take(&mut self.encoder.sink);
             self.backend.write(self.region, &edits)?;

@@ -10,7 +10,7 @@
 use std::collections::HashSet;
 
 use hashbrown::HashTable;
-use pinion_schemas::EncodedKeys;
+use pinion_schemas::{EncodedKeys, key_hash};
 
 /// Rows of a pin are numbered in 32 bits.
 pub(crate) const MAX_ROWS: u64 = u32::MAX as u64;
@@ -37,12 +37,69 @@ impl Keys {
     }
 }
 
+/// Of the table: a row, and a byte of its own.
+const BYTES_A_BUCKET: usize = 5;
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct KeyIndex {
     rows_by_key: HashTable<u32>,
-    hashes: Vec<u64>,
     keys: KeyBytes,
+}
+
+/// Gathers keys, no two of them equal, the next row each; then makes an index of them at once,
+/// in a fraction of the time that it takes key by key.
+#[derive(Debug, Default)]
+pub(crate) struct IndexBuilder {
+    keys: KeyBytes,
+}
+
+/// Rows that are put in order before they enter the table.
+const ORDERED_ROWS: usize = 4 << 20;
+
+/// About so much of the table is filled at a time, which a core's cache can hold.
+const PART_BYTES: usize = 256 << 10;
+
+impl IndexBuilder {
+    pub fn extend(&mut self, keys: &EncodedKeys) {
+        keys.iter().for_each(|key| self.keys.push(key));
+    }
+
+    pub fn build(self) -> KeyIndex {
+        let keys = self.keys;
+        let rows = keys.rows();
+        let mut rows_by_key = HashTable::with_capacity(rows);
+        // The table looks for a hash where its low bits say, of as many buckets as a power of
+        // two. Rows that belong near each other enter together, so that few of them miss the
+        // cache; were it otherwise, they would only be slower.
+        let buckets = rows_by_key.capacity().next_power_of_two();
+        let parts = (buckets * BYTES_A_BUCKET / PART_BYTES).next_power_of_two();
+        let parts = parts.clamp(1, 1 << 12).min(buckets);
+        let shift = buckets.trailing_zeros() - parts.trailing_zeros();
+        let part_of = |hash: u64| (hash as usize & (buckets - 1)) >> shift;
+        let mut hashes = Vec::with_capacity(rows.min(ORDERED_ROWS));
+        let mut ordered = vec![(0, 0); rows.min(ORDERED_ROWS)];
+        for first in (0..rows).step_by(ORDERED_ROWS) {
+            let some = first..rows.min(first + ORDERED_ROWS);
+            hashes.clear();
+            hashes.extend(some.map(|row| key_hash(keys.get(row))));
+            let mut ends = vec![0_usize; parts + 1];
+            hashes.iter().for_each(|hash| ends[part_of(*hash) + 1] += 1);
+            for part in 0..parts {
+                ends[part + 1] += ends[part];
+            }
+            // In range: whoever builds has compared with `MAX_ROWS`.
+            for (row, hash) in (first as u32..).zip(&hashes) {
+                let end = &mut ends[part_of(*hash)];
+                ordered[*end] = (*hash, row);
+                *end += 1;
+            }
+            for (hash, row) in &ordered[..hashes.len()] {
+                rows_by_key.insert_unique(*hash, *row, |row| key_hash(keys.get(*row as usize)));
+            }
+        }
+        KeyIndex { rows_by_key, keys }
+    }
 }
 
 /// What a change does to the rows.
@@ -61,24 +118,13 @@ pub(crate) struct Plan {
 }
 
 impl KeyIndex {
-    pub fn with_capacity(rows: usize) -> KeyIndex {
-        KeyIndex {
-            rows_by_key: HashTable::with_capacity(rows),
-            hashes: Vec::with_capacity(rows),
-            keys: KeyBytes::default(),
-        }
-    }
-
     pub fn rows(&self) -> u64 {
-        self.hashes.len() as u64
+        self.keys.rows() as u64
     }
 
     /// The row of a key.
     pub fn find(&self, key: &[u8], hash: u64) -> Option<u32> {
-        let same = |row: &u32| {
-            let row = *row as usize;
-            self.hashes[row] == hash && self.keys.get(row) == key
-        };
+        let same = |row: &u32| self.keys.get(*row as usize) == key;
         self.rows_by_key.find(hash, same).copied()
     }
 
@@ -88,14 +134,11 @@ impl KeyIndex {
     }
 
     /// Appends a key that it does not have, as the next row.
-    pub fn push(&mut self, key: &[u8], hash: u64) {
+    fn push(&mut self, key: &[u8], hash: u64) {
         // In range: whoever plans has compared with `MAX_ROWS`.
-        let row = self.hashes.len() as u32;
-        self.hashes.push(hash);
+        let row = self.keys.rows() as u32;
         self.keys.push(key);
-        let hashes = &self.hashes;
-        self.rows_by_key
-            .insert_unique(hash, row, |row| hashes[*row as usize]);
+        self.insert(row, hash);
     }
 
     /// What a change would do: `present` have a row now, `gone` have none. No key comes twice.
@@ -148,22 +191,18 @@ impl KeyIndex {
             self.forget(*row);
         }
         for (from, to) in &plan.moves {
-            let hash = self.hashes[*from as usize];
+            let hash = self.hash(*from);
             self.forget(*from);
-            self.hashes[*to as usize] = hash;
             self.keys.copy(*from as usize, *to as usize);
             self.insert(*to, hash);
         }
-        let rows = plan.rows as usize;
-        self.hashes.truncate(rows);
-        self.keys.truncate(rows);
+        self.keys.truncate(plan.rows as usize);
         for at in &plan.added {
             let (key, hash) = present.get(*at);
             let row = plan.targets[*at];
-            if row as usize == self.hashes.len() {
+            if row as usize == self.keys.rows() {
                 self.push(key, hash);
             } else {
-                self.hashes[row as usize] = hash;
                 self.keys.set(row as usize, key);
                 self.insert(row, hash);
             }
@@ -172,13 +211,17 @@ impl KeyIndex {
     }
 
     fn insert(&mut self, row: u32, hash: u64) {
-        let hashes = &self.hashes;
+        let keys = &self.keys;
         self.rows_by_key
-            .insert_unique(hash, row, |row| hashes[*row as usize]);
+            .insert_unique(hash, row, |row| key_hash(keys.get(*row as usize)));
+    }
+
+    fn hash(&self, row: u32) -> u64 {
+        key_hash(self.key(row))
     }
 
     fn forget(&mut self, row: u32) {
-        let hash = self.hashes[row as usize];
+        let hash = self.hash(row);
         if let Ok(entry) = self.rows_by_key.find_entry(hash, |found| *found == row) {
             entry.remove();
         }
@@ -186,25 +229,34 @@ impl KeyIndex {
 
     /// Bytes of host memory, about.
     pub fn bytes(&self) -> u64 {
-        let table = self.rows_by_key.capacity() * 5;
-        (table + self.hashes.capacity() * 8 + self.keys.allocated_bytes()) as u64
+        let table = self.rows_by_key.capacity() * BYTES_A_BUCKET;
+        (table + self.keys.allocated_bytes()) as u64
     }
 
     /// Panics where it contradicts itself.
     #[cfg(test)]
     pub fn check(&self) {
-        assert_eq!(self.rows_by_key.len(), self.hashes.len());
-        for row in 0..self.hashes.len() {
-            let key = self.keys.get(row);
-            assert_eq!(self.hashes[row], pinion_schemas::key_hash(key));
-            assert_eq!(self.find(key, self.hashes[row]), Some(row as u32));
+        assert_eq!(self.rows_by_key.len(), self.keys.rows());
+        for row in 0..self.rows_by_key.len() as u32 {
+            assert_eq!(self.find(self.key(row), self.hash(row)), Some(row));
         }
     }
 }
 
-/// The keys of rows, in one allocation; what is no longer used is given back in bulk.
-#[derive(Debug, Default)]
-struct KeyBytes {
+/// The keys of rows, in one allocation.
+#[derive(Debug)]
+enum KeyBytes {
+    /// All of one length, as keys of numbers are, row by row.
+    Even {
+        width: usize,
+        bytes: Vec<u8>,
+    },
+    Uneven(UnevenKeys),
+}
+
+/// Keys of any length; what is no longer used is given back in bulk.
+#[derive(Debug)]
+struct UnevenKeys {
     bytes: Vec<u8>,
     /// Start and length of each row's key.
     places: Vec<(u64, u32)>,
@@ -214,7 +266,108 @@ struct KeyBytes {
 /// Less garbage than this is left alone.
 const COMPACT_AT_BYTES: usize = 1 << 16;
 
+impl Default for KeyBytes {
+    fn default() -> KeyBytes {
+        KeyBytes::Even {
+            width: 0,
+            bytes: Vec::new(),
+        }
+    }
+}
+
 impl KeyBytes {
+    fn rows(&self) -> usize {
+        match self {
+            KeyBytes::Even { width, bytes } => bytes.len().checked_div(*width).unwrap_or(0),
+            KeyBytes::Uneven(keys) => keys.places.len(),
+        }
+    }
+
+    fn get(&self, row: usize) -> &[u8] {
+        match self {
+            KeyBytes::Even { width, bytes } => &bytes[row * width..(row + 1) * width],
+            KeyBytes::Uneven(keys) => keys.get(row),
+        }
+    }
+
+    fn push(&mut self, key: &[u8]) {
+        match self.for_key(key) {
+            KeyBytes::Even { bytes, .. } => bytes.extend_from_slice(key),
+            KeyBytes::Uneven(keys) => {
+                let place = keys.append(key);
+                keys.places.push(place);
+            }
+        }
+    }
+
+    fn set(&mut self, row: usize, key: &[u8]) {
+        match self.for_key(key) {
+            KeyBytes::Even { width, bytes } => {
+                bytes[row * *width..(row + 1) * *width].copy_from_slice(key);
+            }
+            KeyBytes::Uneven(keys) => {
+                keys.unused_bytes += keys.places[row].1 as usize;
+                keys.places[row] = keys.append(key);
+            }
+        }
+    }
+
+    /// The row `to` gets the key of `from`, which is about to go.
+    fn copy(&mut self, from: usize, to: usize) {
+        match self {
+            KeyBytes::Even { width, bytes } => {
+                bytes.copy_within(from * *width..(from + 1) * *width, to * *width);
+            }
+            KeyBytes::Uneven(keys) => {
+                keys.unused_bytes += keys.places[to].1 as usize;
+                keys.places[to] = keys.places[from];
+                keys.places[from].1 = 0;
+            }
+        }
+    }
+
+    fn truncate(&mut self, rows: usize) {
+        match self {
+            KeyBytes::Even { width, bytes } => bytes.truncate(rows * *width),
+            KeyBytes::Uneven(keys) => keys.truncate(rows),
+        }
+    }
+
+    fn compact(&mut self) {
+        if let KeyBytes::Uneven(keys) = self {
+            keys.compact();
+        }
+    }
+
+    fn allocated_bytes(&self) -> usize {
+        match self {
+            KeyBytes::Even { bytes, .. } => bytes.capacity(),
+            KeyBytes::Uneven(keys) => keys.bytes.capacity() + keys.places.capacity() * 16,
+        }
+    }
+
+    /// In the form that a key can be added to.
+    fn for_key(&mut self, key: &[u8]) -> &mut KeyBytes {
+        if let KeyBytes::Even { width, bytes } = self
+            && (*width != key.len() || key.is_empty())
+        {
+            if bytes.is_empty() && !key.is_empty() {
+                *width = key.len();
+            } else {
+                let each = *width as u32;
+                let starts = (0..bytes.len() as u64).step_by((*width).max(1));
+                *self = KeyBytes::Uneven(UnevenKeys {
+                    places: starts.map(|start| (start, each)).collect(),
+                    bytes: std::mem::take(bytes),
+                    unused_bytes: 0,
+                });
+            }
+        }
+        self
+    }
+}
+
+impl UnevenKeys {
     fn get(&self, row: usize) -> &[u8] {
         let (start, length) = self.places[row];
         &self.bytes[start as usize..start as usize + length as usize]
@@ -224,23 +377,6 @@ impl KeyBytes {
         let place = (self.bytes.len() as u64, key.len() as u32);
         self.bytes.extend_from_slice(key);
         place
-    }
-
-    fn push(&mut self, key: &[u8]) {
-        let place = self.append(key);
-        self.places.push(place);
-    }
-
-    fn set(&mut self, row: usize, key: &[u8]) {
-        self.unused_bytes += self.places[row].1 as usize;
-        self.places[row] = self.append(key);
-    }
-
-    /// The row `to` gets the key of `from`, which is about to go.
-    fn copy(&mut self, from: usize, to: usize) {
-        self.unused_bytes += self.places[to].1 as usize;
-        self.places[to] = self.places[from];
-        self.places[from].1 = 0;
     }
 
     fn truncate(&mut self, rows: usize) {
@@ -262,16 +398,11 @@ impl KeyBytes {
         self.bytes = kept;
         self.unused_bytes = 0;
     }
-
-    fn allocated_bytes(&self) -> usize {
-        self.bytes.capacity() + self.places.capacity() * 16
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pinion_schemas::key_hash;
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
     use std::collections::BTreeMap;
@@ -321,6 +452,24 @@ mod tests {
     }
 
     #[test]
+    fn an_index_made_at_once_is_the_one_made_key_by_key() {
+        for rows in [0_u32, 1, 7, 5_000, 300_000] {
+            let names: Vec<String> = (0..rows).map(|row| format!("key {row}")).collect();
+            let mut builder = IndexBuilder::default();
+            for some in names.chunks(4_999) {
+                builder.extend(&keys(some).keys);
+            }
+            let mut index = builder.build();
+            assert_eq!(index.rows(), u64::from(rows));
+            index.check();
+            for (row, name) in names.iter().enumerate().step_by(97) {
+                assert_eq!(index.key(row as u32), name.as_bytes());
+            }
+            change(&mut index, &["another"], &["key 0", "key 3"]);
+        }
+    }
+
+    #[test]
     fn two_keys_of_one_hash_are_told_apart() {
         let mut index = KeyIndex::default();
         let same = Keys {
@@ -335,7 +484,32 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_key_is_a_key_like_others() {
+        let mut index = KeyIndex::default();
+        change(&mut index, &[""], &[]);
+        change(&mut index, &["a", "bb"], &[]);
+        assert_eq!(
+            ["", "a", "bb"].map(|key| row(&index, key)),
+            [0, 1, 2].map(Some)
+        );
+        change(&mut index, &[], &[""]);
+        assert_eq!(row(&index, ""), None);
+    }
+
+    #[test]
     fn random_changes_leave_every_key_in_a_row_of_its_own() {
+        let uneven = |k: &u32| format!("{k}-{}", "x".repeat(*k as usize));
+        let even = |k: &u32| format!("{k:05}");
+        let nearly = |k: &u32| match k {
+            150.. => format!("{k}, the odd one"),
+            _ => even(k),
+        };
+        change_at_random(uneven);
+        change_at_random(even);
+        change_at_random(nearly);
+    }
+
+    fn change_at_random(text: impl Fn(&u32) -> String) {
         let mut rng = StdRng::seed_from_u64(5);
         let mut index = KeyIndex::default();
         // What each row would hold: the number of the change that wrote the key last.
@@ -346,9 +520,8 @@ mod tests {
             named.sort_unstable();
             named.dedup();
             let cut = rng.random_range(0..=named.len());
-            let text = |k: &u32| format!("{k}-{}", "x".repeat(*k as usize));
-            let present: Vec<String> = named[..cut].iter().map(text).collect();
-            let gone: Vec<String> = named[cut..].iter().map(text).collect();
+            let present: Vec<String> = named[..cut].iter().map(&text).collect();
+            let gone: Vec<String> = named[cut..].iter().map(&text).collect();
             let present = keys(&present);
             let plan = index.plan(&present, &keys(&gone));
             index.apply(&plan, &present);

@@ -15,7 +15,7 @@ use pinion_feature_store::{CleanSnapshot, Snapshot, cast_key};
 use pinion_schemas::{KeyEncoder, TableDefinition, format_type, key_hash, storage_type};
 
 use super::error::PinError;
-use super::index::{KeyIndex, Keys, Plan};
+use super::index::{IndexBuilder, KeyIndex, Keys, Plan};
 use super::journal::{Before, Forgotten, Journal};
 
 /// Keys looked up before a refresh may go between.
@@ -108,17 +108,14 @@ impl Epoch {
         }
         let mut source = self.source.lock();
         if self.indexed.get().is_none() {
-            let mut index = KeyIndex::default();
+            let mut index = IndexBuilder::default();
             if let Some(snapshot) = &*source {
                 // In the order of the fill, which is that of the snapshot.
                 for rows in snapshot.latest_rows(Some(&[]))? {
-                    let rows = rows?;
-                    for (key, hash) in rows.keys.iter().zip(&rows.hashes) {
-                        index.push(key, *hash);
-                    }
+                    index.extend(&rows?.keys);
                 }
             }
-            self.set(index);
+            self.set(index.build());
             *source = None;
         }
         self.indexed.get().ok_or_else(|| PinError::Inconsistent {
