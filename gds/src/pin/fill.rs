@@ -22,7 +22,6 @@ use super::error::PinError;
 use super::index::{IndexBuilder, KeyIndex};
 use crate::backend::{Backend, DmaFile, Edits, LoadPath, LoadReport, Piece, Region};
 use crate::encode::{Encoder, Rows};
-use crate::error::GdsError;
 use crate::layout::{Node, Shape, Used};
 
 /// Bytes encoded before they are written.
@@ -33,8 +32,9 @@ const WRITE_AT_BYTES: u64 = 32 << 20;
 const LOAD_AT_BYTES: u64 = 256 << 20;
 const LOAD_AT_PIECES: usize = 4096;
 
-/// Loads named while one is under way.
-const LOADS_AHEAD: usize = 1;
+/// Loads named while one is under way: all, for most tables, since a name takes little memory. The
+/// key index is then made while the disk is read.
+const LOADS_AHEAD: usize = 256;
 
 /// How the bytes of a fill reached the slot, and why not all were loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,7 +109,7 @@ pub(crate) struct Filled {
 }
 
 /// Fills a region with all latest rows of a snapshot, in the order of
-/// [`Snapshot::latest_rows`], from row 0 on. Asks `go_on` before each batch of rows.
+/// [`Snapshot::latest_rows`], from row 0 on. Asks `go_on` before each batch of rows and each load.
 ///
 /// # Errors
 ///
@@ -121,14 +121,14 @@ pub(crate) fn fill(
     snapshot: &Snapshot,
     columns: &Columns,
     with_index: bool,
-    go_on: &dyn Fn() -> Result<(), PinError>,
+    go_on: &(dyn Fn() -> Result<(), PinError> + Sync),
 ) -> Result<Filled, PinError> {
     let started = Instant::now();
     thread::scope(|scope| {
         let (loads, to_load) = sync_channel(LOADS_AHEAD);
         let loader = thread::Builder::new()
             .name("pin-load".to_owned())
-            .spawn_scoped(scope, move || load_all(backend, region, &to_load))
+            .spawn_scoped(scope, move || load_all(backend, region, &to_load, go_on))
             .map_err(|source| PinError::Io {
                 action: "start a thread".to_owned(),
                 source,
@@ -160,9 +160,11 @@ fn load_all(
     backend: &dyn Backend,
     region: &Region,
     loads: &Receiver<Load>,
-) -> Result<Option<LoadReport>, GdsError> {
+    go_on: &(dyn Fn() -> Result<(), PinError> + Sync),
+) -> Result<Option<LoadReport>, PinError> {
     let mut last = None;
     for (file, pieces) in loads {
+        go_on()?;
         last = Some(backend.load(&file, &pieces, region)?);
     }
     Ok(last)
@@ -178,7 +180,7 @@ fn name_all(
     snapshot: &Snapshot,
     columns: &Columns,
     with_index: bool,
-    go_on: &dyn Fn() -> Result<(), PinError>,
+    go_on: &(dyn Fn() -> Result<(), PinError> + Sync),
     loads: SyncSender<Load>,
 ) -> Result<Filled, PinError> {
     let none = Used {
@@ -217,6 +219,7 @@ fn name_all(
     }
     filling.hand_over()?;
     filling.write()?;
+    let index = filling.index.take().map(IndexBuilder::build);
     filling.set_valid()?;
     let used = Used {
         rows: filling.rows,
@@ -224,7 +227,7 @@ fn name_all(
     };
     Ok(Filled {
         used,
-        index: filling.index.map(IndexBuilder::build),
+        index,
         report: FillReport {
             rows: filling.rows,
             ..filling.report
