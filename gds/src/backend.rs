@@ -338,7 +338,7 @@ impl DmaFile {
     }
 }
 
-/// See the module.
+/// See the module. Calls for one region may be made at once if they are about other bytes of it.
 pub trait Backend: Send + Sync + fmt::Debug {
     /// How this backend loads.
     fn path(&self) -> LoadPath;

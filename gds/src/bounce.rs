@@ -67,7 +67,12 @@ impl BounceBackend {
         let pages: u64 = pieces.iter().map(|piece| whole_pages(piece).1).sum();
         let block_bytes = pages.min(self.load_block_bytes());
         let batches = batches(pieces, block_bytes);
-        let blocks = self.pool.cap_bytes() / block_bytes.max(1);
+        // Room is left for whoever writes meanwhile.
+        let room = self
+            .pool
+            .cap_bytes()
+            .saturating_sub(EDIT_BLOCK_BYTES as u64);
+        let blocks = room / block_bytes.max(1);
         let threads = READ_THREADS.min((blocks as usize / BLOCKS).max(1));
         spread_with(
             threads,

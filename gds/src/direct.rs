@@ -53,8 +53,8 @@ impl DirectBackend {
         chunks: &[Chunk],
         memory: &CudaMemory,
     ) -> Result<(), GdsError> {
-        // cuFile is in no order with streams. None has work on the region: every call of a
-        // backend waits for its own.
+        // cuFile is in no order with streams. None has work on these bytes: every call of a
+        // backend waits for its own, and calls at one time are about other bytes.
         let registered = self.cufile.register_file(unbuffered)?;
         spread(READ_THREADS, chunks, |chunk| {
             read_chunk(file, &registered, chunk, memory)

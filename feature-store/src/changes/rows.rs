@@ -17,7 +17,7 @@ use super::Changed;
 use crate::compat::{ColumnFrom, Version, repeat};
 use crate::error::ReadError;
 use crate::level::SegmentLevel;
-use crate::scan::{Pick, Stored, picks};
+use crate::scan::{Pick, Stored, not_runs, picks};
 use crate::segment::{MappedFile, SegmentId};
 use crate::snapshot::Snapshot;
 
@@ -240,10 +240,7 @@ impl Reader {
         let how = how.collect::<Result<Vec<_>, _>>().map_err(compute)?;
         let needed: Vec<usize> = how.iter().filter_map(stored_at).collect();
         // What the file holds as a run is likely to be read from there, by other means.
-        let schema = &from.storage_schema;
-        let others = needed.iter().copied();
-        let others = others.filter(|&at| !is_run(schema.field(at).data_type()));
-        stored.fetch(&others.collect::<Vec<_>>())?;
+        stored.fetch(&not_runs(from, &needed))?;
         stored.read(&needed)?;
         let map = match stored {
             Stored::Segment(level, _) => Some(level.segment.arrow_file()),
@@ -294,15 +291,6 @@ fn taken(column: &ArrayRef, pick: &Pick) -> Result<ArrayRef, ArrowError> {
 /// The hash of each key.
 pub(super) fn hashes(keys: &EncodedKeys) -> Vec<u64> {
     keys.iter().map(key_hash).collect()
-}
-
-/// Whether values of a type lie in a file one after the other.
-fn is_run(data_type: &DataType) -> bool {
-    match data_type {
-        DataType::FixedSizeBinary(_) => true,
-        DataType::FixedSizeList(item, _) => is_run(item.data_type()),
-        other => other.primitive_width().is_some(),
-    }
 }
 
 /// Where the values of a column lie, if they are of fixed width and whole bytes.

@@ -28,7 +28,7 @@ pub use self::part::{PartSize, ScanPart};
 use self::select::{Output, read_rows};
 pub(crate) use self::select::{Pick, picks};
 use self::walk::{Piece, Walk};
-pub(crate) use self::walk::{Stored, both, since_cut, without_dirty};
+pub(crate) use self::walk::{Stored, both, not_runs, since_cut, without_dirty};
 
 use crate::compat::Version;
 use crate::error::ReadError;
@@ -270,10 +270,13 @@ impl Scan {
             schema: &self.schema,
         };
         let needed = output.needed().map_err(|e| self.compute(e))?;
-        // A few rows are better fetched by themselves, when they leave.
         let rows: usize = left.iter().map(Pick::rows).sum();
         if rows > piece.stored.rows() / 2 {
             piece.stored.fetch(&needed)?;
+        } else {
+            // Decoding reads all of these. A few values of the others are better fetched by
+            // themselves, when they leave.
+            piece.stored.fetch(&not_runs(&piece.version, &needed))?;
         }
         piece.stored.read(&needed)?;
         let storage = piece.stored.storage();

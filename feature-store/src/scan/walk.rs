@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_buffer::BooleanBuffer;
-use arrow_schema::ArrowError;
+use arrow_schema::{ArrowError, DataType};
 use roaring::RoaringBitmap;
 
 use super::filter::{Verdict, Verdicts};
@@ -75,8 +75,8 @@ impl Stored {
         }
     }
 
-    /// Reads all of some columns from the disk, for those who will read most of them. Those that
-    /// were decoded before are not looked at.
+    /// Reads all of some columns from the disk, for those who will read most of them, unless all
+    /// were decoded before: then they were in memory once, and whoever reads them may wait.
     pub(crate) fn fetch(&self, columns: &[usize]) -> Result<(), ReadError> {
         match self {
             Stored::Segment(level, index) => level
@@ -114,6 +114,23 @@ impl Stored {
         column
             .cloned()
             .ok_or_else(|| ArrowError::SchemaError(format!("column {at} was not read")))
+    }
+}
+
+/// Of some stored columns, those whose values a file does not hold one after the other.
+pub(crate) fn not_runs(version: &Version, columns: &[usize]) -> Vec<usize> {
+    let schema = &version.storage_schema;
+    let columns = columns.iter().copied();
+    columns
+        .filter(|&at| !is_run(schema.field(at).data_type()))
+        .collect()
+}
+
+fn is_run(data_type: &DataType) -> bool {
+    match data_type {
+        DataType::FixedSizeBinary(_) => true,
+        DataType::FixedSizeList(item, _) => is_run(item.data_type()),
+        other => other.primitive_width().is_some(),
     }
 }
 

@@ -276,18 +276,24 @@ impl ArrowFile {
         let Some(block) = self.blocks.get(batch) else {
             return Err(self.no_batch(batch));
         };
-        if columns.len() == self.schema.fields().len() {
+        if (0..self.schema.fields().len()).all(|column| columns.contains(&column)) {
             return self.fetch(batch, block.offset as usize..block.end() as usize);
         }
-        self.fetch_metadata(batch, block)?;
+        self.check_metadata(batch, block)?;
         let mut ranges = self.column_ranges(block, columns).into_iter();
         ranges.try_for_each(|range| self.fetch(batch, range))
     }
 
-    /// The metadata alone: a page fault would read what lies around it too, as much as the
-    /// device reads ahead, though nobody may want it.
-    fn fetch_metadata(&self, batch: usize, block: &Block) -> Result<(), SegmentDamage> {
-        self.fetch(batch, block.offset as usize..block.body_offset() as usize)
+    /// Reads the metadata of a batch and compares it with its checksum: what is made of it is
+    /// trusted. It is fetched alone: a page fault would read what lies around it too, as much as
+    /// the device reads ahead, though nobody may want it.
+    fn check_metadata(&self, batch: usize, block: &Block) -> Result<(), SegmentDamage> {
+        self.fetch(batch, block.offset as usize..block.body_offset() as usize)?;
+        let expected = self.meta.batches.get(batch).map(|meta| meta.metadata_crc32);
+        match expected == Some(crc32fast::hash(self.metadata(block))) {
+            true => Ok(()),
+            false => Err(self.damage(Some(batch), "wrong checksum of the metadata".to_owned())),
+        }
     }
 
     fn fetch(&self, batch: usize, range: Range<usize>) -> Result<(), SegmentDamage> {
@@ -354,11 +360,8 @@ impl ArrowFile {
         else {
             return Err(self.no_batch(batch));
         };
-        self.fetch_metadata(batch, block)?;
         // The decoder trusts metadata that is well-formed, so first of all it must be ours.
-        if crc32fast::hash(self.metadata(block)) != meta.metadata_crc32 {
-            return Err(self.damage(Some(batch), "wrong checksum of the metadata".to_owned()));
-        }
+        self.check_metadata(batch, block)?;
         let bytes = self.map.slice(block.offset as usize..block.end() as usize);
         let ipc_block = arrow_ipc::Block::new(
             block.offset as i64,

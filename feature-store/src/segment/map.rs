@@ -17,8 +17,10 @@ use bytes::Bytes;
 use memmap2::{Advice, Mmap, MmapMut};
 use parking_lot::RwLock;
 
-/// The unit of the kernel's answer about what is in memory.
-const MEMORY_PAGE_BYTES: usize = 4096;
+/// The unit of the kernel's answer about what is in memory: 4 KiB, or more on some ARM systems.
+fn page_bytes() -> usize {
+    rustix::param::page_size()
+}
 
 /// Pages asked about in one call.
 const PAGES_A_CALL: usize = 2048;
@@ -145,7 +147,7 @@ impl MappedFile {
     /// The map, and the pages of a range as bytes; `None` if there are none.
     fn pages(&self, range: Range<usize>) -> Option<(&Mapping, Range<usize>)> {
         let mapping = self.mapping.as_ref()?;
-        let start = range.start / MEMORY_PAGE_BYTES * MEMORY_PAGE_BYTES;
+        let start = range.start / page_bytes() * page_bytes();
         let end = range.end.min(self.bytes.len());
         (start < end).then_some((&**mapping, start..end))
     }
@@ -190,20 +192,21 @@ impl Mapping {
             }
             let mut piece = at..pages.end.min(at + PIECE_BYTES);
             while let Some(missing) = self.first_missing(piece.clone()) {
-                piece.start = piece.end.min(missing + MEMORY_PAGE_BYTES);
+                piece.start = piece.end.min(missing + page_bytes());
                 self.populate(missing..piece.start)?;
             }
         }
         Ok(())
     }
 
-    /// Of a range that starts on a page, the first page that the page cache does not hold.
+    /// Of a range that starts on a page, the first page that the page cache does not hold. Where
+    /// the kernel does not tell, none is known to be missing.
     fn first_missing(&self, pages: Range<usize>) -> Option<usize> {
         let mut answers = [0_u8; PAGES_A_CALL];
         let mut at = pages.start;
         while at < pages.end {
-            let bytes = (pages.end - at).min(PAGES_A_CALL * MEMORY_PAGE_BYTES);
-            let count = bytes.div_ceil(MEMORY_PAGE_BYTES);
+            let bytes = (pages.end - at).min(PAGES_A_CALL * page_bytes());
+            let count = bytes.div_ceil(page_bytes());
             // SAFETY: the range lies in this map, which `self` keeps mapped, and starts on a
             // page of it; `answers` has room for one byte a page, at most `PAGES_A_CALL`. The
             // call only writes `answers`.
@@ -215,10 +218,10 @@ impl Mapping {
                 )
             };
             if failed != 0 {
-                return Some(at);
+                return None;
             }
             if let Some(page) = answers[..count].iter().position(|page| page & 1 == 0) {
-                return Some(at + page * MEMORY_PAGE_BYTES);
+                return Some(at + page * page_bytes());
             }
             at += bytes;
         }
@@ -232,7 +235,7 @@ impl Mapping {
         {
             // Kernels before 5.14 do not know the advice: read a byte of every page.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                for page in self.map[range].chunks(MEMORY_PAGE_BYTES) {
+                for page in self.map[range].chunks(page_bytes()) {
                     std::hint::black_box(page[0]);
                 }
                 Ok(())

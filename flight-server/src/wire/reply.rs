@@ -24,9 +24,6 @@ use crate::reply::{Shares, metadata};
 /// A step ends once it has made this many bytes.
 const STEP_BYTES: u64 = 1 << 20;
 
-/// The next rows are read while so many messages, or fewer, are ready.
-const READY_MESSAGES: usize = 1;
-
 /// Room in a message for what the shares add to its metadata.
 const SHARES_BYTES: usize = 256;
 
@@ -69,6 +66,8 @@ pub(crate) struct Reply {
     held: Option<Planned>,
     /// Met while reading ahead: what is ready is sent first.
     failed: Option<Failure>,
+    /// Whether the last rows read were made for this reply.
+    copied: bool,
     state: State,
     rows: u64,
     handed: Handed,
@@ -121,6 +120,7 @@ impl Reply {
             ready: VecDeque::new(),
             held: None,
             failed: None,
+            copied: false,
             state: State::Schema,
             rows: 0,
             handed: Handed::default(),
@@ -198,10 +198,11 @@ impl Reply {
         }
     }
 
-    /// Whether what is ready may soon be used up, and more be there.
+    /// Whether the next message waits for rows that are not read yet, and reading them ahead is
+    /// worth it: copies would take twice the memory.
     pub(super) fn runs_out(&self) -> bool {
-        let more = matches!(self.state, State::FirstRows | State::Rows);
-        more && self.failed.is_none() && self.ready.len() <= READY_MESSAGES
+        let more = self.failed.is_none() && self.state == State::Rows;
+        more && self.ready.is_empty() && !self.copied
     }
 
     /// Reads the next rows before they are needed. Blocks while the disk is read.
@@ -217,6 +218,7 @@ impl Reply {
             Some(found) => {
                 let ScanBatch { batch, storage, .. } = found?;
                 self.rows += batch.num_rows() as u64;
+                self.copied = matches!(storage, Storage::None);
                 self.plan(&batch, &storage)
             }
             None => {
@@ -399,8 +401,13 @@ mod tests {
     use super::*;
 
     fn reply(batches: Vec<RecordBatch>, limit: usize) -> Reply {
-        let schema = batches[0].schema();
+        reply_of(batches.into_iter().map(Ok).collect(), limit)
+    }
+
+    fn reply_of(batches: Vec<Result<RecordBatch, Failure>>, limit: usize) -> Reply {
+        let schema = batches[0].as_ref().unwrap().schema();
         let items = batches.into_iter().map(|batch| {
+            let batch = batch?;
             let storage = Storage::of_batch(&batch);
             Ok(ScanBatch {
                 batch,
@@ -436,6 +443,36 @@ mod tests {
                 reply.read_ahead();
             }
         }
+    }
+
+    #[test]
+    fn rows_read_before_a_failure_are_sent_whether_it_was_met_ahead_or_not() {
+        let ints: ArrayRef = Arc::new(Int64Array::from_iter_values(0..1 << 18));
+        let rows = RecordBatch::try_from_iter([("i", ints)]).unwrap();
+        let failing = || {
+            let failure = Failure::new(Code::DataLoss, "SEGMENT_DAMAGED", "a page is gone");
+            let batches = vec![Ok(rows.clone()), Ok(rows.slice(0, 9)), Err(failure)];
+            reply_of(batches, 1 << 20)
+        };
+        let read = |mut reply: Reply, ahead: bool| {
+            let (mut messages, mut read_ahead) = (0, 0);
+            loop {
+                let step = reply.step();
+                messages += step.messages.len();
+                if let Some(end) = step.end {
+                    return (messages, read_ahead, end.unwrap_err().code());
+                }
+                if ahead && reply.runs_out() {
+                    reply.read_ahead();
+                    read_ahead += 1;
+                }
+            }
+        };
+        // The schema, three slices, nine rows.
+        assert_eq!(read(failing(), false), (5, 0, Code::DataLoss));
+        let (messages, read_ahead, code) = read(failing(), true);
+        assert_eq!((messages, code), (5, Code::DataLoss));
+        assert!(read_ahead > 0);
     }
 
     fn shares(message: &FlightData) -> Value {

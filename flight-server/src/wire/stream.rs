@@ -4,7 +4,7 @@
 //! the client, and the response's body hands their chunks to HTTP/2. Streams take turns in
 //! the pool in the order in which they ask, one step each, so many share it fairly.
 //!
-//! A stream holds at most [`WINDOW_BYTES`] and one step of chunks, and two batches of rows; of
+//! A stream holds at most [`WINDOW_BYTES`] and one step of chunks, and the rows of a batch; of
 //! these only rows that had to be copied take memory of their own. When the client hangs up, or
 //! reads nothing for `reader_idle`, the snapshot and the permit are released at once.
 

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -108,131 +109,104 @@ pub(crate) struct Filled {
     pub report: FillReport,
 }
 
-/// Fills a region with all latest rows of a snapshot, in the order of
-/// [`Snapshot::latest_rows`], from row 0 on. Asks `go_on` before each batch of rows and each load.
-///
-/// # Errors
-///
-/// Those of `go_on` too. After any the region holds anything.
-pub(crate) fn fill(
-    backend: &dyn Backend,
-    region: &Region,
-    shape: &Shape,
-    snapshot: &Snapshot,
-    columns: &Columns,
-    with_index: bool,
-    go_on: &(dyn Fn() -> Result<(), PinError> + Sync),
-) -> Result<Filled, PinError> {
-    let started = Instant::now();
-    thread::scope(|scope| {
-        let (loads, to_load) = sync_channel(LOADS_AHEAD);
-        let loader = thread::Builder::new()
-            .name("pin-load".to_owned())
-            .spawn_scoped(scope, move || load_all(backend, region, &to_load, go_on))
-            .map_err(|source| PinError::Io {
-                action: "start a thread".to_owned(),
-                source,
-            })?;
-        let filled = name_all(
-            backend, region, shape, snapshot, columns, with_index, go_on, loads,
-        );
-        // It ends with what was named, or at an error of its own, which is why naming ended.
-        let loaded = match loader.join() {
-            Ok(loaded) => loaded?,
-            Err(panicked) => std::panic::resume_unwind(panicked),
-        };
-        let mut filled = filled?;
-        let report = &mut filled.report;
-        if let Some(loaded) = loaded {
-            report.path = loaded.path;
-            report.reason = loaded.reason;
-        }
-        report.elapsed = started.elapsed();
-        Ok(filled)
-    })
+/// What is filled, and with what.
+pub(crate) struct Fill<'a> {
+    pub backend: &'a dyn Backend,
+    pub region: &'a Region,
+    pub shape: &'a Shape,
+    pub snapshot: &'a Snapshot,
+    pub columns: &'a Columns,
+    pub with_index: bool,
+    /// Asked before each batch of rows and each load.
+    pub go_on: &'a (dyn Fn() -> Result<(), PinError> + Sync),
 }
 
 /// Stretches of a file to be loaded.
 type Load = (Arc<DmaFile>, Vec<Piece>);
 
-/// Loads all that comes; tells of the last.
-fn load_all(
-    backend: &dyn Backend,
-    region: &Region,
-    loads: &Receiver<Load>,
-    go_on: &(dyn Fn() -> Result<(), PinError> + Sync),
-) -> Result<Option<LoadReport>, PinError> {
-    let mut last = None;
-    for (file, pieces) in loads {
-        go_on()?;
-        last = Some(backend.load(&file, &pieces, region)?);
+impl Fill<'_> {
+    /// Fills the region with all latest rows of the snapshot, in the order of
+    /// [`Snapshot::latest_rows`], from row 0 on.
+    ///
+    /// # Errors
+    ///
+    /// Those of `go_on` too. After any the region holds anything, and nothing writes to it.
+    pub fn run(&self) -> Result<Filled, PinError> {
+        let started = Instant::now();
+        let stopped = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let (loads, to_load) = sync_channel(LOADS_AHEAD);
+            let loader = thread::Builder::new()
+                .name("pin-load".to_owned())
+                .spawn_scoped(scope, || {
+                    let loaded = self.load_all(to_load, &stopped);
+                    stopped.fetch_or(loaded.is_err(), Ordering::Relaxed);
+                    loaded
+                })
+                .map_err(|source| PinError::Io {
+                    action: "start a thread".to_owned(),
+                    source,
+                })?;
+            let filled = self.name_all(loads, &stopped);
+            stopped.fetch_or(filled.is_err(), Ordering::Relaxed);
+            // If it failed, that is why naming was stopped; if it was stopped, it did not fail.
+            let loaded = match loader.join() {
+                Ok(loaded) => loaded?,
+                Err(panicked) => std::panic::resume_unwind(panicked),
+            };
+            let mut filled = filled?;
+            let report = &mut filled.report;
+            if let Some(loaded) = loaded {
+                report.path = loaded.path;
+                report.reason = loaded.reason;
+            }
+            report.elapsed = started.elapsed();
+            Ok(filled)
+        })
     }
-    Ok(last)
+
+    /// Loads all that comes, until stopped; tells of the last.
+    fn load_all(
+        &self,
+        loads: Receiver<Load>,
+        stopped: &AtomicBool,
+    ) -> Result<Option<LoadReport>, PinError> {
+        let mut last = None;
+        for (file, pieces) in loads {
+            if stopped.load(Ordering::Relaxed) {
+                break;
+            }
+            (self.go_on)()?;
+            last = Some(self.backend.load(&file, &pieces, self.region)?);
+        }
+        Ok(last)
+    }
+
+    /// Reads all rows, writes what has to be encoded, and names what is to be loaded, until
+    /// stopped, which is an error.
+    fn name_all(&self, loads: SyncSender<Load>, stopped: &AtomicBool) -> Result<Filled, PinError> {
+        let mut filling = Filling::new(self, loads);
+        let names = Some(&self.columns.names[..]);
+        let rows = match self.with_index {
+            true => self.snapshot.latest_rows(names)?,
+            false => self.snapshot.latest_values(names)?,
+        };
+        for rows in rows {
+            if stopped.load(Ordering::Relaxed) {
+                return Err(loading_ended());
+            }
+            (self.go_on)()?;
+            filling.add(&rows?)?;
+        }
+        filling.end()
+    }
 }
 
-/// Reads all rows, writes what has to be encoded, and names what is to be loaded. Ends early if
-/// nobody loads any more.
-#[expect(clippy::too_many_arguments, reason = "those of `fill`, once more")]
-fn name_all(
-    backend: &dyn Backend,
-    region: &Region,
-    shape: &Shape,
-    snapshot: &Snapshot,
-    columns: &Columns,
-    with_index: bool,
-    go_on: &(dyn Fn() -> Result<(), PinError> + Sync),
-    loads: SyncSender<Load>,
-) -> Result<Filled, PinError> {
-    let none = Used {
-        rows: 0,
-        parts: vec![0; shape.parts().len()],
-    };
-    let mut filling = Filling {
-        backend,
-        region,
-        shape,
-        encoder: Encoder::new(shape, &none, Edits::default()),
-        index: with_index.then(IndexBuilder::default),
-        loads,
-        file: None,
-        pieces: Vec::new(),
-        piece_bytes: 0,
-        valid: BTreeMap::new(),
-        rows: 0,
-        written_bytes: 0,
-        report: FillReport {
-            path: backend.path(),
-            reason: None,
-            loaded_bytes: 0,
-            encoded: EncodedBytes::default(),
-            rows: 0,
-            elapsed: Duration::ZERO,
-        },
-    };
-    let rows = match with_index {
-        true => snapshot.latest_rows(Some(&columns.names))?,
-        false => snapshot.latest_values(Some(&columns.names))?,
-    };
-    for rows in rows {
-        go_on()?;
-        filling.add(&rows?)?;
+/// Said of naming; why loading ended is said by whoever loaded.
+fn loading_ended() -> PinError {
+    PinError::Inconsistent {
+        problem: "loading has ended".to_owned(),
     }
-    filling.hand_over()?;
-    filling.write()?;
-    let index = filling.index.take().map(IndexBuilder::build);
-    filling.set_valid()?;
-    let used = Used {
-        rows: filling.rows,
-        parts: filling.encoder.parts,
-    };
-    Ok(Filled {
-        used,
-        index,
-        report: FillReport {
-            rows: filling.rows,
-            ..filling.report
-        },
-    })
 }
 
 struct Filling<'a> {
@@ -255,7 +229,53 @@ struct Filling<'a> {
     report: FillReport,
 }
 
-impl Filling<'_> {
+impl<'a> Filling<'a> {
+    fn new(fill: &Fill<'a>, loads: SyncSender<Load>) -> Filling<'a> {
+        let none = Used {
+            rows: 0,
+            parts: vec![0; fill.shape.parts().len()],
+        };
+        Filling {
+            backend: fill.backend,
+            region: fill.region,
+            shape: fill.shape,
+            encoder: Encoder::new(fill.shape, &none, Edits::default()),
+            index: fill.with_index.then(IndexBuilder::default),
+            loads,
+            file: None,
+            pieces: Vec::new(),
+            piece_bytes: 0,
+            valid: BTreeMap::new(),
+            rows: 0,
+            written_bytes: 0,
+            report: FillReport {
+                path: fill.backend.path(),
+                reason: None,
+                loaded_bytes: 0,
+                encoded: EncodedBytes::default(),
+                rows: 0,
+                elapsed: Duration::ZERO,
+            },
+        }
+    }
+
+    /// After the last rows.
+    fn end(mut self) -> Result<Filled, PinError> {
+        self.hand_over()?;
+        self.write()?;
+        let index = self.index.take().map(IndexBuilder::build);
+        self.set_valid()?;
+        self.report.rows = self.rows;
+        Ok(Filled {
+            used: Used {
+                rows: self.rows,
+                parts: self.encoder.parts,
+            },
+            index,
+            report: self.report,
+        })
+    }
+
     fn add(&mut self, rows: &KeyedRows) -> Result<(), PinError> {
         let count = rows.batch.num_rows();
         let first = self.rows;
@@ -383,9 +403,7 @@ impl Filling<'_> {
             && !pieces.is_empty()
         {
             let load = (Arc::clone(file), pieces);
-            self.loads.send(load).map_err(|_| PinError::Inconsistent {
-                problem: "loading has ended".to_owned(),
-            })?;
+            self.loads.send(load).map_err(|_| loading_ended())?;
         }
         Ok(())
     }

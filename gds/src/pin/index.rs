@@ -66,6 +66,10 @@ impl IndexBuilder {
     }
 
     pub fn build(self) -> KeyIndex {
+        self.build_by(ORDERED_ROWS)
+    }
+
+    fn build_by(self, ordered_rows: usize) -> KeyIndex {
         let keys = self.keys;
         let rows = keys.rows();
         let mut rows_by_key = HashTable::with_capacity(rows);
@@ -77,10 +81,10 @@ impl IndexBuilder {
         let parts = parts.clamp(1, 1 << 12).min(buckets);
         let shift = buckets.trailing_zeros() - parts.trailing_zeros();
         let part_of = |hash: u64| (hash as usize & (buckets - 1)) >> shift;
-        let mut hashes = Vec::with_capacity(rows.min(ORDERED_ROWS));
-        let mut ordered = vec![(0, 0); rows.min(ORDERED_ROWS)];
-        for first in (0..rows).step_by(ORDERED_ROWS) {
-            let some = first..rows.min(first + ORDERED_ROWS);
+        let mut hashes = Vec::with_capacity(rows.min(ordered_rows));
+        let mut ordered = vec![(0, 0); rows.min(ordered_rows)];
+        for first in (0..rows).step_by(ordered_rows) {
+            let some = first..rows.min(first + ordered_rows);
             hashes.clear();
             hashes.extend(some.map(|row| key_hash(keys.get(row))));
             let mut ends = vec![0_usize; parts + 1];
@@ -133,7 +137,8 @@ impl KeyIndex {
         self.keys.get(row as usize)
     }
 
-    /// Appends a key that it does not have, as the next row.
+    /// Appends a key that it does not have, as the next row. `hash` is [`key_hash`]'s, as
+    /// everywhere here.
     fn push(&mut self, key: &[u8], hash: u64) {
         // In range: whoever plans has compared with `MAX_ROWS`.
         let row = self.keys.rows() as u32;
@@ -459,7 +464,7 @@ mod tests {
             for some in names.chunks(4_999) {
                 builder.extend(&keys(some).keys);
             }
-            let mut index = builder.build();
+            let mut index = builder.build_by(100_000);
             assert_eq!(index.rows(), u64::from(rows));
             index.check();
             for (row, name) in names.iter().enumerate().step_by(97) {

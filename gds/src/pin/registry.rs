@@ -13,7 +13,7 @@ use pinion_feature_store::{CleanSnapshot, Snapshot, Store};
 use super::columns::Columns;
 use super::device::Device;
 use super::error::PinError;
-use super::fill::fill;
+use super::fill::Fill;
 use super::generation::Generation;
 use super::keys::Epoch;
 use super::lease::{Holder, Lease};
@@ -228,7 +228,16 @@ impl Pins {
         let region = &first(&memory)?.region;
         let backend = device.backend.as_ref();
         let go_on = || self.check_open(&spec.name);
-        let filled = fill(backend, region, &shape, &snapshot, &columns, fresh, &go_on)?;
+        let fill = Fill {
+            backend,
+            region,
+            shape: &shape,
+            snapshot: &snapshot,
+            columns: &columns,
+            with_index: fresh,
+            go_on: &go_on,
+        };
+        let filled = fill.run()?;
         let epoch = match filled.index {
             Some(index) => {
                 let journal_max_bytes = self.options.journal_max_bytes;

@@ -5,7 +5,7 @@
 //! which a file could be registered, which would open the library again, quietly and not strict.
 //!
 //! cuFile is in no order with any stream: whoever reads into device memory has waited for the
-//! work that touched it before.
+//! work that touched those bytes before.
 
 use std::fs::File;
 use std::io;
@@ -176,7 +176,7 @@ unsafe impl Sync for RegisteredFile<'_> {}
 
 impl RegisteredFile<'_> {
     /// One read into device memory: how many bytes came. The caller has waited for all work on
-    /// that memory.
+    /// those bytes.
     ///
     /// Must not cross the end of the file: cuFile may then write all of the range.
     pub(crate) fn read(

@@ -6,12 +6,12 @@ use std::sync::atomic::Ordering;
 use pinion_feature_store::{Snapshot, SnapshotId};
 
 use super::{Head, Refill, Refresher, Step, first, next_ring};
-use crate::backend::CopyPiece;
+use crate::backend::{CopyPiece, Region};
 use crate::layout::{Layout, Shape, Used};
 use crate::pin::claim::Claim;
 use crate::pin::columns::Columns;
 use crate::pin::error::PinError;
-use crate::pin::fill::{Filled, fill};
+use crate::pin::fill::{Fill, Filled};
 use crate::pin::generation::Generation;
 use crate::pin::index::MAX_ROWS;
 use crate::pin::keys::Epoch;
@@ -150,6 +150,25 @@ impl Refresher {
         self.published(self.pin.install(ring, generation, &self.head.epoch))
     }
 
+    fn fill(
+        &self,
+        region: &Region,
+        shape: &Shape,
+        snapshot: &Snapshot,
+        columns: &Columns,
+    ) -> Result<Filled, PinError> {
+        let fill = Fill {
+            backend: self.pin.backend(),
+            region,
+            shape,
+            snapshot,
+            columns,
+            with_index: true,
+            go_on: &|| self.go_on(),
+        };
+        fill.run()
+    }
+
     fn fill_slot(
         &mut self,
         snapshot: &Snapshot,
@@ -157,15 +176,7 @@ impl Refresher {
         claim: &Claim,
     ) -> Result<Step, PinError> {
         let shape = &claim.layout.shape;
-        let filled = fill(
-            self.pin.backend(),
-            &claim.memory.region,
-            shape,
-            snapshot,
-            &columns,
-            true,
-            &|| self.go_on(),
-        )?;
+        let filled = self.fill(&claim.memory.region, shape, snapshot, &columns)?;
         let bytes = filled.report.bytes();
         self.lead_from(snapshot, columns, filled)?;
         let counters = &self.pin.counters;
@@ -184,15 +195,7 @@ impl Refresher {
     ) -> Result<Step, PinError> {
         let shape = columns.shape(&self.options.headroom.over(needed))?;
         let memory = self.new_slots(shape.slot_bytes)?;
-        let filled = fill(
-            self.pin.backend(),
-            &first(&memory)?.region,
-            &shape,
-            snapshot,
-            &columns,
-            true,
-            &|| self.go_on(),
-        )?;
+        let filled = self.fill(&first(&memory)?.region, &shape, snapshot, &columns)?;
         let bytes = filled.report.bytes();
         self.lead_from(snapshot, columns, filled)?;
         let counters = &self.pin.counters;

@@ -217,7 +217,10 @@ fn the_budget_is_never_more_than_what_was_free_at_the_start() {
 fn a_pin_that_fails_at_any_call_of_its_making_leaves_nothing() {
     let world = World::new(by_hand());
     let mut rng = StdRng::seed_from_u64(7);
+    // Of two files, which are two loads, and of a log.
     world.put(&mut rng, &keys(0..100));
+    world.table.flush().unwrap();
+    world.put(&mut rng, &keys(200..300));
     world.table.flush().unwrap();
     world.put(&mut rng, &keys(50..150));
     for nth in 0.. {
