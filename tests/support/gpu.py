@@ -132,7 +132,7 @@ class GpuMemory:
 class QueuedRead:
     """A copy of device memory to page-locked host memory, queued on a stream and begun only after `seconds`."""
 
-    def __init__(self, gpu, stream, address, size, seconds=0.4):
+    def __init__(self, gpu, stream, address, size, seconds=1.0):
         self.gpu = gpu
         self.size = size
         self.stream = c_ulonglong(stream)
