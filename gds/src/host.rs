@@ -19,9 +19,6 @@ use crate::sys::map::{PAGE_BYTES, SharedMemory, Writer};
 /// What one thread reads at a time.
 const CHUNK_BYTES: u64 = 4 << 20;
 
-/// What is mapped of a file at a time: to map and to unmap costs something, whatever the length.
-const STRETCH_BYTES: u64 = 32 << 20;
-
 /// Threads of one load: enough to keep a disk busy, whatever the number of cores.
 const READ_THREADS: usize = 8;
 
@@ -130,11 +127,9 @@ impl Backend for HostBackend {
         let memory = self.ours(region)?;
         check_pieces(file, pieces, region)?;
         let chunks = cut(pieces, CHUNK_BYTES);
-        let tasks = tasks(file, &chunks);
         let writer = memory.writer();
-        spread(READ_THREADS, &tasks, |task| match task {
-            Task::Copy(stretch) => copy_stretch(file, stretch, &writer),
-            Task::Read(chunk) => read_chunk(file, chunk, &writer),
+        spread(READ_THREADS, &chunks, |chunk| {
+            read_chunk(file, chunk, &writer)
         })?;
         Ok(LoadReport {
             path: LoadPath::Host,
@@ -234,70 +229,6 @@ fn populate(shared: &SharedMemory) -> std::io::Result<()> {
     spread(threads, &ranges, |range| shared.populate(range.clone()))
 }
 
-/// Chunks that lie side by side in the file, in whole pages, up to as much as is mapped at a time:
-/// a batch of a segment, say, whose columns go to places of their own.
-fn together(chunks: &[Chunk]) -> Vec<&[Chunk]> {
-    let mut stretches = Vec::new();
-    let mut rest = chunks;
-    while let Some(first) = rest.first() {
-        let joins = |pair: &&[Chunk]| {
-            let end = pair[0].file_offset + pair[0].bytes;
-            pair[1].whole_pages
-                && pair[1].file_offset == end
-                && end + pair[1].bytes - first.file_offset <= STRETCH_BYTES
-        };
-        let more = match first.whole_pages {
-            true => rest.windows(2).take_while(joins).count(),
-            false => 0,
-        };
-        let (stretch, after) = rest.split_at(1 + more);
-        stretches.push(stretch);
-        rest = after;
-    }
-    stretches
-}
-
-/// What one thread does at a time.
-enum Task<'c> {
-    /// Chunks side by side that the page cache has.
-    Copy(&'c [Chunk]),
-    Read(&'c Chunk),
-}
-
-/// Threads that read take chunks that follow each other, so that the disk is read in order.
-fn tasks<'c>(file: &DmaFile, chunks: &'c [Chunk]) -> Vec<Task<'c>> {
-    let mut tasks = Vec::new();
-    for stretch in together(chunks) {
-        let (first, all) = (&stretch[0], extent(stretch));
-        if first.whole_pages && is_cached(file.buffered(), all.start, all.end - all.start) {
-            tasks.push(Task::Copy(stretch));
-        } else {
-            tasks.extend(stretch.iter().map(Task::Read));
-        }
-    }
-    tasks
-}
-
-/// From the first byte to the last of chunks that lie side by side.
-fn extent(chunks: &[Chunk]) -> Range<u64> {
-    let end = chunks.last().map(|last| last.file_offset + last.bytes);
-    let start = chunks.first().map_or(0, |first| first.file_offset);
-    start..end.unwrap_or(start)
-}
-
-/// Brings chunks in that lie side by side, all at once, from the page cache.
-fn copy_stretch(file: &DmaFile, chunks: &[Chunk], writer: &Writer<'_>) -> Result<(), GdsError> {
-    let copies: Vec<_> = chunks.iter().map(|c| (c.file_offset, place(c))).collect();
-    let copied = writer.copy_cached(file.buffered(), extent(chunks), &copies);
-    if copied.is_ok() {
-        return Ok(());
-    }
-    // A file system that cannot be mapped.
-    chunks
-        .iter()
-        .try_for_each(|chunk| read_chunk(file, chunk, writer))
-}
-
 fn place(chunk: &Chunk) -> Range<usize> {
     let start = chunk.region_offset as usize;
     start..start + chunk.bytes as usize
@@ -326,51 +257,5 @@ fn read_chunk(file: &DmaFile, chunk: &Chunk, writer: &Writer<'_>) -> Result<(), 
         // plain read serves everything, or says what is wrong.
         None | Some(Err(GdsError::Io { .. })) => read(file.buffered().as_fd()),
         Some(done) => done,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn chunk(file_offset: u64, bytes: u64, whole_pages: bool) -> Chunk {
-        Chunk {
-            file_offset,
-            region_offset: 7 * file_offset,
-            bytes,
-            whole_pages,
-        }
-    }
-
-    /// How many chunks each stretch has.
-    fn lengths(chunks: &[Chunk]) -> Vec<usize> {
-        let stretches = together(chunks);
-        assert_eq!(stretches.concat(), chunks);
-        stretches.iter().map(|stretch| stretch.len()).collect()
-    }
-
-    #[test]
-    fn whole_pages_side_by_side_are_taken_together_up_to_a_stretch() {
-        assert_eq!(lengths(&[]), [0; 0]);
-        let quarter = STRETCH_BYTES / 4;
-        let row: Vec<Chunk> = (0..9).map(|n| chunk(n * quarter, quarter, true)).collect();
-        assert_eq!(lengths(&row), [4, 4, 1]);
-        assert_eq!(
-            lengths(&[chunk(0, 2 * STRETCH_BYTES, true), row[8]]),
-            [1, 1]
-        );
-    }
-
-    #[test]
-    fn gaps_and_ragged_ends_are_read_by_themselves() {
-        let chunks = [
-            chunk(0, 100, false),
-            chunk(4096, 4096, true),
-            chunk(8192, 4096, true),
-            chunk(12_288, 10, false),
-            chunk(20_480, 4096, true),
-            chunk(28_672, 4096, true),
-        ];
-        assert_eq!(lengths(&chunks), [1, 2, 1, 1, 1]);
     }
 }

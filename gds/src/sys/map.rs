@@ -199,66 +199,6 @@ impl Writer<'_> {
         unsafe { std::ptr::copy(from, to, bytes) }
     }
 
-    /// Copies pages of a file that the page cache holds: faster than reading them, since the
-    /// copy goes round the processor's caches, and needs no second one. The stretch of the file is
-    /// mapped once for all of the copies out of it: where in it, and where to. All lies on pages.
-    ///
-    /// Several threads may copy into one writer, each into a range of its own: `check_pieces`
-    /// (`reads`) refuses pieces that overlap.
-    ///
-    /// # Errors
-    ///
-    /// `InvalidInput` for a range or an offset that is not on a page, `UnexpectedEof` when the
-    /// file is shorter; of the system. Nothing is known of the ranges then.
-    ///
-    /// # Panics
-    ///
-    /// When a copy is not of the stretch.
-    pub(crate) fn copy_cached(
-        &self,
-        file: &File,
-        stretch: Range<u64>,
-        copies: &[(u64, Range<usize>)],
-    ) -> io::Result<()> {
-        let on_pages = stretch.start.is_multiple_of(PAGE_BYTES)
-            && copies.iter().all(|(from, to)| {
-                from.is_multiple_of(PAGE_BYTES) && to.start.is_multiple_of(PAGE_BYTES as usize)
-            });
-        if !on_pages {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        if file.metadata()?.len() < stretch.end || stretch.is_empty() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let bytes = (stretch.end - stretch.start) as usize;
-        let flags = MapFlags::SHARED | MapFlags::POPULATE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
-        let pages = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                ProtFlags::READ,
-                flags,
-                file,
-                stretch.start,
-            )
-        }?;
-        for (from, to) in copies {
-            let skip = (from - stretch.start) as usize;
-            assert!(skip + to.len() <= bytes, "{to:?} is not of {stretch:?}");
-            let (length, to) = (to.len(), self.memory.at(to.clone()));
-            // SAFETY: both ranges have `length` bytes, one checked, one mapped above, and start on
-            // pages: the memory does, and the ranges were checked to. The guard keeps all others
-            // from the memory, and those that share it have ranges of their own (above). A file that is loaded is never written: should somebody
-            // do it, the copy takes either's bytes. Left over: a file truncated between the check
-            // and here raises SIGBUS, as it would under every map of the engine's.
-            unsafe { copy_past_caches(pages.cast::<u8>().add(skip), to, length) };
-        }
-        // SAFETY: mapped above, and used by nobody else.
-        unsafe { rustix::mm::munmap(pages, bytes) }?;
-        Ok(())
-    }
-
     /// Sets a range to one byte. Several threads may, each a range of its own.
     pub(crate) fn set(&self, range: Range<usize>, value: u8) {
         let bytes = range.len();
@@ -305,57 +245,6 @@ impl Reader<'_> {
         // SAFETY: the range is checked, this guard keeps writers out, and `out` lies elsewhere.
         unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) }
     }
-}
-
-/// Copies pages that nobody will read soon, without bringing them into the processor's caches:
-/// four pages in step, as large copies of the C library go, at any length.
-///
-/// # Safety
-///
-/// As for `copy_nonoverlapping`; both pointers lie on pages.
-#[cfg(target_arch = "x86_64")]
-unsafe fn copy_past_caches(from: *const u8, to: *mut u8, bytes: usize) {
-    use std::arch::x86_64::{
-        __m128i, _MM_HINT_T0, _mm_load_si128, _mm_prefetch, _mm_sfence, _mm_stream_si128,
-    };
-    const PAGE: usize = PAGE_BYTES as usize;
-    const LINE: usize = 64;
-    const PAGES_IN_STEP: usize = 4;
-    let in_step = bytes - bytes % (PAGE * PAGES_IN_STEP);
-    for block in (0..in_step).step_by(PAGE * PAGES_IN_STEP) {
-        for line in (0..PAGE).step_by(LINE) {
-            for page in 0..PAGES_IN_STEP {
-                let at = block + page * PAGE + line;
-                // SAFETY: `at` and the 63 bytes after it are inside both ranges, on a multiple of
-                // 64 from pages; a prefetch may name any address.
-                unsafe {
-                    let from = from.add(at).cast::<__m128i>();
-                    let to = to.add(at).cast::<__m128i>();
-                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(8).cast());
-                    for part in 0..LINE / 16 {
-                        _mm_stream_si128(to.add(part), _mm_load_si128(from.add(part)));
-                    }
-                }
-            }
-        }
-    }
-    // SAFETY: the rest, inside both ranges. Streamed stores become visible to other threads in no
-    // order without the fence, which every processor of this architecture has.
-    unsafe {
-        _mm_sfence();
-        std::ptr::copy_nonoverlapping(from.add(in_step), to.add(in_step), bytes - in_step);
-    }
-}
-
-/// See the other one.
-///
-/// # Safety
-///
-/// As for `copy_nonoverlapping`.
-#[cfg(not(target_arch = "x86_64"))]
-unsafe fn copy_past_caches(from: *const u8, to: *mut u8, bytes: usize) {
-    // SAFETY: the caller's.
-    unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) }
 }
 
 /// How much of a stretch of a file the page cache holds, in bytes; `None` where the kernel does
@@ -447,38 +336,6 @@ mod tests {
         let mut out = [0; 4];
         rustix::io::pread(&exported, &mut out, 0).unwrap();
         assert_eq!(&out, b"kept");
-    }
-
-    #[test]
-    fn pages_copied_from_the_page_cache_are_those_of_the_file() {
-        use std::io::Write;
-        let bytes: Vec<u8> = (0..11 * 4096_u32).map(|n| (n * 7 / 3) as u8).collect();
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&bytes).unwrap();
-        let memory = memory(16 * 4096);
-        memory
-            .writer()
-            .copy_cached(
-                &file,
-                4096..11 * 4096,
-                &[(4096, 8192..6 * 4096), (5 * 4096, 6 * 4096..12 * 4096)],
-            )
-            .unwrap();
-        let mut out = vec![1; 16 * 4096];
-        memory.reader().get(0, &mut out);
-        assert!(
-            out[..8192]
-                .iter()
-                .chain(&out[12 * 4096..])
-                .all(|byte| *byte == 0)
-        );
-        assert_eq!(out[8192..12 * 4096], bytes[4096..]);
-        let askew = [(4096, 8..8 + 4096)];
-        let askew = memory.writer().copy_cached(&file, 4096..8192, &askew);
-        assert_eq!(askew.unwrap_err().kind(), io::ErrorKind::InvalidInput);
-        let all = [(4096, 0..11 * 4096)];
-        let beyond = memory.writer().copy_cached(&file, 4096..12 * 4096, &all);
-        assert_eq!(beyond.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[test]
