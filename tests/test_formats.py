@@ -257,7 +257,7 @@ def wait_read(server, client, topic, count, name="rows"):
         assert server.alive(), server.log_text()
         return caught_up(client, name, topic, {0: count})
 
-    until(done, what=f"{name} reading {topic} up to {count}")
+    until(done, what=f"{name} reading {topic} up to {count}", why=server.log_text)
 
 
 def plain(client, name="rows"):

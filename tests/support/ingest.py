@@ -20,4 +20,4 @@ def wait_caught_up(server, client, table, log, seconds=60):
         assert server.alive(), f"the server exited {server.process.returncode}\n{server.log_text()}"
         return caught_up(client, table, log.topic, ends)
 
-    until(done, seconds, f"{table} reading {log.topic} up to {ends}")
+    until(done, seconds, f"{table} reading {log.topic} up to {ends}", why=server.log_text)
