@@ -19,7 +19,13 @@ use crate::native::{self, EventQueue, LogContext, Polled, TopicIdError};
 /// The consumer of every source.
 pub(crate) type Consumer = BaseConsumer<LogContext>;
 
-/// Partitions and id of a topic. Two round trips.
+/// A topic, and which of its partitions have a leader.
+pub(crate) struct Described {
+    pub(crate) topic: TopicView,
+    pub(crate) led: BTreeSet<i32>,
+}
+
+/// Partitions, their leaders and id of a topic. Two round trips.
 ///
 /// # Errors
 ///
@@ -28,7 +34,7 @@ pub(crate) fn describe_topic(
     consumer: &Consumer,
     topic: &str,
     timeout: Duration,
-) -> Result<TopicView, String> {
+) -> Result<Described, String> {
     describe(consumer, topic, timeout, &|| None)
 }
 
@@ -37,7 +43,7 @@ fn describe(
     topic: &str,
     timeout: Duration,
     complaint: &dyn Fn() -> Option<String>,
-) -> Result<TopicView, String> {
+) -> Result<Described, String> {
     let metadata = consumer.fetch_metadata(Some(topic), timeout).map_err(|e| {
         let why = complaint().unwrap_or_else(|| e.to_string());
         format!("cannot reach the brokers: {why}")
@@ -59,11 +65,10 @@ fn describe(
     if partitions.is_empty() {
         return Err(format!("topic {topic} has no partitions yet"));
     }
-    let Some(leader) = found
-        .partitions()
-        .iter()
-        .map(|p| p.leader())
-        .find(|id| *id >= 0)
+    let led = || found.partitions().iter().filter(|p| p.leader() >= 0);
+    let Some(leader) = led()
+        .next()
+        .map(rdkafka::metadata::MetadataPartition::leader)
     else {
         return Err(format!("no partition of topic {topic} has a leader"));
     };
@@ -72,10 +77,15 @@ fn describe(
         Err(TopicIdError::Unsupported) => format!("{NAMED}{topic}"),
         Err(failed @ TopicIdError::Failed { .. }) => return Err(failed.to_string()),
     };
-    Ok(TopicView {
-        name: topic.to_owned(),
-        id,
-        partitions,
+    Ok(Described {
+        topic: TopicView {
+            name: topic.to_owned(),
+            id,
+            partitions,
+        },
+        led: led()
+            .map(rdkafka::metadata::MetadataPartition::id)
+            .collect(),
     })
 }
 
@@ -99,6 +109,7 @@ pub(crate) fn describe_topic_first(
             });
         complaints.last()
     })
+    .map(|described| described.topic)
 }
 
 /// First and next offset of a partition, asked of its leader.
@@ -176,6 +187,8 @@ pub(crate) struct TopicWatch {
 /// What one look brought.
 pub(crate) struct Seen {
     pub(crate) topic: TopicView,
+    /// Partitions that have a leader.
+    pub(crate) led: BTreeSet<i32>,
     /// Ends of partitions, where they are wanted and the brokers told.
     pub(crate) ends: Offsets,
 }
@@ -214,12 +227,13 @@ impl TopicWatch {
                     let Some(consumer) = consumer.upgrade() else {
                         return;
                     };
-                    let seen = describe_topic(&consumer, &name, timeout).map(|topic| {
+                    let described = describe_topic(&consumer, &name, timeout);
+                    let seen = described.map(|Described { topic, led }| {
                         let mut ends = Offsets::new();
                         if ends_wanted.load(Ordering::Relaxed) {
                             ends = ends_of(&consumer, &topic, timeout);
                         }
-                        Seen { topic, ends }
+                        Seen { topic, led, ends }
                     });
                     failed = seen.is_err();
                     if tell.send(seen).is_err() {

@@ -10,7 +10,7 @@ mod failures;
 mod gathered;
 
 use std::cell::OnceCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -34,11 +34,14 @@ use crate::status::{SourceState, TableProgress};
 const POLL_WAIT: Duration = Duration::from_millis(100);
 /// How often the ends of partitions are looked up for the status.
 const ENDS_INTERVAL: Duration = Duration::from_millis(200);
-/// A client that has not reached the brokers for so long is replaced. Seen once, with a broker
-/// that got hardly any CPU: librdkafka 2.12 logged a leader of nonsense numbers ("new
-/// leader-2073493717 not found in cache") and stayed out of reach for 8 minutes, while another
-/// client was answered. Whether the one caused the other is not known.
-const FRESH_CLIENT_AFTER: Duration = Duration::from_secs(15);
+/// A client that has not reached the brokers for so many request timeouts is replaced, and one
+/// that said nothing of a partition which it was assigned and which has a leader: it tells at
+/// least where that ends. Seen once, with a broker that got hardly any CPU: librdkafka 2.12
+/// logged a leader of nonsense numbers ("new leader-2073493717 not found in cache") and stayed
+/// out of reach for 8 minutes, while another client was answered. Whether the one caused the
+/// other is not known. Seen once too: no record for half a minute, right after it was assigned
+/// partition and topic that it had let go of 100 ms before.
+const FRESH_CLIENT_TIMEOUTS: u32 = 3;
 
 /// One connection.
 pub(crate) struct Session<'s> {
@@ -67,6 +70,10 @@ pub(crate) struct Session<'s> {
     past_end_tries: BTreeMap<i32, u32>,
     /// Since when the watch has not reached the brokers.
     out_of_reach: Option<Instant>,
+    /// Partitions that have a leader, as the watch saw last.
+    led: BTreeSet<i32>,
+    /// Since when each partition is assigned of which the consumer has said nothing.
+    silent: BTreeMap<i32, Instant>,
     /// By the wall clock: records from before count as backlog.
     started_millis: i64,
     ends: Offsets,
@@ -98,6 +105,8 @@ impl<'s> Session<'s> {
             consuming: false,
             past_end_tries: BTreeMap::new(),
             out_of_reach: None,
+            led: BTreeSet::new(),
+            silent: BTreeMap::new(),
             started_millis: now_millis(),
             ends: Offsets::new(),
             ends_at: None,
@@ -125,10 +134,8 @@ impl<'s> Session<'s> {
             if let Some(seen) = watch.newest() {
                 self.look(seen);
             }
-            if self
-                .out_of_reach
-                .is_some_and(|since| since.elapsed() >= FRESH_CLIENT_AFTER)
-            {
+            let patience = self.patience();
+            if self.out_of_reach.is_some_and(|at| at.elapsed() >= patience) {
                 let reason = self.watch_trouble.take().unwrap_or_default();
                 return Ended::Retry(format!("{reason}; connecting anew"));
             }
@@ -151,6 +158,9 @@ impl<'s> Session<'s> {
                 return Ended::Retry(reason);
             }
             let gathered = self.gather();
+            if let Some(reason) = self.hear(&gathered) {
+                return Ended::Retry(format!("{reason}; connecting anew"));
+            }
             self.apply(&gathered);
             for (code, partition, message) in gathered.failures {
                 if let Some(ended) = self.handle_failure(code, partition, &message) {
@@ -159,6 +169,30 @@ impl<'s> Session<'s> {
             }
             self.publish();
         }
+    }
+
+    /// How long a client may keep silent.
+    fn patience(&self) -> Duration {
+        self.source.config.request_timeout * FRESH_CLIENT_TIMEOUTS
+    }
+
+    /// Notes of which partitions the consumer said something. Which one it has kept silent about
+    /// for too long, though everything that it had to say was taken.
+    fn hear(&mut self, gathered: &Gathered<'_>) -> Option<String> {
+        if self.silent.is_empty() {
+            return None;
+        }
+        let failed = gathered.failures.iter().filter_map(|(_, p, _)| *p);
+        for partition in gathered.partitions().chain(failed) {
+            self.silent.remove(&partition);
+        }
+        let patience = self.patience();
+        let mut silent = self.silent.iter().filter(|(p, _)| self.led.contains(p));
+        let (partition, since) = silent.find(|(_, since)| since.elapsed() >= patience)?;
+        gathered.drained.then(|| {
+            let (topic, since) = (&self.topic.name, since.elapsed());
+            format!("the consumer said nothing of {topic} partition {partition} for {since:.0?}")
+        })
     }
 
     /// Lets go of every partition, and of what is prefetched of them; polls on, for librdkafka
@@ -171,6 +205,7 @@ impl<'s> Session<'s> {
                 return Some(Ended::Retry(format!("cannot let go of {topic}: {e}")));
             }
             self.consuming = false;
+            self.silent.clear();
             self.stale_ends = self.fetched_ends();
         }
         self.publish();
@@ -282,7 +317,8 @@ impl<'s> Session<'s> {
     /// Takes in what the watch saw: more partitions, another topic, or a broker out of reach.
     fn look(&mut self, seen: Result<Seen, String>) {
         match seen {
-            Ok(Seen { topic, ends }) => {
+            Ok(Seen { topic, led, ends }) => {
+                self.led = led;
                 self.watch_trouble = None;
                 self.out_of_reach = None;
                 self.trouble.remove(&None);
@@ -346,6 +382,10 @@ impl<'s> Session<'s> {
         tracing::debug!(topic = self.topic.name, ?least, "assigned");
         self.trouble
             .retain(|partition, _| partition.is_none_or(|p| least.contains_key(&p)));
+        // Assigned again before it said anything, a partition is silent since the first time.
+        let now = Instant::now();
+        let since = |p: &i32| (*p, self.silent.get(p).copied().unwrap_or(now));
+        self.silent = least.keys().map(since).collect();
         self.assigned = Some(least);
         self.consuming = true;
         Ok(())
@@ -359,7 +399,11 @@ impl<'s> Session<'s> {
         let mut bytes = 0_usize;
         let mut polled = self.events.poll(POLL_WAIT);
         let started = Instant::now();
-        while let Some(event) = polled {
+        loop {
+            let Some(event) = polled else {
+                gathered.drained = true;
+                break;
+            };
             match event {
                 Polled::Record(record) => {
                     bytes += record.value().map_or(0, <[u8]>::len);

@@ -20,6 +20,8 @@ pub(super) struct Gathered<'c> {
     pub(super) clock: Vec<Instant>,
     pub(super) steps: Vec<Step>,
     pub(super) failures: Vec<(RDKafkaErrorCode, Option<i32>, String)>,
+    /// True when it ended because the consumer had no more to say.
+    pub(super) drained: bool,
 }
 
 impl Gathered<'_> {

@@ -397,6 +397,34 @@ fn a_topic_that_may_be_described_but_not_read_shows_so_until_it_is_read() {
 }
 
 #[test]
+fn a_client_that_says_nothing_of_a_partition_is_replaced() {
+    let mut bench = Bench::of_partitions(2);
+    let store = bench.open();
+    let table = apply(&store, "t", "");
+    bench.spread_rows(0, 20);
+    // librdkafka asks again after each of these, and tells nobody.
+    let silent = RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_LEADER_EPOCH;
+    bench
+        .cluster
+        .request_errors(RDKafkaApiKey::Fetch, &[silent; 10_000]);
+    let config = IngestConfig {
+        request_timeout: Duration::from_millis(500),
+        ..bench.config()
+    };
+    let ingest = Ingest::start(store.clone(), config).expect("ingest");
+    wait_for("a new client", || match status(&ingest).state {
+        SourceState::Degraded { reason } => {
+            reason.contains("said nothing of events partition")
+                && reason.ends_with("connecting anew")
+        }
+        _ => false,
+    });
+    bench.cluster.clear_request_errors(RDKafkaApiKey::Fetch);
+    wait_for("positions", || bench.is_read(&table));
+    wait_for("running", || status(&ingest).state == SourceState::Running);
+}
+
+#[test]
 fn a_broker_that_goes_away_and_returns_costs_no_record() {
     let mut bench = Bench::of_partitions(1);
     let store = bench.open();
