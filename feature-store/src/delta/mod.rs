@@ -79,14 +79,14 @@ impl Log {
         incarnation: u64,
         base_sequence: u64,
         version: std::sync::Arc<Version>,
-        capacity_rows: u32,
+        index: LogIndex,
     ) -> Log {
         Log {
             incarnation,
             base_sequence,
             version,
             superseded: Superseded::new(Default::default()),
-            content: Content::Live(LogIndex::new(capacity_rows)),
+            content: Content::Live(index),
         }
     }
 
@@ -220,11 +220,16 @@ impl LogView {
         }
     }
 
-    /// The row that may have a hash's key, in rows that are in memory: its batch, and its place in
-    /// it. What the index knows of it is fetched into the cache.
-    pub(crate) fn prefetch_newest(&self, hash: u64) -> Option<(&RecordBatch, usize)> {
+    /// Fetches into the cache what the index knows of the row that may have a hash's key, in rows
+    /// that are in memory. Its batch and its place in it, where a key of `key_bytes` is compared
+    /// there.
+    pub(crate) fn prefetch_newest(
+        &self,
+        hash: u64,
+        key_bytes: usize,
+    ) -> Option<(&RecordBatch, usize)> {
         let (rows, index) = self.warm().ok()??;
-        rows.row(index.prefetch_newest(hash)?)
+        rows.row(index.prefetch_newest(hash, key_bytes)?)
     }
 
     /// The greatest visible version of `key` with an event time at or before `until`.
@@ -242,7 +247,7 @@ impl LogView {
                 rows.row(row)
                     .is_some_and(|(batch, at)| key_equals(version, batch, at, key))
             };
-            let found = index.find(hash, self.visible_rows, until, latest, same_key);
+            let found = index.find((hash, key), self.visible_rows, until, latest, same_key);
             return Ok(found
                 .map(|(row, event, created, deleted)| self.found(row, event, created, deleted)));
         }

@@ -309,29 +309,27 @@ impl Replayed {
                 pending_rows = 0;
             }
         }
-        let index = LogIndex::new(self.rows);
+        let index = LogIndex::new(self.rows, true)
+            .map_err(|e| self.damaged(&format!("no memory for its index: {e}")))?;
         let mut hashes = self.records.iter().flat_map(|r| self.hashes(r));
+        let mut key = Vec::new();
         for (first_row, batch) in rows.batches() {
             let times = version.times_of(&batch).map_err(compute)?;
             for (at, row) in (0..batch.num_rows()).zip(first_row..) {
                 let hash = hashes.next().map_or(0, |h| u64::from_le_bytes(*h));
                 let deleted = self.deleted_rows.contains(&row);
-                index.set_meta(row, hash, times.event(at), times.created(at), deleted);
+                key.clear();
+                version.key_of(&batch, at, &mut key);
+                let order = (times.event(at), times.created(at));
+                index.set_meta(row, hash, order, deleted, &key);
+                if version.latest() && self.lost_at_birth(row) {
+                    continue;
+                }
+                index.insert(row, &key, |other| {
+                    rows.row(other)
+                        .is_some_and(|(b, o)| key_equals(version, b, o, &key))
+                });
             }
-        }
-        for row in 0..self.rows {
-            if version.latest() && self.lost_at_birth(row) {
-                continue;
-            }
-            let Some((batch, at)) = rows.row(row) else {
-                continue;
-            };
-            let mut key = Vec::new();
-            version.key_of(batch, at, &mut key);
-            index.insert(row, |other| {
-                rows.row(other)
-                    .is_some_and(|(b, o)| key_equals(version, b, o, &key))
-            });
         }
         Ok((rows, index))
     }

@@ -383,7 +383,8 @@ fn probe_log(
             log.prefetch_entry(keys.hashes[key as usize]);
         }
         for &key in &pending[start..end] {
-            if let Some((batch, at)) = log.prefetch_newest(keys.hashes[key as usize]) {
+            let bytes = keys.encoded.get(key as usize).len();
+            if let Some((batch, at)) = log.prefetch_newest(keys.hashes[key as usize], bytes) {
                 for column in 0..log.log.version.key_columns {
                     prefetch_cell(batch, column, at);
                 }

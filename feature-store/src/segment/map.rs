@@ -7,10 +7,11 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::ops::Range;
+use std::marker::PhantomData;
+use std::ops::{Deref, Range};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
@@ -307,6 +308,61 @@ pub(super) fn map_unpublished(file: &File) -> io::Result<MmapMut> {
     // `.partial` name, which only its one writer opens (the store's lock keeps other
     // processes out), and that writer owns both the file and this map.
     unsafe { MmapMut::map_mut(file) }
+}
+
+/// A slice that is zero until it is written. Its memory is the system's and comes page by page as
+/// it is touched, so that what is never used costs nothing.
+pub(crate) struct Zeroed<T> {
+    map: MmapMut,
+    len: usize,
+    _items: PhantomData<T>,
+}
+
+/// What may be made of zero bytes.
+///
+/// # Safety
+///
+/// All bytes zero are a value of the type; it holds no pointer, and needs no drop.
+pub(crate) unsafe trait ZeroIsValid: Sync {}
+
+// SAFETY: a number in memory.
+unsafe impl ZeroIsValid for AtomicU64 {}
+
+// SAFETY: nothing but such items.
+unsafe impl<T: ZeroIsValid, const N: usize> ZeroIsValid for [T; N] {}
+
+impl<T: ZeroIsValid> Zeroed<T> {
+    /// `len` zeroes. With `huge`, in pages of 2 MiB where the system has them: for what will soon
+    /// be used up, since the first touch of each takes all of it.
+    ///
+    /// # Errors
+    ///
+    /// The system gives no address space: its limit, or that on the number of maps.
+    pub(crate) fn new(len: usize, huge: bool) -> io::Result<Zeroed<T>> {
+        let bytes = len.saturating_mul(size_of::<T>()).max(1);
+        let map = MmapMut::map_anon(bytes)?;
+        if huge {
+            // Without them (a kernel that has none) it is slower and nothing else.
+            let _ = map.advise(Advice::HugePage);
+        }
+        Ok(Zeroed {
+            map,
+            len,
+            _items: PhantomData,
+        })
+    }
+}
+
+impl<T: ZeroIsValid> Deref for Zeroed<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        const { assert!(align_of::<T>() <= 4096 && !std::mem::needs_drop::<T>()) }
+        // SAFETY: the map holds at least `len` items and lives as long as `self`; it begins at a
+        // page, so items are aligned; its bytes were zero, which by the trait is a value, and are
+        // changed through these items only.
+        unsafe { std::slice::from_raw_parts(self.map.as_ptr().cast(), self.len) }
+    }
 }
 
 /// Fetches the cache line of an element before it is read. Only advice: nothing happens for

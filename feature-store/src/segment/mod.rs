@@ -77,7 +77,7 @@ pub use arrow_reader::{Block, FileChecksum};
 pub use error::{OpenSegmentError, SegmentDamage, SegmentError};
 pub(crate) use index::Probe;
 pub use map::{MappedFile, file_behind};
-pub(crate) use map::{map_file, prefetch};
+pub(crate) use map::{Zeroed, map_file, prefetch};
 pub(crate) use message::batch_message;
 pub(crate) use meta::SUFFIXES;
 pub use meta::{ArrowFileMeta, BatchMeta, FileMeta, SegmentId, SegmentMeta};

@@ -16,6 +16,7 @@ use crate::commit::{Change, Commit, DeadLetter, Receipt, WriteToken};
 use crate::compat::{Times, Version};
 use crate::dead_letters::DeadLetterId;
 use crate::delta::file::{HEADER_BYTES, LogFileWriter, LogHeader};
+use crate::delta::index::LogIndex;
 use crate::delta::record::{self, Head, Place, Replaced, ReplacedRows, TopicTable};
 use crate::delta::rows::LogRows;
 use crate::delta::{Log, LogView, body, key_equals};
@@ -32,6 +33,9 @@ const CLOSED_LOGS_BEFORE_WAITING: usize = 8;
 /// Room for a record that is kept for the next one.
 const RECORD_BYTES_KEPT: usize = 4 << 20;
 
+/// How many rows ahead the index entries of a commit are fetched.
+const INDEX_ROWS_AHEAD: usize = 16;
+
 /// A commit brought into the log's columns, before the writer lock is taken.
 struct Prepared {
     batch: RecordBatch,
@@ -47,6 +51,9 @@ struct Resolved {
     replaced: ReplacedRows,
     /// Rows of the commit that a greater version has already beaten; empty if none.
     lost: Vec<bool>,
+    /// Of each row the version of its key in the open log that it replaces, plus one; 0 where
+    /// there is none.
+    older: Vec<u32>,
     /// Change of the number of live rows.
     live_change: i64,
 }
@@ -330,21 +337,24 @@ impl TableInner {
         if let Some(index) = writer.log.index() {
             for i in 0..rows {
                 let row = first_row + i as u32;
-                index.set_meta(
-                    row,
-                    prepared.hashes[i],
-                    prepared.times.event(i),
-                    prepared.times.created(i),
-                    prepared.deleted[i],
-                );
+                let key = prepared.keys.get(i);
+                let order = (prepared.times.event(i), prepared.times.created(i));
+                index.set_meta(row, prepared.hashes[i], order, prepared.deleted[i], key);
+                if let Some(hash) = prepared.hashes.get(i + INDEX_ROWS_AHEAD) {
+                    index.prefetch_entry(*hash);
+                }
                 if resolved.lost.get(i).copied().unwrap_or(false) {
                     continue;
                 }
+                if let Some(older) = resolved.older.get(i) {
+                    index.insert_over(row, older.checked_sub(1));
+                    continue;
+                }
                 let log_rows = &writer.rows;
-                index.insert(row, |other| {
-                    log_rows.row(other).is_some_and(|(batch, at)| {
-                        key_equals(&version, batch, at, prepared.keys.get(i))
-                    })
+                index.insert(row, key, |other| {
+                    log_rows
+                        .row(other)
+                        .is_some_and(|(batch, at)| key_equals(&version, batch, at, key))
                 });
             }
         }
@@ -445,6 +455,7 @@ impl TableInner {
         let winners = current.latest_winners(&levels, &prepared.keys, &prepared.hashes)?;
         let mut resolved = Resolved {
             lost: vec![false; rows],
+            older: vec![0; rows],
             ..Resolved::default()
         };
         // Winner of each key within this commit so far.
@@ -483,6 +494,9 @@ impl TableInner {
                     continue;
                 }
                 Some((place, row, _, deleted)) => {
+                    if place == here {
+                        resolved.older[i] = row + 1;
+                    }
                     // Deletes in segments are in no scan; deletes in logs are marked so that
                     // a merge does not carry them on.
                     if !deleted || matches!(place, Place::Log(_)) {
@@ -522,10 +536,7 @@ impl TableInner {
 
     /// Starts a new log when the present one is full.
     fn make_room(&self, writer: &mut Writer, rows: u32) -> Result<(), CommitError> {
-        let capacity = writer
-            .log
-            .index()
-            .map_or(0, crate::delta::index::LogIndex::capacity_rows);
+        let capacity = writer.log.index().map_or(0, LogIndex::capacity_rows);
         let full = writer
             .rows
             .len()
@@ -554,6 +565,10 @@ impl TableInner {
         base_sequence: Option<u64>,
     ) -> Result<Arc<Vec<Level>>, CommitError> {
         let end_sequence = writer.log.base_sequence + u64::from(writer.rows.len());
+        let capacity = self.options.delta_max_rows.max(rows);
+        // After a full log the next is full before long.
+        let soon = writer.rows.len() >= self.options.delta_max_rows / 2;
+        let index = LogIndex::new(capacity, soon).map_err(|e| self.io_error(e))?;
         let mut levels = Arc::clone(&self.current.load().levels);
         if let Some(file) = &mut writer.file {
             let seal =
@@ -574,12 +589,11 @@ impl TableInner {
         // before and after a load, never share an id.
         let incarnation = writer.next_log;
         writer.next_log += 1;
-        let capacity = self.options.delta_max_rows.max(rows);
         writer.log = Arc::new(Log::live(
             incarnation,
             base_sequence.unwrap_or(end_sequence),
             version,
-            capacity,
+            index,
         ));
         writer.rows = LogRows::default();
         writer.file = None;

@@ -24,6 +24,7 @@ use crate::commit::DeadLetter;
 use crate::compat::Version;
 use crate::dead_letters::DeadLetterState;
 use crate::delta::file::{list_logs, log_path};
+use crate::delta::index::LogIndex;
 use crate::delta::record::{Place, TopicTable};
 use crate::delta::replay::{Replayed, Walked};
 use crate::delta::rows::LogRows;
@@ -481,11 +482,13 @@ pub(crate) fn open_table(
         what: format!("table {name}"),
         problem: e.to_string(),
     })?;
+    let index = LogIndex::new(options.delta_max_rows, false)
+        .map_err(|e| io("take memory for the log of", &dirs.log)(e))?;
     let log = Arc::new(Log::live(
         next_log,
         end_sequence,
         Arc::clone(&current_version),
-        options.delta_max_rows,
+        index,
     ));
     let view = LogView::live(Arc::clone(&log), LogRows::default());
     let table_name = Arc::new(TableName { id: entry.id, name });

@@ -53,6 +53,7 @@ impl EncodedKeys {
     /// # Panics
     ///
     /// As a slice does, when `index` is not below [`EncodedKeys::len`].
+    #[inline]
     pub fn get(&self, index: usize) -> &[u8] {
         let start = match index {
             0 => 0,
