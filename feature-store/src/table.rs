@@ -29,6 +29,7 @@ use crate::catalog::TableId;
 use crate::commit::{Change, Commit, DeadLetter, Receipt, WriteToken};
 use crate::dead_letters::DeadLetterState;
 use crate::delta::file::LogFileWriter;
+use crate::delta::index::Spares;
 use crate::delta::record::{Place, TopicTable};
 use crate::delta::rows::LogRows;
 use crate::delta::{Log, LogView};
@@ -65,6 +66,7 @@ pub(crate) struct TableInner {
     /// Locked last, by whoever holds whichever other lock.
     dead: Mutex<DeadLetterState>,
     log_sync: LogSync,
+    spares: Arc<Spares>,
     /// Signalled after every publish.
     published: (Mutex<u64>, Condvar),
     /// Signalled when a closed log became a segment.
@@ -249,10 +251,11 @@ impl TableInner {
         }
     }
 
-    /// Forgets retained snapshots past their grace, and the oldest while they hold more
+    /// Forgets memory that was kept for the next log, retained snapshots past their grace, and the oldest while they hold more
     /// than `retained_max_bytes` of files, and of rows of logs in memory, that the table no
     /// longer uses.
     pub(crate) fn expire_retained(&self) {
+        self.spares.expire();
         let current = self.current.load();
         let in_use: HashSet<Place> = places(&current).map(|(place, _)| place).collect();
         let mut retained = self.retained.lock();

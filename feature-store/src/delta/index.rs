@@ -11,7 +11,11 @@
 //! a hot key has.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use crate::segment::{Zeroed, prefetch};
 
@@ -106,10 +110,86 @@ impl Slot<'_> {
 
 /// See the module.
 pub(crate) struct LogIndex {
+    memory: Arc<Memory>,
+    /// Where its memory goes in the end.
+    home: Option<Arc<Spares>>,
+}
+
+struct Memory {
     /// Entries: the upper half of a key's hash, and its newest row plus one; 0 is free. At most
     /// half of them are taken, so a search always ends at a free one. A power of two.
     entries: Zeroed<AtomicU64>,
+    /// Written before an entry leads to them; what they hold before that means nothing.
     slots: Zeroed<Words>,
+}
+
+/// Memory of a table's former indexes, for those to come. A table that fills log after log would
+/// else have the system find and clear fresh pages all the time: a seventh of what a commit cost
+/// (perf, in a virtual machine).
+#[derive(Default)]
+pub(crate) struct Spares(Mutex<Vec<(Arc<Memory>, Instant)>>);
+
+/// Most spares of a table: while one log is filled, others become segments.
+const SPARES: usize = 2;
+/// How long a spare waits to be used.
+const SPARE_LIFE: Duration = Duration::from_secs(10);
+
+impl Spares {
+    /// An index as [`LogIndex::new`] makes it, for a log that will be full before long.
+    pub(crate) fn index(self: &Arc<Spares>, capacity_rows: u32) -> io::Result<LogIndex> {
+        let mut spares = self.0.lock();
+        let fits =
+            |(memory, _): &(Arc<Memory>, Instant)| memory.slots.len() == slots_of(capacity_rows);
+        let spare = spares
+            .iter()
+            .position(fits)
+            .map(|at| spares.swap_remove(at));
+        drop(spares);
+        let memory = match spare {
+            Some((memory, _)) => memory,
+            None => Arc::new(Memory::new(capacity_rows, true)?),
+        };
+        Ok(LogIndex {
+            memory,
+            home: Some(Arc::clone(self)),
+        })
+    }
+
+    /// Gives back what nobody has needed for a while.
+    pub(crate) fn expire(&self) {
+        self.0
+            .lock()
+            .retain(|(_, since)| since.elapsed() < SPARE_LIFE);
+    }
+}
+
+impl Drop for LogIndex {
+    fn drop(&mut self) {
+        let Some(home) = self.home.take() else { return };
+        if home.0.lock().len() >= SPARES {
+            return;
+        }
+        for entry in self.memory.entries.iter() {
+            entry.store(0, Ordering::Relaxed);
+        }
+        home.0
+            .lock()
+            .push((Arc::clone(&self.memory), Instant::now()));
+    }
+}
+
+fn slots_of(capacity_rows: u32) -> usize {
+    (capacity_rows as usize).max(1).next_multiple_of(STEP_ROWS)
+}
+
+impl Memory {
+    fn new(capacity_rows: u32, soon: bool) -> io::Result<Memory> {
+        let rows = slots_of(capacity_rows);
+        Ok(Memory {
+            entries: Zeroed::new((2 * rows).next_power_of_two(), soon)?,
+            slots: Zeroed::new(rows, soon)?,
+        })
+    }
 }
 
 /// What an entry says: a row plus one if it may be of this hash.
@@ -125,35 +205,34 @@ impl LogIndex {
     ///
     /// The system gives no address space.
     pub(crate) fn new(capacity_rows: u32, soon: bool) -> io::Result<LogIndex> {
-        let rows = (capacity_rows as usize).max(1).next_multiple_of(STEP_ROWS);
         Ok(LogIndex {
-            entries: Zeroed::new((2 * rows).next_power_of_two(), soon)?,
-            slots: Zeroed::new(rows, soon)?,
+            memory: Arc::new(Memory::new(capacity_rows, soon)?),
+            home: None,
         })
     }
 
     /// Rows it has room for.
     pub(crate) fn capacity_rows(&self) -> u32 {
-        u32::try_from(self.slots.len()).unwrap_or(u32::MAX)
+        u32::try_from(self.memory.slots.len()).unwrap_or(u32::MAX)
     }
 
     /// Where the search for a hash begins.
     fn first_place(&self, hash: u64) -> usize {
-        hash as usize & (self.entries.len() - 1)
+        hash as usize & (self.memory.entries.len() - 1)
     }
 
     /// The place after `place`: the first after the last.
     fn next_place(&self, place: usize) -> usize {
-        (place + 1) & (self.entries.len() - 1)
+        (place + 1) & (self.memory.entries.len() - 1)
     }
 
     fn slot(&self, row: u32) -> Slot<'_> {
-        Slot(&self.slots[row as usize])
+        Slot(&self.memory.slots[row as usize])
     }
 
     /// Fetches the entry of a hash into the cache.
     pub(crate) fn prefetch_entry(&self, hash: u64) {
-        prefetch(&self.entries, self.first_place(hash));
+        prefetch(&self.memory.entries, self.first_place(hash));
     }
 
     /// Fetches what is known of the newest row that may be of a hash's key. That row where a key
@@ -161,12 +240,12 @@ impl LogIndex {
     pub(crate) fn prefetch_newest(&self, hash: u64, key_bytes: usize) -> Option<u32> {
         let mut place = self.first_place(hash);
         loop {
-            let entry = self.entries[place].load(Ordering::Acquire);
+            let entry = self.memory.entries[place].load(Ordering::Acquire);
             if entry == 0 {
                 return None;
             }
             if let Some(row) = row_of(entry, hash).and_then(|row| row.checked_sub(1)) {
-                prefetch(&self.slots, row as usize);
+                prefetch(&self.memory.slots, row as usize);
                 return (key_bytes > SHORT_KEY_BYTES).then_some(row);
             }
             place = self.next_place(place);
@@ -200,7 +279,7 @@ impl LogIndex {
         let newest = (hash >> 32) << 32 | u64::from(row + 1);
         let mut place = self.first_place(hash);
         loop {
-            let entry = &self.entries[place];
+            let entry = &self.memory.entries[place];
             let found = entry.load(Ordering::Relaxed);
             if found == 0 {
                 slot.set_links(0, row);
@@ -243,7 +322,7 @@ impl LogIndex {
         };
         let mut place = self.first_place(hash);
         loop {
-            let entry = &self.entries[place];
+            let entry = &self.memory.entries[place];
             let found = entry.load(Ordering::Relaxed);
             if found == replaced || found == 0 {
                 debug_assert_eq!(found, replaced, "the older version is in the index");
@@ -268,7 +347,7 @@ impl LogIndex {
         let words = short_key(key);
         let mut place = self.first_place(hash);
         loop {
-            let entry = self.entries[place].load(Ordering::Acquire);
+            let entry = self.memory.entries[place].load(Ordering::Acquire);
             if entry == 0 {
                 return None;
             }

@@ -33,6 +33,9 @@ const CLOSED_LOGS_BEFORE_WAITING: usize = 8;
 /// Room for a record that is kept for the next one.
 const RECORD_BYTES_KEPT: usize = 4 << 20;
 
+/// A log of so many rows was closed because it was full.
+const FULL_LOG_ROWS: u32 = 1 << 15;
+
 /// How many rows ahead the index entries of a commit are fetched.
 const INDEX_ROWS_AHEAD: usize = 16;
 
@@ -567,8 +570,11 @@ impl TableInner {
         let end_sequence = writer.log.base_sequence + u64::from(writer.rows.len());
         let capacity = self.options.delta_max_rows.max(rows);
         // After a full log the next is full before long.
-        let soon = writer.rows.len() >= self.options.delta_max_rows / 2;
-        let index = LogIndex::new(capacity, soon).map_err(|e| self.io_error(e))?;
+        let index = match writer.rows.len() >= FULL_LOG_ROWS {
+            true => self.spares.index(capacity),
+            false => LogIndex::new(capacity, false),
+        };
+        let index = index.map_err(|e| self.io_error(e))?;
         let mut levels = Arc::clone(&self.current.load().levels);
         if let Some(file) = &mut writer.file {
             let seal =

@@ -531,6 +531,7 @@ pub(crate) fn open_table(
         dead: Mutex::new(replay.dead),
         work: Mutex::new(Work { manifest, writable }),
         log_sync: LogSync::default(),
+        spares: Arc::default(),
         published: Default::default(),
         drained: Default::default(),
         retained: Default::default(),
