@@ -78,7 +78,7 @@ fn main() -> Result<(), Failure> {
             state ^= state << 17;
             (state % keys) as i64
         };
-        let batches: Vec<RecordBatch> = (0..32)
+        let batches: Vec<RecordBatch> = (0..512)
             .map(|_| rows((0..count).map(|_| random()).collect(), at))
             .collect::<Result<_, _>>()?;
         let (began, before) = (Instant::now(), thread_seconds());

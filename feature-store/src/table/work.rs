@@ -198,13 +198,19 @@ impl TableInner {
             return Err(error);
         }
 
-        let mut writer = self.writer.lock();
-        if let Some(level) = &level {
-            let now = writer.log.base_sequence + u64::from(writer.rows.len());
-            for (row, sequence) in carry(&inputs, &level.segment, upto, now)? {
+        // What came while the manifest was written, before commits have to wait, then the rest.
+        let carry_on = |from: u64, end: u64| -> Result<(), ReadError> {
+            let Some(level) = &level else { return Ok(()) };
+            for (row, sequence) in carry(&inputs, &level.segment, from, end)? {
                 level.superseded.push(row, sequence);
             }
-        }
+            Ok(())
+        };
+        let published = self.current.load().end_sequence;
+        carry_on(upto, published)?;
+        let mut writer = self.writer.lock();
+        let now = writer.log.base_sequence + u64::from(writer.rows.len());
+        carry_on(published, now)?;
         if let Some(done) = &done {
             writer.closed.retain(|c| c.incarnation != done.incarnation);
         }
