@@ -4,6 +4,7 @@
 //! Segments and logs keep the definition version they were written with. A feature added
 //! since reads as its default or null; a widened one is cast while reading.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use arrow_array::{
@@ -32,6 +33,9 @@ pub(crate) struct Version {
     pub storage_schema: SchemaRef,
     /// What logs hold: as segments, but every feature may be null, since a delete has none.
     pub log_schema: SchemaRef,
+    /// What rows come in with: as logs, but keys and times may be null too, which is told row by
+    /// row.
+    given_schema: SchemaRef,
     pub key_encoder: KeyEncoder,
     pub key_columns: usize,
     pub event_time: Option<usize>,
@@ -94,6 +98,10 @@ impl Version {
                 }
             })
             .collect();
+        let given_fields: Vec<Field> = log_fields
+            .iter()
+            .map(|f| f.clone().with_nullable(true))
+            .collect();
         Ok(Version {
             number,
             event_time: definition.event_time_index(),
@@ -101,6 +109,7 @@ impl Version {
             schema,
             storage_schema,
             log_schema: Arc::new(Schema::new(log_fields)),
+            given_schema: Arc::new(Schema::new(given_fields)),
             key_encoder,
             key_columns,
             definition,
@@ -228,8 +237,8 @@ impl Version {
         let of_column = |(i, field): (usize, &Arc<Field>)| {
             let fixed = fixed_bytes(field.data_type(), rows);
             let feature = self.feature_at(i);
-            let given = batch
-                .column_by_name(field.name())
+            let given = self
+                .given(batch, i)
                 .filter(|column| !matches!(column.data_type(), DataType::Null))
                 .filter(|_| feature.is_none() || !deletes);
             if let Some(column) = given {
@@ -253,10 +262,10 @@ impl Version {
     /// Brings rows from outside into the log's columns: matched by name, absent nullable
     /// features filled, types equal but for lossless spellings. Says what does not fit.
     pub(crate) fn rows_in(&self, batch: &RecordBatch) -> Result<RecordBatch, String> {
-        self.unknown_columns(batch, self.storage_schema.fields().len())?;
+        self.unknown_columns(batch)?;
         let mut columns = Vec::with_capacity(self.log_schema.fields().len());
         for (i, field) in self.log_schema.fields().iter().enumerate() {
-            columns.push(match batch.column_by_name(field.name()) {
+            columns.push(match self.given(batch, i) {
                 Some(column) => fit(column, field)?,
                 None => match self.feature_at(i) {
                     Some(feature) if feature.nullable || feature.default.is_some() => {
@@ -284,11 +293,11 @@ impl Version {
         batch: &RecordBatch,
         now_nanos: i64,
     ) -> Result<RecordBatch, String> {
-        self.unknown_columns(batch, self.storage_schema.fields().len())?;
+        self.unknown_columns(batch)?;
         let rows = batch.num_rows();
         let mut columns = Vec::with_capacity(self.log_schema.fields().len());
         for (i, field) in self.log_schema.fields().iter().enumerate() {
-            let given = batch.column_by_name(field.name());
+            let given = self.given(batch, i);
             let constant = |ticks: i64| {
                 order::time_array(field.data_type(), std::iter::repeat_n(Some(ticks), rows))
                     .map_err(|e| e.to_string())
@@ -319,44 +328,43 @@ impl Version {
     }
 
     fn log_batch(&self, columns: Vec<ArrayRef>, rows: usize) -> Result<RecordBatch, String> {
-        // Nulls in keys and times are reported row by row, so the check here leaves them.
-        let fields: Vec<Field> = self
-            .log_schema
-            .fields()
-            .iter()
-            .map(|f| f.as_ref().clone().with_nullable(true))
-            .collect();
         RecordBatch::try_new_with_options(
-            Arc::new(Schema::new(fields)),
+            Arc::clone(&self.given_schema),
             columns,
             &RecordBatchOptions::new().with_row_count(Some(rows)),
         )
         .map_err(|e| e.to_string())
     }
 
-    fn unknown_columns(&self, batch: &RecordBatch, _known: usize) -> Result<(), String> {
-        let schema = batch.schema();
-        for (i, field) in schema.fields().iter().enumerate() {
-            if self.storage_schema.column_with_name(field.name()).is_none() {
-                let known: Vec<&str> = self
-                    .storage_schema
-                    .fields()
-                    .iter()
-                    .map(|f| f.name().as_str())
-                    .collect();
+    /// What a batch from outside has for a column of the table: the column of its name, which
+    /// mostly stands at the same place.
+    fn given<'b>(&self, batch: &'b RecordBatch, column: usize) -> Option<&'b ArrayRef> {
+        let name = self.storage_schema.field(column).name();
+        match batch.schema_ref().fields().get(column) {
+            Some(field) if field.name() == name => Some(batch.column(column)),
+            _ => batch.column_by_name(name),
+        }
+    }
+
+    fn unknown_columns(&self, batch: &RecordBatch) -> Result<(), String> {
+        let (given, known) = (batch.schema_ref().fields(), self.storage_schema.fields());
+        let mut pairs = given.iter().zip(known);
+        if given.len() <= known.len() && pairs.all(|(given, known)| given.name() == known.name()) {
+            return Ok(());
+        }
+        let names: HashSet<&str> = known.iter().map(|f| f.name().as_str()).collect();
+        let mut seen = HashSet::new();
+        for field in given {
+            let name = field.name().as_str();
+            if !names.contains(name) {
+                let known: Vec<&str> = known.iter().map(|f| f.name().as_str()).collect();
                 return Err(format!(
-                    "unknown column {:?}; the table has {}",
-                    field.name(),
+                    "unknown column {name:?}; the table has {}",
                     known.join(", ")
                 ));
             }
-            if schema
-                .fields()
-                .iter()
-                .take(i)
-                .any(|f| f.name() == field.name())
-            {
-                return Err(format!("column {:?} comes twice", field.name()));
+            if !seen.insert(name) {
+                return Err(format!("column {name:?} comes twice"));
             }
         }
         Ok(())

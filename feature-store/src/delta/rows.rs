@@ -1,10 +1,10 @@
 //! The rows of a log in memory: Arrow batches that coalesce as they grow.
 //!
-//! Appending a batch merges it with the ones before while they are no larger than it, like
-//! the digits of a binary counter, and freezes chunks of some thousand rows. So a row is
-//! copied O(log) times, a table fed one row at a time holds a dozen small batches at most,
-//! and cloning for a snapshot clones one pointer per open chunk. A larger batch is cut into
-//! chunks, without a copy: no reader has to hold more than a chunk's rows at a time.
+//! Four batches of about one size are merged into one, like the digits of a counter to the base
+//! of four, and chunks of some thousand rows are frozen. So a row is copied O(log) times, a table
+//! fed one row at a time holds two dozen small batches at most, and cloning for a snapshot clones
+//! one pointer per open chunk. A larger batch is cut into chunks, without a copy: no reader has to
+//! hold more than a chunk's rows at a time.
 
 use std::sync::Arc;
 
@@ -62,16 +62,17 @@ impl LogRows {
             first_row: self.len,
             batch,
         };
-        while let Some(previous) = self.open.last() {
-            let (before, now) = (previous.batch.num_rows(), last.batch.num_rows());
-            if before > now || before + now > MERGED_ROWS {
-                break;
-            }
+        while let Some(alike) = self.alike(last.batch.num_rows()) {
+            let parts = self.open.iter().skip(alike).map(|chunk| &chunk.batch);
+            let parts: Vec<&RecordBatch> = parts.chain([&last.batch]).collect();
             last = Chunk {
-                first_row: previous.first_row,
-                batch: concat_batches(last.batch.schema_ref(), [&previous.batch, &last.batch])?,
+                first_row: self
+                    .open
+                    .get(alike)
+                    .map_or(self.len, |chunk| chunk.first_row),
+                batch: concat_batches(last.batch.schema_ref(), parts)?,
             };
-            self.open.pop();
+            self.open.truncate(alike);
         }
         let freeze = last.batch.num_rows() >= FROZEN_ROWS;
         self.open.push(Arc::new(last));
@@ -80,6 +81,20 @@ impl LogRows {
         }
         self.len += rows;
         Ok(())
+    }
+
+    /// Where the open chunks begin that are merged with the `rows` behind them: three at least
+    /// that are of their size or smaller.
+    fn alike(&self, rows: usize) -> Option<usize> {
+        let size = |rows: usize| rows.ilog2() / 2;
+        let mut total = rows;
+        let smaller = self.open.iter().rev().take_while(|chunk| {
+            let before = chunk.batch.num_rows();
+            total += before;
+            size(before) <= size(rows) && total <= MERGED_ROWS
+        });
+        let count = smaller.count();
+        (count >= 3).then_some(self.open.len() - count)
     }
 
     /// The batch of a row and its place in it.
