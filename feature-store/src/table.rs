@@ -251,9 +251,9 @@ impl TableInner {
         }
     }
 
-    /// Forgets memory that was kept for the next log, retained snapshots past their grace, and the oldest while they hold more
-    /// than `retained_max_bytes` of files, and of rows of logs in memory, that the table no
-    /// longer uses.
+    /// Forgets memory that was kept for the next log, retained snapshots past their grace, and
+    /// the oldest while they hold more than `retained_max_bytes` of files, and of rows of logs in
+    /// memory, that the table no longer uses.
     pub(crate) fn expire_retained(&self) {
         self.spares.expire();
         let current = self.current.load();

@@ -95,7 +95,7 @@ pub(crate) fn describe_topic_first(
     consumer: &Consumer,
     topic: &str,
     timeout: Duration,
-) -> Result<TopicView, String> {
+) -> Result<Described, String> {
     describe(consumer, topic, timeout, &|| {
         let events = EventQueue::new(consumer)?;
         let complaints =
@@ -109,7 +109,6 @@ pub(crate) fn describe_topic_first(
             });
         complaints.last()
     })
-    .map(|described| described.topic)
 }
 
 /// First and next offset of a partition, asked of its leader.

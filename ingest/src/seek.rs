@@ -126,7 +126,9 @@ pub(crate) fn resolve(
         .create_with_context(LogContext)
         .map_err(|e| failed(settings_refused(&e)))?;
     let timeout = config.request_timeout;
-    let topic = describe_topic_first(&consumer, &key.topic, timeout).map_err(failed)?;
+    let topic = describe_topic_first(&consumer, &key.topic, timeout)
+        .map_err(failed)?
+        .topic;
     let only = definition.kafka.as_ref().and_then(|k| k.partitions.clone());
     let wanted: BTreeSet<i32> = topic
         .partitions

@@ -12,6 +12,7 @@ mod gathered;
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rdkafka::consumer::Consumer as _;
@@ -20,7 +21,7 @@ use rdkafka::{Offset, TopicPartitionList};
 
 use self::gathered::{CLOCK_STEPS, Gathered};
 use crate::assign::{NAMED, Offsets, least_positions};
-use crate::broker::{Consumer, Seen, TopicWatch, resolve_start};
+use crate::broker::{Consumer, Described, Seen, TopicWatch, resolve_start};
 use crate::control::{Control, Desired, KeptStop};
 use crate::decode::Incoming;
 use crate::feed::{Beside, Feed, FeedProblem, Permit, Step, TopicView};
@@ -35,13 +36,16 @@ const POLL_WAIT: Duration = Duration::from_millis(100);
 /// How often the ends of partitions are looked up for the status.
 const ENDS_INTERVAL: Duration = Duration::from_millis(200);
 /// A client that has not reached the brokers for so many request timeouts is replaced, and one
-/// that said nothing of a partition which it was assigned and which has a leader: it tells at
-/// least where that ends. Seen once, with a broker that got hardly any CPU: librdkafka 2.12
+/// that was listened to for so long and said nothing of a partition which has a leader: it tells
+/// at least where that ends. Seen once, with a broker that got hardly any CPU: librdkafka 2.12
 /// logged a leader of nonsense numbers ("new leader-2073493717 not found in cache") and stayed
 /// out of reach for 8 minutes, while another client was answered. Whether the one caused the
 /// other is not known. Seen once too: no record for half a minute, right after it was assigned
-/// partition and topic that it had let go of 100 ms before.
+/// a partition that it had let go of 100 ms before.
 const FRESH_CLIENT_TIMEOUTS: u32 = 3;
+/// Silence may have other reasons: aborted records without end, an answer that takes long. So
+/// each client in a row is given twice as long, up to this many times.
+const MOST_DOUBLINGS: u32 = 6;
 
 /// One connection.
 pub(crate) struct Session<'s> {
@@ -72,8 +76,11 @@ pub(crate) struct Session<'s> {
     out_of_reach: Option<Instant>,
     /// Partitions that have a leader, as the watch saw last.
     led: BTreeSet<i32>,
-    /// Since when each partition is assigned of which the consumer has said nothing.
-    silent: BTreeMap<i32, Instant>,
+    /// Partitions of which the consumer has said nothing since they were assigned: how long it
+    /// was listened to.
+    silent: BTreeMap<i32, Duration>,
+    /// How long the brokers may hold a fetch that brings nothing.
+    fetch_wait: Duration,
     /// By the wall clock: records from before count as backlog.
     started_millis: i64,
     ends: Offsets,
@@ -87,7 +94,8 @@ impl<'s> Session<'s> {
     pub(crate) fn new(
         source: &'s Source,
         consumer: &'s Consumer,
-        topic: TopicView,
+        Described { topic, led }: Described,
+        fetch_wait: Duration,
     ) -> Option<Session<'s>> {
         Some(Session {
             source,
@@ -105,8 +113,9 @@ impl<'s> Session<'s> {
             consuming: false,
             past_end_tries: BTreeMap::new(),
             out_of_reach: None,
-            led: BTreeSet::new(),
+            led,
             silent: BTreeMap::new(),
+            fetch_wait,
             started_millis: now_millis(),
             ends: Offsets::new(),
             ends_at: None,
@@ -134,7 +143,7 @@ impl<'s> Session<'s> {
             if let Some(seen) = watch.newest() {
                 self.look(seen);
             }
-            let patience = self.patience();
+            let patience = self.source.config.request_timeout * FRESH_CLIENT_TIMEOUTS;
             if self.out_of_reach.is_some_and(|at| at.elapsed() >= patience) {
                 let reason = self.watch_trouble.take().unwrap_or_default();
                 return Ended::Retry(format!("{reason}; connecting anew"));
@@ -171,13 +180,8 @@ impl<'s> Session<'s> {
         }
     }
 
-    /// How long a client may keep silent.
-    fn patience(&self) -> Duration {
-        self.source.config.request_timeout * FRESH_CLIENT_TIMEOUTS
-    }
-
     /// Notes of which partitions the consumer said something. Which one it has kept silent about
-    /// for too long, though everything that it had to say was taken.
+    /// for too long, though it was listened to and had nothing else to say.
     fn hear(&mut self, gathered: &Gathered<'_>) -> Option<String> {
         if self.silent.is_empty() {
             return None;
@@ -186,13 +190,26 @@ impl<'s> Session<'s> {
         for partition in gathered.partitions().chain(failed) {
             self.silent.remove(&partition);
         }
-        let patience = self.patience();
-        let mut silent = self.silent.iter().filter(|(p, _)| self.led.contains(p));
-        let (partition, since) = silent.find(|(_, since)| since.elapsed() >= patience)?;
-        gathered.drained.then(|| {
-            let (topic, since) = (&self.topic.name, since.elapsed());
-            format!("the consumer said nothing of {topic} partition {partition} for {since:.0?}")
-        })
+        let silences = &self.source.silences;
+        if self.silent.is_empty() {
+            silences.store(0, Ordering::Relaxed);
+        }
+        if !gathered.drained {
+            return None;
+        }
+        let timeouts = self.source.config.request_timeout * FRESH_CLIENT_TIMEOUTS;
+        let doublings = silences.load(Ordering::Relaxed).min(MOST_DOUBLINGS);
+        let patience = (timeouts + self.fetch_wait) * (1 << doublings);
+        let mut silent = self.silent.iter_mut().filter(|(p, _)| self.led.contains(p));
+        let (partition, listened) = silent.find_map(|(partition, listened)| {
+            *listened += gathered.listened;
+            (*listened >= patience).then_some((*partition, *listened))
+        })?;
+        silences.fetch_add(1, Ordering::Relaxed);
+        let topic = &self.topic.name;
+        Some(format!(
+            "the consumer said nothing of {topic} partition {partition} for {listened:.0?}"
+        ))
     }
 
     /// Lets go of every partition, and of what is prefetched of them; polls on, for librdkafka
@@ -382,10 +399,9 @@ impl<'s> Session<'s> {
         tracing::debug!(topic = self.topic.name, ?least, "assigned");
         self.trouble
             .retain(|partition, _| partition.is_none_or(|p| least.contains_key(&p)));
-        // Assigned again before it said anything, a partition is silent since the first time.
-        let now = Instant::now();
-        let since = |p: &i32| (*p, self.silent.get(p).copied().unwrap_or(now));
-        self.silent = least.keys().map(since).collect();
+        // Assigned again before anything was said of it, a partition is as silent as before.
+        let silent = |p: &i32| (*p, self.silent.get(p).copied().unwrap_or_default());
+        self.silent = least.keys().map(silent).collect();
         self.assigned = Some(least);
         self.consuming = true;
         Ok(())
@@ -397,8 +413,10 @@ impl<'s> Session<'s> {
         let config = &self.source.config;
         let mut gathered = Gathered::default();
         let mut bytes = 0_usize;
+        let asked = Instant::now();
         let mut polled = self.events.poll(POLL_WAIT);
         let started = Instant::now();
+        gathered.listened = started - asked;
         loop {
             let Some(event) = polled else {
                 gathered.drained = true;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -52,6 +53,8 @@ pub(crate) struct Source {
     pub(crate) status: Arc<Mutex<SourceStatus>>,
     pub(crate) pressure: Pressure,
     pub(crate) tallies: Tallies,
+    /// Clients in a row that were replaced because they kept silent about a partition.
+    pub(crate) silences: AtomicU32,
 }
 
 /// How a connection ended.
@@ -116,8 +119,8 @@ impl Source {
             Err(e) => return Ended::Halted(settings_refused(&e)),
         };
         let timeout = self.config.request_timeout;
-        let topic = match describe_topic_first(&consumer, &self.key.topic, timeout) {
-            Ok(topic) => topic,
+        let described = match describe_topic_first(&consumer, &self.key.topic, timeout) {
+            Ok(described) => described,
             Err(reason) => return Ended::Retry(reason),
         };
         let watch = TopicWatch::start(
@@ -131,7 +134,12 @@ impl Source {
             Err(e) => return Ended::Retry(e.to_string()),
         };
         let _monitors = Monitors::start(self, &settings);
-        let Some(mut session) = Session::new(self, &consumer, topic) else {
+        let fetch_wait = settings.get("fetch.wait.max.ms").map(str::parse);
+        let fetch_wait = match fetch_wait {
+            Some(Ok(millis)) => Duration::from_millis(millis),
+            Some(Err(_)) | None => self.config.fetch_wait,
+        };
+        let Some(mut session) = Session::new(self, &consumer, described, fetch_wait) else {
             return Ended::Retry("librdkafka gave the consumer no queue".to_owned());
         };
         session.run(&watch)

@@ -4,6 +4,7 @@ mod handle;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -380,6 +381,7 @@ impl Shared {
             status: Arc::clone(&status),
             pressure: self.pressure.clone(),
             tallies: self.tallies.clone(),
+            silences: AtomicU32::new(0),
         };
         let thread = std::thread::Builder::new()
             .name("pinion-source".to_owned())

@@ -3,8 +3,9 @@
 //! An open table names the newest version of each key, tagged with half of its hash, so that
 //! asking for a key which is not there mostly costs one look at one cache line; each key's
 //! versions are a list, newest commit first. What is known of a version is one cache line too,
-//! short keys included. One writer inserts (under the table's writer lock); readers follow links
-//! with acquire loads and skip rows at or above what their snapshot sees. Rows are stored as
+//! short keys included. One writer inserts (under the table's writer lock); readers load entries
+//! with acquire, which lets them see all that the entry leads to, and skip rows at or above what
+//! their snapshot sees. Rows are stored as
 //! `row + 1`, 0 is none. In latest tables only versions that win at their commit are inserted, so
 //! a key's first visible version is its winner. In history tables each version knows the greatest
 //! of itself and all older ones (`best`), so the latest value costs one step however many versions
@@ -22,8 +23,8 @@ use crate::segment::{Zeroed, prefetch};
 /// Rows are counted in steps of this.
 const STEP_ROWS: usize = 1 << 12;
 
-/// Keys of so many bytes at most stand in the index itself: every number or uuid, two or three
-/// numbers, a text of 22 bytes.
+/// Keys of so many bytes at most stand in the index itself: a uuid, three integers, a text of 22
+/// bytes.
 const SHORT_KEY_BYTES: usize = KEY_WORDS * 8;
 const KEY_WORDS: usize = 3;
 
@@ -157,24 +158,27 @@ impl Spares {
 
     /// Gives back what nobody has needed for a while.
     pub(crate) fn expire(&self) {
-        self.0
-            .lock()
-            .retain(|(_, since)| since.elapsed() < SPARE_LIFE);
+        let mut spares = self.0.lock();
+        let mut kept = std::mem::take(&mut *spares);
+        let expired: Vec<_> = kept
+            .extract_if(.., |(_, since)| since.elapsed() >= SPARE_LIFE)
+            .collect();
+        *spares = kept;
+        drop(spares);
+        // Unmapping takes its time.
+        drop(expired);
     }
 }
 
 impl Drop for LogIndex {
     fn drop(&mut self) {
-        let Some(home) = self.home.take() else { return };
-        if home.0.lock().len() >= SPARES {
-            return;
+        if let Some(home) = self.home.take() {
+            // Cleared by who takes it: whoever held the log last may be in a hurry.
+            let mut spares = home.0.lock();
+            if spares.len() < SPARES {
+                spares.push((Arc::clone(&self.memory), Instant::now()));
+            }
         }
-        for entry in self.memory.entries.iter() {
-            entry.store(0, Ordering::Relaxed);
-        }
-        home.0
-            .lock()
-            .push((Arc::clone(&self.memory), Instant::now()));
     }
 }
 
@@ -308,8 +312,10 @@ impl LogIndex {
     }
 
     /// Inserts a row of a latest table whose meta was set, where it is known what it replaces:
-    /// `older` is the newest version of its key that was inserted; `None` if there is none.
-    pub(crate) fn insert_over(&self, row: u32, older: Option<u32>) {
+    /// `older` is the newest version of its key that was inserted; `None` if there is none. False,
+    /// and nothing is inserted, where that version is not the newest.
+    #[must_use]
+    pub(crate) fn insert_over(&self, row: u32, older: Option<u32>) -> bool {
         let slot = self.slot(row);
         let hash = slot.hash();
         let tag = (hash >> 32) << 32;
@@ -324,11 +330,13 @@ impl LogIndex {
         loop {
             let entry = &self.memory.entries[place];
             let found = entry.load(Ordering::Relaxed);
-            if found == replaced || found == 0 {
-                debug_assert_eq!(found, replaced, "the older version is in the index");
+            if found == replaced {
                 // Release: a reader that sees the entry sees the slot.
                 entry.store(tag | u64::from(row + 1), Ordering::Release);
-                return;
+                return true;
+            }
+            if found == 0 {
+                return false;
             }
             place = self.next_place(place);
         }
@@ -434,7 +442,7 @@ mod tests {
                     let key = key(row.into(), bytes);
                     index.set_meta(row, hash, (row.into(), 0), false, &key);
                     if is_known {
-                        index.insert_over(row, None);
+                        assert!(index.insert_over(row, None));
                     } else {
                         index.insert(row, &key, |other| other == row);
                     }
@@ -475,8 +483,7 @@ mod tests {
     }
 
     /// The versions that win, as a latest table inserts them, or all.
-    fn filled(latest: bool, bytes: usize) -> (LogIndex, Vec<u64>, Vec<i64>) {
-        let index = LogIndex::new(10_000, true).unwrap();
+    fn filled(index: LogIndex, latest: bool, bytes: usize) -> (LogIndex, Vec<u64>, Vec<i64>) {
         let (mut keys, mut events) = (Vec::new(), Vec::new());
         let mut newest = std::collections::HashMap::new();
         let mut state = 12345u64;
@@ -495,7 +502,7 @@ mod tests {
             }
             let older = newest.get(&number).copied();
             if older.is_none_or(|older: u32| events[older as usize] <= event) {
-                index.insert_over(row, older);
+                assert!(index.insert_over(row, older));
                 newest.insert(number, row);
             }
         }
@@ -504,9 +511,13 @@ mod tests {
 
     #[test]
     fn every_visible_prefix_answers_like_a_list() {
-        for bytes in [8, 30] {
+        // Each index but the first in the memory of the one before.
+        let spares = Arc::new(Spares::default());
+        for bytes in [8, 30, 24, 60] {
             for latest in [false, true] {
-                let (index, keys, events) = filled(latest, bytes);
+                let index = spares.index(10_000).unwrap();
+                assert!(spares.0.lock().is_empty());
+                let (index, keys, events) = filled(index, latest, bytes);
                 for visible in [0u32, 1, 10, 500, 2999, 3000] {
                     for number in 0..40u64 {
                         for until in [i64::MAX, 50, 3, -1] {
@@ -529,7 +540,35 @@ mod tests {
                         }
                     }
                 }
+                let none = index.find((3, &key(99, bytes)), 3000, i64::MAX, latest, |_| false);
+                assert_eq!(none, None);
             }
         }
+        assert_eq!(spares.0.lock().len(), 1);
+    }
+
+    #[test]
+    fn a_version_that_is_not_the_newest_is_not_replaced() {
+        let index = LogIndex::new(10, false).unwrap();
+        for row in 0..3 {
+            index.set_meta(row, 5, (0, 0), false, b"k");
+        }
+        assert!(index.insert_over(0, None) && index.insert_over(1, Some(0)));
+        assert!(!index.insert_over(2, Some(0)));
+        let found = index.find((5, b"k"), 3, i64::MAX, true, |_| unreachable!());
+        assert_eq!(found.map(|f| f.0), Some(1));
+    }
+
+    #[test]
+    fn spares_are_few_and_of_one_size() {
+        let spares = Arc::new(Spares::default());
+        let some: Vec<LogIndex> = (0..4).map(|_| spares.index(5000).unwrap()).collect();
+        drop(some);
+        assert_eq!(spares.0.lock().len(), SPARES);
+        drop(spares.index(50_000).unwrap());
+        assert_eq!(spares.0.lock().len(), SPARES);
+        assert_eq!(spares.index(8192).unwrap().capacity_rows(), 8192);
+        spares.expire();
+        assert_eq!(spares.0.lock().len(), SPARES);
     }
 }

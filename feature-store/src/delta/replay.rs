@@ -309,8 +309,10 @@ impl Replayed {
                 pending_rows = 0;
             }
         }
-        let index = LogIndex::new(self.rows, true)
-            .map_err(|e| self.damaged(&format!("no memory for its index: {e}")))?;
+        let index = LogIndex::new(self.rows, true).map_err(|e| ReadError::Compute {
+            table: version.definition.name.clone(),
+            problem: format!("no memory for the index of log {}: {e}", self.incarnation),
+        })?;
         let mut hashes = self.records.iter().flat_map(|r| self.hashes(r));
         let mut key = Vec::new();
         for (first_row, batch) in rows.batches() {

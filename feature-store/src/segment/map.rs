@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use memmap2::{Advice, Mmap, MmapMut};
+use memmap2::{Advice, Mmap, MmapMut, MmapOptions, MmapRaw};
 use parking_lot::RwLock;
 
 /// The unit of the kernel's answer about what is in memory: 4 KiB, or more on some ARM systems.
@@ -311,9 +311,9 @@ pub(super) fn map_unpublished(file: &File) -> io::Result<MmapMut> {
 }
 
 /// A slice that is zero until it is written. Its memory is the system's and comes page by page as
-/// it is touched, so that what is never used costs nothing.
+/// it is touched, so that what is never used costs nothing but addresses.
 pub(crate) struct Zeroed<T> {
-    map: MmapMut,
+    map: MmapRaw,
     len: usize,
     _items: PhantomData<T>,
 }
@@ -333,18 +333,23 @@ unsafe impl<T: ZeroIsValid, const N: usize> ZeroIsValid for [T; N] {}
 
 impl<T: ZeroIsValid> Zeroed<T> {
     /// `len` zeroes. With `huge`, in pages of 2 MiB where the system has them: for what will soon
-    /// be used up, since the first touch of each takes all of it.
+    /// be used up, since the first touch of each takes all of it; else never in such pages.
     ///
     /// # Errors
     ///
     /// The system gives no address space: its limit, or that on the number of maps.
     pub(crate) fn new(len: usize, huge: bool) -> io::Result<Zeroed<T>> {
         let bytes = len.saturating_mul(size_of::<T>()).max(1);
-        let map = MmapMut::map_anon(bytes)?;
-        if huge {
-            // Without them (a kernel that has none) it is slower and nothing else.
-            let _ = map.advise(Advice::HugePage);
-        }
+        let map = MmapOptions::new()
+            .len(bytes)
+            .no_reserve_swap()
+            .map_anon()
+            .map(MmapRaw::from)?;
+        // A kernel that knows no such pages refuses: it is slower then and nothing else.
+        let _ = map.advise(match huge {
+            true => Advice::HugePage,
+            false => Advice::NoHugePage,
+        });
         Ok(Zeroed {
             map,
             len,
@@ -360,8 +365,8 @@ impl<T: ZeroIsValid> Deref for Zeroed<T> {
         const { assert!(align_of::<T>() <= 4096 && !std::mem::needs_drop::<T>()) }
         // SAFETY: the map holds at least `len` items and lives as long as `self`; it begins at a
         // page, so items are aligned; its bytes were zero, which by the trait is a value, and are
-        // changed through these items only.
-        unsafe { std::slice::from_raw_parts(self.map.as_ptr().cast(), self.len) }
+        // changed through such slices only: the raw map is referred to by nothing else.
+        unsafe { std::slice::from_raw_parts(self.map.as_mut_ptr().cast(), self.len) }
     }
 }
 

@@ -33,8 +33,8 @@ const CLOSED_LOGS_BEFORE_WAITING: usize = 8;
 /// Room for a record that is kept for the next one.
 const RECORD_BYTES_KEPT: usize = 4 << 20;
 
-/// A log of so many rows was closed because it was full.
-const FULL_LOG_ROWS: u32 = 1 << 15;
+/// After a log of so many rows, or a full one, the next is likely to be as large.
+const LARGE_LOG_ROWS: u32 = 1 << 15;
 
 /// How many rows ahead the index entries of a commit are fetched.
 const INDEX_ROWS_AHEAD: usize = 16;
@@ -349,8 +349,9 @@ impl TableInner {
                 if resolved.lost.get(i).copied().unwrap_or(false) {
                     continue;
                 }
-                if let Some(older) = resolved.older.get(i) {
-                    index.insert_over(row, older.checked_sub(1));
+                if let Some(older) = resolved.older.get(i)
+                    && index.insert_over(row, older.checked_sub(1))
+                {
                     continue;
                 }
                 let log_rows = &writer.rows;
@@ -569,8 +570,8 @@ impl TableInner {
     ) -> Result<Arc<Vec<Level>>, CommitError> {
         let end_sequence = writer.log.base_sequence + u64::from(writer.rows.len());
         let capacity = self.options.delta_max_rows.max(rows);
-        // After a full log the next is full before long.
-        let index = match writer.rows.len() >= FULL_LOG_ROWS {
+        let large = LARGE_LOG_ROWS.min(self.options.delta_max_rows);
+        let index = match writer.rows.len() >= large {
             true => self.spares.index(capacity),
             false => LogIndex::new(capacity, false),
         };

@@ -1,7 +1,7 @@
 //! A micro-batch as the consumer gave it.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rdkafka::types::RDKafkaErrorCode;
 
@@ -20,6 +20,8 @@ pub(super) struct Gathered<'c> {
     pub(super) clock: Vec<Instant>,
     pub(super) steps: Vec<Step>,
     pub(super) failures: Vec<(RDKafkaErrorCode, Option<i32>, String)>,
+    /// How long the first of them was waited for.
+    pub(super) listened: Duration,
     /// True when it ended because the consumer had no more to say.
     pub(super) drained: bool,
 }
