@@ -147,7 +147,12 @@ impl Spares {
             .map(|at| spares.swap_remove(at));
         drop(spares);
         let memory = match spare {
-            Some((memory, _)) => memory,
+            Some((memory, _)) => {
+                for entry in memory.entries.iter() {
+                    entry.store(0, Ordering::Relaxed);
+                }
+                memory
+            }
             None => Arc::new(Memory::new(capacity_rows, true)?),
         };
         Ok(LogIndex {
