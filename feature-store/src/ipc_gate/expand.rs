@@ -66,7 +66,9 @@ fn text_bytes<T: ByteArrayType>(array: &GenericByteArray<T>) -> u64 {
     let offsets = array.value_offsets();
     let (first, last) = (offsets.first(), offsets.last());
     let ends = first.zip(last);
-    let values = ends.map_or(0, |(first, last)| last.as_usize() - first.as_usize());
+    let values = ends.map_or(0, |(first, last)| {
+        last.as_usize().saturating_sub(first.as_usize())
+    });
     size_of_val(offsets) as u64 + values as u64 + validity_bytes(array)
 }
 
