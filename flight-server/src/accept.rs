@@ -16,6 +16,7 @@ use tonic::body::Body;
 use tower::ServiceExt;
 
 use crate::connection::Connection;
+use crate::wire;
 
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -32,7 +33,7 @@ pub(crate) async fn accept<S>(
     max_concurrent_streams: u32,
     stopped: impl Future<Output = ()>,
 ) where
-    S: tower::Service<Request<Body>, Response = Response<Body>, Error = Infallible>
+    S: tower::Service<Request<Body>, Response = Response<wire::Body>, Error = Infallible>
         + Clone
         + Send
         + 'static,

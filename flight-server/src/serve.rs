@@ -122,17 +122,17 @@ pub async fn serve(
         let health = tonic_health::pb::health_server::HealthServer::new(
             tonic_health::server::HealthService::from_health_reporter(health.clone()),
         );
-        let routes = Routes::new(health).add_service(Layer {
-            inner: flight,
+        let routes = Layer {
+            inner: Routes::new(health).add_service(flight).prepare(),
             context: Arc::clone(&context),
-        });
+        };
         let server = accept(
             listener.incoming(
                 Arc::clone(&permits),
                 Arc::clone(&bulk),
                 Arc::clone(&context.senders),
             ),
-            routes.prepare(),
+            routes,
             context.config.max_concurrent_streams,
             until_stopped(stopped.clone()),
         );

@@ -5,9 +5,9 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use http::{HeaderMap, Response};
-use tonic::body::Body;
 use tonic::{Code, Status};
 
+use super::body::Body;
 use crate::error::Failure;
 
 const HEADER: &str = "grpc-timeout";
@@ -81,12 +81,12 @@ mod tests {
     async fn what_takes_longer_than_its_deadline_is_refused() {
         let late = async {
             tokio::time::sleep(Duration::from_secs(5)).await;
-            Ok(Response::new(Body::empty()))
+            Ok(Response::new(Body::default()))
         };
         let reply = within(Duration::from_secs(1), late).await.unwrap();
         let code = reply.headers().get("grpc-status").unwrap();
         assert_eq!(code, "4");
-        let soon = async { Ok(Response::new(Body::empty())) };
+        let soon = async { Ok(Response::new(Body::default())) };
         let reply = within(Duration::from_secs(1), soon).await.unwrap();
         assert!(reply.headers().get("grpc-status").is_none());
     }

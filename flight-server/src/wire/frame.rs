@@ -18,12 +18,7 @@ use pinion_feature_store::segment::ipc::{Message, Storage};
 
 use crate::reply::Shares;
 
-/// Chunks of a body are at most this long: HTTP/2 sends each as one frame if the client's
-/// frame size allows. gRPC's C++ client does, and reads larger ones at less cost: over TCP frames
-/// of 64 KiB took it twice the CPU of these, and frames of 512 KiB a twelfth more.
-const CHUNK_BYTES: usize = 2 << 20;
-
-/// Buffers shorter than this are copied next to their neighbours: a frame of their own would
+/// Buffers shorter than this are copied next to their neighbours: a slice of their own would
 /// cost more.
 const SMALL_BYTES: usize = 1024;
 
@@ -171,14 +166,14 @@ impl LaidOut {
         })
     }
 
-    /// The message's bytes, in chunks.
+    /// The message's bytes, in slices.
     pub(super) fn into_chunks(self, app_metadata: &[u8], out: &mut Vec<Bytes>) {
         frame(&self.header, self.parts, self.body_bytes, app_metadata, out);
     }
 }
 
-/// A message whose header and body are made already, in chunks: the body by reference, unless
-/// it is so short that a frame of its own would cost more than copying it.
+/// A message whose header and body are made already, in slices: the body by reference, unless
+/// it is so short that a slice of its own would cost more than copying it.
 pub(super) fn whole(header: &[u8], body: Bytes, app_metadata: &[u8], out: &mut Vec<Bytes>) {
     let bytes = body.len();
     let part = match bytes {
@@ -219,7 +214,7 @@ fn frame(
 
     let mut small = head;
     for part in parts {
-        let mut bytes = match part {
+        let bytes = match part {
             Part::Small(bytes) => {
                 small.extend_from_slice(&bytes);
                 continue;
@@ -229,9 +224,6 @@ fn frame(
         };
         if !small.is_empty() {
             out.push(Bytes::from(std::mem::take(&mut small)));
-        }
-        while bytes.len() > CHUNK_BYTES {
-            out.push(bytes.split_to(CHUNK_BYTES));
         }
         out.push(bytes);
     }

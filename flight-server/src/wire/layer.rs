@@ -11,10 +11,10 @@ use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderValue, Request, Response, header};
 use http_body_util::BodyExt;
 use prost::Message;
-use tonic::body::Body;
-use tonic::server::NamedService;
+use tonic::body::Body as Incoming;
 use tonic::{Code, Status};
 
+use super::body::Body;
 use super::deadline;
 use super::messages::MessageStream;
 use super::stream::{Limits, WireStream};
@@ -31,31 +31,29 @@ const DO_PUT: &str = "/arrow.flight.protocol.FlightService/DoPut";
 /// Compression flag and length before a gRPC message.
 const PREFIX_BYTES: usize = 5;
 
-/// The Flight service, with DoGet and DoExchange answered here.
+type Answer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+/// tonic's services, with Flight's DoGet and DoExchange answered here.
 #[derive(Clone)]
 pub(crate) struct Layer<S> {
     pub(crate) inner: S,
     pub(crate) context: SharedContext,
 }
 
-impl<S: NamedService> NamedService for Layer<S> {
-    const NAME: &'static str = S::NAME;
-}
-
-impl<S> tower::Service<Request<Body>> for Layer<S>
+impl<S> tower::Service<Request<Incoming>> for Layer<S>
 where
-    S: tower::Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+    S: tower::Service<Request<Incoming>, Response = Response<Incoming>, Error = Infallible>,
     S::Future: Send + 'static,
 {
     type Response = Response<Body>;
     type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+    type Future = Answer;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         let context = Arc::clone(&self.context);
         let deadline = deadline::of(request.headers());
         let answer: Self::Future = match request.uri().path() {
@@ -65,10 +63,10 @@ where
                 let (mut parts, body) = request.into_parts();
                 let intake = Intake::new(body, context.config.max_request_bytes);
                 parts.extensions.insert(Received::new(intake));
-                let request = Request::from_parts(parts, Body::empty());
-                Box::pin(self.inner.call(request))
+                let request = Request::from_parts(parts, Incoming::empty());
+                passed_on(self.inner.call(request))
             }
-            _ => Box::pin(self.inner.call(request)),
+            _ => passed_on(self.inner.call(request)),
         };
         match deadline {
             None => answer,
@@ -77,7 +75,14 @@ where
     }
 }
 
-async fn get(context: SharedContext, request: Request<Body>) -> Response<Body> {
+/// What tonic answers.
+fn passed_on(
+    answer: impl Future<Output = Result<Response<Incoming>, Infallible>> + Send + 'static,
+) -> Answer {
+    Box::pin(async move { Ok(answer.await?.map(Body::Tonic)) })
+}
+
+async fn get(context: SharedContext, request: Request<Incoming>) -> Response<Body> {
     let measured = measure::Request::start("DoGet");
     let peer = match peer_of(&request) {
         Ok(peer) => peer,
@@ -88,18 +93,18 @@ async fn get(context: SharedContext, request: Request<Body>) -> Response<Body> {
             if peer.unix && context.config.sendfile.is_on() {
                 reply.send_by_descriptor();
             }
-            response(Body::new(WireStream::start(reply, limits, measured)))
+            response(Body::Rows(WireStream::start(reply, limits, measured)))
         }
         Err(failure) => refuse(failure, measured),
     }
 }
 
-fn peer_of(request: &Request<Body>) -> Result<Peer, Failure> {
+fn peer_of(request: &Request<Incoming>) -> Result<Peer, Failure> {
     let peer = request.extensions().get::<Peer>().cloned();
     peer.ok_or_else(|| Failure::new(Code::Internal, "TASK", "a request without a connection"))
 }
 
-async fn exchange(context: SharedContext, request: Request<Body>) -> Response<Body> {
+async fn exchange(context: SharedContext, request: Request<Incoming>) -> Response<Body> {
     let measured = measure::Request::start("DoExchange");
     let peer = match peer_of(&request) {
         Ok(peer) => peer,
@@ -107,7 +112,7 @@ async fn exchange(context: SharedContext, request: Request<Body>) -> Response<Bo
     };
     let incoming = Intake::new(request.into_body(), context.config.max_request_bytes);
     match exchange::exchange(context, incoming, &peer.class).await {
-        Ok(messages) => response(Body::new(MessageStream::new(messages, measured))),
+        Ok(messages) => response(Body::Messages(MessageStream::new(messages, measured))),
         Err(failure) => refuse(failure, measured),
     }
 }
@@ -128,7 +133,7 @@ fn refuse(failure: Failure, measured: measure::Request) -> Response<Body> {
 
 async fn open(
     context: &SharedContext,
-    body: Body,
+    body: Incoming,
     peer: &Peer,
 ) -> Result<(super::Reply, Limits), Failure> {
     let message = read_message(body, context.config.max_request_bytes).await?;
@@ -151,7 +156,7 @@ async fn open(
 }
 
 /// The one message of a request.
-async fn read_message(mut body: Body, limit_bytes: usize) -> Result<Bytes, Failure> {
+async fn read_message(mut body: Incoming, limit_bytes: usize) -> Result<Bytes, Failure> {
     let broken = |problem: String| Failure::new(Code::Internal, "STREAM", problem);
     let mut received = BytesMut::new();
     loop {
@@ -195,7 +200,7 @@ mod tests {
     use super::*;
 
     async fn read(bytes: &[u8]) -> Result<Bytes, Failure> {
-        read_message(Body::new(Full::new(Bytes::copy_from_slice(bytes))), 100).await
+        read_message(Incoming::new(Full::new(Bytes::copy_from_slice(bytes))), 100).await
     }
 
     #[tokio::test]

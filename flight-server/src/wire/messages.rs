@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tonic::{Code, Status};
 
 use super::frame;
+use super::piece::Piece;
 use super::stream::trailers;
 use crate::error::Failure;
 use crate::measure;
@@ -25,9 +26,9 @@ pub(crate) struct Outgoing {
 
 /// See the module. The stream ends well when the senders are gone, else with the failure that
 /// was sent. Dropping it before counts as cancelled.
-pub(super) struct MessageStream {
+pub(crate) struct MessageStream {
     messages: mpsc::Receiver<Result<Outgoing, Failure>>,
-    chunks: VecDeque<Bytes>,
+    pieces: VecDeque<Piece>,
     framed: Vec<Bytes>,
     request: Option<measure::Request>,
 }
@@ -39,7 +40,7 @@ impl MessageStream {
     ) -> MessageStream {
         MessageStream {
             messages,
-            chunks: VecDeque::new(),
+            pieces: VecDeque::new(),
             framed: Vec::new(),
             request: Some(request),
         }
@@ -47,16 +48,16 @@ impl MessageStream {
 }
 
 impl http_body::Body for MessageStream {
-    type Data = Bytes;
+    type Data = Piece;
     type Error = Status;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    ) -> Poll<Option<Result<Frame<Piece>, Status>>> {
         loop {
-            if let Some(chunk) = self.chunks.pop_front() {
-                return Poll::Ready(Some(Ok(Frame::data(chunk))));
+            if let Some(piece) = self.pieces.pop_front() {
+                return Poll::Ready(Some(Ok(Frame::data(piece))));
             }
             if self.request.is_none() {
                 return Poll::Ready(None);
@@ -70,7 +71,7 @@ impl http_body::Body for MessageStream {
                         &message.app_metadata,
                         &mut this.framed,
                     );
-                    this.chunks.extend(this.framed.drain(..));
+                    this.pieces.extend(Piece::cut(this.framed.drain(..)));
                     continue;
                 }
                 Some(Err(failure)) => Err(failure),
@@ -85,7 +86,7 @@ impl http_body::Body for MessageStream {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.request.is_none() && self.chunks.is_empty()
+        self.request.is_none() && self.pieces.is_empty()
     }
 }
 

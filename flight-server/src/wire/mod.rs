@@ -1,7 +1,7 @@
 //! DoGet and DoExchange below tonic: rows go from their memory to the socket without a copy of
 //! ours.
 //!
-//! tonic and prost copy every FlightData twice. [`Layer`] stands before the Flight service
+//! tonic and prost copy every FlightData twice. [`Layer`] stands before tonic's services
 //! and answers DoGet itself, with a body whose data frames are slices of the mapped segments;
 //! HTTP/2 chains them by reference and writes them with vectored writes. The replies of
 //! DoExchange leave as they were made. Everything else passes through.
@@ -10,20 +10,24 @@
 //! |---|---|
 //! | `layer` | takes DoGet requests, returns responses |
 //! | `reply` | the messages of one stream: schema, dictionaries, rows, cut to the client's limit |
-//! | `frame` | one message as gRPC and protobuf frame it, in chunks |
+//! | `frame` | one message as gRPC and protobuf frame it, in slices |
+//! | `piece` | many slices as one HTTP/2 frame |
 //! | `messages` | the body of a DoExchange: messages that are made already |
-//! | `stream` | the pace: a window of chunks, made ready on a bounded pool; idle readers |
+//! | `stream` | the pace: a window of pieces, made ready on a bounded pool; idle readers |
 //!
 //! What a batch's header says and where its buffers lie is the segments' own writer's:
 //! `pinion_feature_store::segment::ipc`.
 
+mod body;
 mod deadline;
 mod frame;
 mod layer;
 mod messages;
+mod piece;
 mod reply;
 mod stream;
 
+pub(crate) use body::Body;
 pub(crate) use layer::Layer;
 pub(crate) use messages::Outgoing;
 pub(crate) use reply::{Opened, Reply};

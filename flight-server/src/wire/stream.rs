@@ -1,10 +1,10 @@
 //! The pace of one DoGet stream.
 //!
 //! A driver task makes messages ready on a bounded pool of blocking threads, a window ahead of
-//! the client, and the response's body hands their chunks to HTTP/2. Streams take turns in
+//! the client, and the response's body hands their pieces to HTTP/2. Streams take turns in
 //! the pool in the order in which they ask, one step each, so many share it fairly.
 //!
-//! A stream holds at most [`WINDOW_BYTES`] and one step of chunks, and the rows of a batch; of
+//! A stream holds at most [`WINDOW_BYTES`] and one step of pieces, and the rows of a batch; of
 //! these only rows that had to be copied take memory of their own. When the client hangs up, or
 //! reads nothing for `reader_idle`, the snapshot and the permit are released at once.
 
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::Buf;
 use http::HeaderMap;
 use http_body::Frame;
 use metrics::Gauge;
@@ -23,6 +23,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinError;
 use tonic::{Code, Status};
 
+use super::piece::Piece;
 use super::reply::{Reply, Step};
 use crate::bulk::OpenStream;
 use crate::error::Failure;
@@ -49,11 +50,11 @@ struct Shared {
 
 #[derive(Default)]
 struct Queue {
-    chunks: VecDeque<Chunk>,
+    pieces: VecDeque<Queued>,
     bytes: usize,
     /// The driver is to be woken when fewer bytes than this are left; 0 while it does not wait.
     wake_below: usize,
-    /// How the stream ends once the chunks are taken.
+    /// How the stream ends once the pieces are taken.
     end: Option<Result<(), Failure>>,
     /// The body is gone.
     closed: bool,
@@ -61,8 +62,8 @@ struct Queue {
     last_taken: Option<Instant>,
 }
 
-struct Chunk {
-    bytes: Bytes,
+struct Queued {
+    piece: Piece,
     ends_message: bool,
 }
 
@@ -96,20 +97,20 @@ impl WireStream {
 }
 
 impl http_body::Body for WireStream {
-    type Data = Bytes;
+    type Data = Piece;
     type Error = Status;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    ) -> Poll<Option<Result<Frame<Piece>, Status>>> {
         if self.done {
             return Poll::Ready(None);
         }
         let this = &*self;
         let mut queue = this.shared.queue.lock();
-        if let Some(chunk) = queue.chunks.pop_front() {
-            queue.bytes -= chunk.bytes.len();
+        if let Some(Queued { piece, .. }) = queue.pieces.pop_front() {
+            queue.bytes -= piece.remaining();
             queue.last_taken = Some(Instant::now());
             let enough = queue.bytes < queue.wake_below;
             if enough {
@@ -119,8 +120,8 @@ impl http_body::Body for WireStream {
             if enough {
                 this.shared.taken.notify_one();
             }
-            let tracked = InFlight::new(chunk.bytes, this);
-            return Poll::Ready(Some(Ok(Frame::data(Bytes::from_owner(tracked)))));
+            let in_flight = InFlight::new(piece.remaining(), this);
+            return Poll::Ready(Some(Ok(Frame::data(piece.tracked(in_flight)))));
         }
         let Some(end) = queue.end.take() else {
             queue.reader = Some(cx.waker().clone());
@@ -144,7 +145,7 @@ impl Drop for WireStream {
     fn drop(&mut self) {
         let mut queue = self.shared.queue.lock();
         queue.closed = true;
-        queue.chunks.clear();
+        queue.pieces.clear();
         queue.bytes = 0;
         drop(queue);
         self.shared.taken.notify_one();
@@ -165,16 +166,16 @@ pub(super) fn trailers(end: Result<(), Failure>) -> HeaderMap {
 }
 
 /// Bytes that HTTP/2 has and the client has not, counted while they live.
-struct InFlight {
-    bytes: Bytes,
+pub(super) struct InFlight {
+    bytes: usize,
     gauge: Gauge,
     /// Until these bytes are in the socket too.
     _open: Arc<OpenStream>,
 }
 
 impl InFlight {
-    fn new(bytes: Bytes, stream: &WireStream) -> InFlight {
-        stream.in_flight.increment(bytes.len() as f64);
+    fn new(bytes: usize, stream: &WireStream) -> InFlight {
+        stream.in_flight.increment(bytes as f64);
         InFlight {
             bytes,
             gauge: stream.in_flight.clone(),
@@ -183,15 +184,9 @@ impl InFlight {
     }
 }
 
-impl AsRef<[u8]> for InFlight {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.gauge.decrement(self.bytes.len() as f64);
+        self.gauge.decrement(self.bytes as f64);
     }
 }
 
@@ -305,12 +300,13 @@ impl Shared {
             return;
         }
         for message in step.messages {
-            let chunks = message.len();
-            for (number, bytes) in message.into_iter().enumerate() {
-                queue.bytes += bytes.len();
-                queue.chunks.push_back(Chunk {
-                    bytes,
-                    ends_message: number + 1 == chunks,
+            let pieces = Piece::cut(message);
+            let count = pieces.len();
+            for (number, piece) in pieces.into_iter().enumerate() {
+                queue.bytes += piece.remaining();
+                queue.pieces.push_back(Queued {
+                    piece,
+                    ends_message: number + 1 == count,
                 });
             }
         }
@@ -326,9 +322,10 @@ impl Shared {
     /// in, then the error.
     fn cut_off(&self, idle: Duration) {
         let mut queue = self.queue.lock();
-        let rest = queue.chunks.iter().position(|chunk| chunk.ends_message);
-        queue.chunks.truncate(rest.map_or(0, |last| last + 1));
-        queue.bytes = queue.chunks.iter().map(|chunk| chunk.bytes.len()).sum();
+        let rest = queue.pieces.iter().position(|queued| queued.ends_message);
+        queue.pieces.truncate(rest.map_or(0, |last| last + 1));
+        let left = queue.pieces.iter().map(|queued| queued.piece.remaining());
+        queue.bytes = left.sum();
         queue.end = Some(Err(reader_idle(idle)));
         let reader = queue.reader.take();
         drop(queue);
