@@ -12,10 +12,10 @@ use bytes::{Buf, Bytes};
 
 use super::stream::InFlight;
 
-/// A piece is at most this long. HTTP/2 sends it as one frame if the client's frame size allows.
-/// gRPC's C++ client does, and reads larger ones at less cost: over TCP frames of 64 KiB took it twice
-/// the CPU of these, and frames of 512 KiB a twelfth more.
-const PIECE_BYTES: usize = 2 << 20;
+/// A piece is at most this long: a message of the default size is one. HTTP/2 sends it as one frame if
+/// the client's frame size allows. gRPC's C++ client does within a machine, and the server's CPU for a
+/// GB falls with it: 0.23 s over TCP at 256 KiB, 0.20 at 512 KiB, 0.18 at 2 MiB, 0.17 at 4 MiB.
+const PIECE_BYTES: usize = 4 << 20;
 
 /// See the module.
 #[derive(Default)]
