@@ -131,8 +131,9 @@ def full(sizes, data, count):
         for way, (url, peer) in ways.items():
             client = stack.enter_context(Workers("scan", {"url": url}, clients=1))
             cases[f"{way} | pyarrow | Pinion"] = pass_of(client, asked(), pinion.pid, gb, sizes.scan)
-            other = stack.enter_context(Workers("scan", {"url": peer.url}, clients=1))
             for name in files:
+                # A client of its own: what one has read decides how much memory its allocator keeps.
+                other = stack.enter_context(Workers("scan", {"url": peer.url}, clients=1))
                 cases[f"{way} | pyarrow | pyarrow server, {name} rows a batch"] = pass_of(
                     other, {"file": name}, peer.pid, gb, sizes.scan
                 )
@@ -230,8 +231,8 @@ def part(sizes, data, count):
             for way, url, peer in (("Unix socket", pinion.unix, unix), ("TCP", pinion.flight, tcp)):
                 client = stack.enter_context(Workers("scan", {"url": url}, clients=1))
                 cases[f"{way} | pyarrow | Pinion"] = repeated(client, asked(**ours), pinion.pid, gb, rows, repeat)
-                other = stack.enter_context(Workers("scan", {"url": peer.url}, clients=1))
                 for name in files:
+                    other = stack.enter_context(Workers("scan", {"url": peer.url}, clients=1))
                     cases[f"{way} | pyarrow | pyarrow server, {name} rows a batch"] = repeated(
                         other, {"file": name, **theirs}, peer.pid, gb, rows, repeat
                     )
