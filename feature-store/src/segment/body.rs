@@ -25,7 +25,9 @@ pub(super) enum BufferClass {
     /// Values of a boolean column.
     Bits,
     Validity,
-    Offsets,
+    Offsets {
+        width_bytes: usize,
+    },
     Views,
     /// Bytes of strings, and values whose number is not a multiple of the rows.
     Data,
@@ -37,7 +39,7 @@ impl BufferClass {
             BufferClass::Fixed { .. } => 0,
             BufferClass::Bits => 1,
             BufferClass::Validity => 2,
-            BufferClass::Offsets => 3,
+            BufferClass::Offsets { .. } => 3,
             BufferClass::Views => 4,
             BufferClass::Data => 5,
         }
@@ -405,7 +407,9 @@ impl BodyParts {
                     .collect::<Vec<O>>(),
             )
         };
-        self.buffers.push((BufferClass::Offsets, buffer));
+        let width_bytes = size_of::<O>();
+        self.buffers
+            .push((BufferClass::Offsets { width_bytes }, buffer));
         (first.as_usize(), last.as_usize())
     }
 

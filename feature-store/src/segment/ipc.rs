@@ -14,10 +14,12 @@ use std::ops::Range;
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_buffer::Buffer;
 use arrow_data::ArrayData;
+use arrow_ipc::FieldNode;
 use arrow_schema::{ArrowError, Schema};
 
 use super::MappedFile;
-use super::body::{self, Placing, Views};
+use super::body::{self, BufferClass, Placing, Views};
+use super::join::{self, Joined};
 use super::message;
 
 /// One message of an IPC stream, not framed.
@@ -25,8 +27,9 @@ use super::message;
 pub struct Message {
     /// The flatbuffer.
     pub header: Vec<u8>,
-    /// What the body holds: offsets in the body, multiples of 64, ascending, and buffers, none
-    /// of them empty. What lies between is padding: zero bytes.
+    /// What the body holds: offsets in the body, ascending, and buffers, none of them empty. What
+    /// lies between is padding: zero bytes. Offsets are multiples of 64, but for pieces that go on
+    /// with the values of the piece before ([`joined_message`]).
     pub buffers: Vec<(usize, Buffer)>,
     /// Length of the body, padding included; a multiple of 8.
     pub body_bytes: usize,
@@ -65,12 +68,33 @@ pub fn schema_message(schema: &Schema) -> Message {
 ///
 /// For types that no table holds: unions, run ends, list views.
 pub fn batch_message(batch: &RecordBatch) -> Result<BatchMessage, ArrowError> {
-    let parts = body::collect(batch.columns(), Views::AsNeeded)?;
-    let rows = assemble(batch.num_rows(), &parts, None);
-    Ok(BatchMessage {
-        rows,
-        dictionaries: parts.dictionaries,
-    })
+    let mut parts = body::collect(batch.columns(), Views::AsNeeded)?;
+    let dictionaries = std::mem::take(&mut parts.dictionaries);
+    let rows = assemble(batch.num_rows(), parts, None);
+    Ok(BatchMessage { rows, dictionaries })
+}
+
+/// Whether batches of this schema can be one message: not where there are views, dictionaries,
+/// structs, or lists other than of a fixed number of plain values.
+pub fn joins(schema: &Schema) -> bool {
+    join::joins(schema)
+}
+
+/// The message of several batches' rows, one after the other. Values go as they lie, in
+/// pieces; offsets and bitmaps are written anew. Together the batches may take what their
+/// messages would take one by one.
+///
+/// # Errors
+///
+/// If the texts of a column are more than its offsets can count.
+pub fn joined_message(batches: &[RecordBatch]) -> Result<Message, ArrowError> {
+    let bodies = batches
+        .iter()
+        .map(|batch| body::collect(batch.columns(), Views::AsNeeded))
+        .collect::<Result<Vec<_>, _>>()?;
+    let rows = batches.iter().map(RecordBatch::num_rows).sum();
+    let Joined { nodes, buffers } = join::join(&bodies)?;
+    Ok(lay_out(rows, &nodes, &buffers, &[], None))
 }
 
 /// The message that gives dictionary `id` these values.
@@ -80,15 +104,36 @@ pub fn batch_message(batch: &RecordBatch) -> Result<BatchMessage, ArrowError> {
 /// As [`batch_message`]; values are never dictionaries themselves.
 pub fn dictionary_message(id: i64, values: &ArrayRef) -> Result<Message, ArrowError> {
     let parts = body::collect(std::slice::from_ref(values), Views::AsNeeded)?;
-    Ok(assemble(values.len(), &parts, Some(id)))
+    Ok(assemble(values.len(), parts, Some(id)))
 }
 
 /// The message of a batch or, given an id, of a dictionary's values.
-fn assemble(rows: usize, parts: &body::BodyParts, dictionary: Option<i64>) -> Message {
-    let lengths: Vec<_> = parts
+fn assemble(rows: usize, parts: body::BodyParts, dictionary: Option<i64>) -> Message {
+    let buffers: Vec<_> = parts
         .buffers
+        .into_iter()
+        .map(|(class, buffer)| (class, [buffer]))
+        .collect();
+    lay_out(
+        rows,
+        &parts.nodes,
+        &buffers,
+        &parts.variadic_counts,
+        dictionary,
+    )
+}
+
+/// Places buffers, each a list of pieces.
+fn lay_out(
+    rows: usize,
+    nodes: &[FieldNode],
+    buffers: &[(BufferClass, impl AsRef<[Buffer]>)],
+    counts: &[i64],
+    dictionary: Option<i64>,
+) -> Message {
+    let lengths: Vec<(BufferClass, usize)> = buffers
         .iter()
-        .map(|(class, buffer)| (*class, buffer.len()))
+        .map(|(class, pieces)| (*class, pieces.as_ref().iter().map(Buffer::len).sum()))
         .collect();
     let plan = body::place(&lengths, Placing::Close);
     let places: Vec<_> = plan
@@ -97,21 +142,25 @@ fn assemble(rows: usize, parts: &body::BodyParts, dictionary: Option<i64>) -> Me
         .zip(&lengths)
         .map(|(offset, (_, bytes))| (*offset, *bytes))
         .collect();
-    let (nodes, counts, body_bytes) = (&parts.nodes, &parts.variadic_counts, plan.body_bytes);
+    let body_bytes = plan.body_bytes;
     let header = match dictionary {
         None => message::batch_message(rows, nodes, &places, counts, body_bytes),
         Some(id) => message::dictionary_message(id, rows, nodes, &places, counts, body_bytes),
     };
-    let buffers = plan
-        .physical_order
-        .iter()
-        .map(|&number| (plan.offsets[number], parts.buffers[number].1.clone()))
-        .filter(|(_, buffer)| !buffer.is_empty())
-        .collect();
+    let mut placed = Vec::with_capacity(buffers.len());
+    for &number in &plan.physical_order {
+        let mut offset = plan.offsets[number];
+        for piece in buffers[number].1.as_ref() {
+            if !piece.is_empty() {
+                placed.push((offset, piece.clone()));
+                offset += piece.len();
+            }
+        }
+    }
     Message {
         header,
-        buffers,
-        body_bytes: plan.body_bytes,
+        buffers: placed,
+        body_bytes,
     }
 }
 

@@ -55,6 +55,7 @@ mod files;
 mod index;
 mod index_writer;
 pub mod ipc;
+mod join;
 mod lend;
 #[allow(unsafe_code)]
 mod map;

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_schema::{ArrowError, Schema, SchemaRef};
@@ -23,6 +24,15 @@ use crate::reply::{Shares, metadata};
 
 /// A step ends once it has made this many bytes.
 const STEP_BYTES: u64 = 1 << 20;
+
+/// Small batches share messages of at most this long.
+const JOINED_BYTES: usize = 4 << 20;
+
+/// The same for rows that were made for the reply, which take memory until they are sent.
+const JOINED_COPIES_BYTES: usize = 1 << 20;
+
+/// Rows wait for others no longer than this once more were read: a scan that finds few is slow.
+const GATHERING: Duration = Duration::from_millis(10);
 
 /// Room in a message for what the shares add to its metadata.
 const SHARES_BYTES: usize = 256;
@@ -61,6 +71,10 @@ pub(crate) struct Reply {
     metadata_bytes: usize,
     /// The values last sent of each dictionary.
     dictionaries: Vec<Option<ArrayRef>>,
+    /// Whether batches of the schema can share a message.
+    joins: bool,
+    /// What will share the next message.
+    gathered: Gathered,
     /// Cut to size, not laid out yet.
     ready: VecDeque<Planned>,
     held: Option<Planned>,
@@ -81,6 +95,19 @@ enum State {
     Rows,
     /// The batches are used up.
     Ending,
+}
+
+/// Small batches on their way into one message.
+#[derive(Default)]
+struct Gathered {
+    batches: Vec<RecordBatch>,
+    /// Of the first: what is sent if it stays alone.
+    alone: Option<Message>,
+    /// Of all of them.
+    storage: Storage,
+    /// Of their messages, one by one; together they take no more.
+    bytes: usize,
+    since: Option<Instant>,
 }
 
 struct Planned {
@@ -117,6 +144,8 @@ impl Reply {
             metadata_bytes: metadata(members.clone()).len() + SHARES_BYTES,
             members,
             dictionaries: Vec::new(),
+            joins: false,
+            gathered: Gathered::default(),
             ready: VecDeque::new(),
             held: None,
             failed: None,
@@ -177,6 +206,7 @@ impl Reply {
                     if let Some(open) = self.open.take() {
                         let opened = open()?;
                         (self.schema, self.batches) = (opened.schema, opened.batches);
+                        self.joins = ipc::joins(&self.schema);
                         if opened.partial {
                             self.members.insert("partial".to_owned(), true.into());
                         }
@@ -207,21 +237,32 @@ impl Reply {
 
     /// Reads the next rows before they are needed. Blocks while the disk is read.
     pub(super) fn read_ahead(&mut self) {
-        if let Err(failure) = self.read() {
-            self.failed = Some(failure);
+        while self.runs_out() {
+            if let Err(failure) = self.read() {
+                self.failed = Some(failure);
+            }
         }
     }
 
-    /// Reads the next rows, and cuts them into messages.
+    /// Reads the next rows, and cuts them into messages or gathers them for one.
     fn read(&mut self) -> Result<(), Failure> {
         match self.batches.next() {
-            Some(found) => {
-                let ScanBatch { batch, storage, .. } = found?;
+            Some(Ok(ScanBatch { batch, storage, .. })) => {
                 self.rows += batch.num_rows() as u64;
                 self.copied = matches!(storage, Storage::None);
-                self.plan(&batch, &storage)
+                match self.joins && self.state == State::Rows {
+                    true => self.gather(batch, storage),
+                    // The first rows wait for nothing.
+                    false => self.plan(&batch, &storage),
+                }
+            }
+            Some(Err(failure)) => {
+                self.join()?;
+                self.failed = Some(failure);
+                Ok(())
             }
             None => {
+                self.join()?;
                 if self.rows == 0 {
                     let empty = RecordBatch::new_empty(self.schema.clone());
                     self.plan(&empty, &Storage::None)?;
@@ -230,6 +271,57 @@ impl Reply {
                 Ok(())
             }
         }
+    }
+
+    /// Lets a batch share a message with those before it, or those to come.
+    fn gather(&mut self, batch: RecordBatch, storage: Storage) -> Result<(), Failure> {
+        let message = ipc::batch_message(&batch).map_err(internal)?.rows;
+        let bytes = self.message_bytes(&message);
+        let most = match storage {
+            Storage::None => JOINED_COPIES_BYTES,
+            Storage::Mapped(_) | Storage::Memory(_) => JOINED_BYTES,
+        }
+        .min(self.max_message_bytes);
+        let gathered = &self.gathered;
+        if gathered.bytes + bytes > most || !same(&gathered.storage, &storage) {
+            self.join()?;
+        }
+        if bytes > most / 2 {
+            return self.plan(&batch, &storage);
+        }
+        let gathered = &mut self.gathered;
+        if gathered.batches.is_empty() {
+            gathered.alone = Some(message);
+            gathered.storage = storage;
+        }
+        gathered.batches.push(batch);
+        gathered.bytes += bytes;
+        let since = *gathered.since.get_or_insert_with(Instant::now);
+        if since.elapsed() > GATHERING {
+            self.join()?;
+        }
+        Ok(())
+    }
+
+    /// Makes one message of what was gathered.
+    fn join(&mut self) -> Result<(), Failure> {
+        let Gathered {
+            batches,
+            alone,
+            storage,
+            ..
+        } = std::mem::take(&mut self.gathered);
+        let message = match (batches.len(), alone) {
+            (0, _) => return Ok(()),
+            (1, Some(message)) => message,
+            _ => ipc::joined_message(&batches).map_err(internal)?,
+        };
+        self.ready.push_back(Planned {
+            message,
+            storage,
+            rows: true,
+        });
+        Ok(())
     }
 
     /// Cuts a batch into messages that fit.
@@ -350,6 +442,17 @@ impl Drop for Reply {
         } = self.handed;
         measure::sent("DoGet", &self.table, self.rows, referenced + copied);
         measure::handed_over(referenced, copied);
+    }
+}
+
+/// Whether one [`Storage`] holds what either does. Logs in memory join their batches themselves.
+fn same(one: &Storage, other: &Storage) -> bool {
+    match (one, other) {
+        (Storage::None, Storage::None) => true,
+        (Storage::Mapped(one), Storage::Mapped(other)) => {
+            one.bytes().as_ptr() == other.bytes().as_ptr()
+        }
+        _ => false,
     }
 }
 
