@@ -47,6 +47,9 @@ from workers import Workers
 from support import flight as calls
 
 COLUMNS = ["id", "f3", "label"]
+# As large as the peer's with its largest batches. pyarrow's client has no limit; others' is 4 MiB.
+LARGER = {"max_message_bytes": (32 << 20) - (64 << 10)}
+LARGE = "Pinion, messages of 32 MiB"
 
 
 def main():
@@ -131,6 +134,8 @@ def full(sizes, data, count):
         for way, (url, peer) in ways.items():
             client = stack.enter_context(Workers("scan", {"url": url}, clients=1))
             cases[f"{way} | pyarrow | Pinion"] = pass_of(client, asked(), pinion.pid, gb, sizes.scan)
+            client = stack.enter_context(Workers("scan", {"url": url}, clients=1))
+            cases[f"{way} | pyarrow | {LARGE}"] = pass_of(client, asked(**LARGER), pinion.pid, gb, sizes.scan)
             for name in files:
                 # A client of its own: what one has read decides how much memory its allocator keeps.
                 other = stack.enter_context(Workers("scan", {"url": peer.url}, clients=1))
@@ -231,6 +236,9 @@ def part(sizes, data, count):
             for way, url, peer in (("Unix socket", pinion.unix, unix), ("TCP", pinion.flight, tcp)):
                 client = stack.enter_context(Workers("scan", {"url": url}, clients=1))
                 cases[f"{way} | pyarrow | Pinion"] = repeated(client, asked(**ours), pinion.pid, gb, rows, repeat)
+                client = stack.enter_context(Workers("scan", {"url": url}, clients=1))
+                larger = asked(**ours, **LARGER)
+                cases[f"{way} | pyarrow | {LARGE}"] = repeated(client, larger, pinion.pid, gb, rows, repeat)
                 for name in files:
                     other = stack.enter_context(Workers("scan", {"url": peer.url}, clients=1))
                     cases[f"{way} | pyarrow | pyarrow server, {name} rows a batch"] = repeated(

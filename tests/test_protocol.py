@@ -366,6 +366,26 @@ def test_messages_stay_under_four_mebibytes(store, serve, connect):
         calls.action(client, "merge", table="items")
 
 
+def test_stored_batches_share_messages_as_large_as_the_client_takes(store, serve, connect):
+    store.apply(ITEMS)
+    client = connect(serve())
+    count = 300_000
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array([0.5] * (count * 8), pa.float32()), 8)
+    prices = [None if i % 7 == 0 else i / 3 for i in range(count)]
+    calls.put(client, "items", pa.table({"item": range(count), "price": prices, "vector": vectors}))
+    calls.action(client, "merge", table="items")
+    scan = {"table": "items", "features": ["price", "item"]}
+    for limit, most in ((None, 4 << 20), (65_536, 65_536), (32 << 20, 32 << 20), ((2 << 30) - 1, 32 << 20)):
+        chunks = [chunk.data for chunk in client.do_get(calls.ticket(scan=scan | ({"max_message_bytes": limit} if limit else {})))]
+        sizes = [chunk.get_total_buffer_size() for chunk in chunks]
+        assert max(sizes) < most
+        # Each of two is longer than the limit, or the first two, which wait for nothing.
+        assert all(one + other > most / 2 for one, other in zip(sizes[2:], sizes[3:-1], strict=False)), (limit, sizes)
+        assert len(chunks) <= 4 + sum(sizes) * 2 // most, (limit, sizes)
+        found = pa.Table.from_batches(chunks).sort_by("item")
+        assert found.column("price").to_pylist() == prices
+
+
 def test_rows_survive_an_orderly_restart_and_the_command_line_sees_them(prices, store):
     server, _, oracle = prices
     via_server = json.loads(

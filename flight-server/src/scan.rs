@@ -67,7 +67,10 @@ pub(crate) fn plan_at(
         limit: command.limit,
         part: None,
     };
-    let max_message_bytes = context.message_limit(command.max_message_bytes)?;
+    let cap = context.config.max_message_cap_bytes as u64;
+    // Who takes more is sent what the server allows.
+    let wanted = command.max_message_bytes.map(|wanted| wanted.min(cap));
+    let max_message_bytes = context.message_limit(wanted)?;
     Ok(ScanPlan {
         table,
         snapshot,

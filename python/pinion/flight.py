@@ -37,6 +37,10 @@ _CODES = {
 # About how much of a put goes into one message.
 MESSAGE_BYTES = 2 << 20
 
+# What a scan may send in one message. pyarrow takes any, and glibc's allocator gives memory back to the system all the
+# time beside smaller ones (docs/protocol.md).
+SCAN_MESSAGE_BYTES = (32 << 20) - (64 << 10)
+
 _details = threading.local()
 
 # The process that gRPC's threads run in, once there are any.
@@ -149,12 +153,12 @@ class Flight:
     def scan(self, command: dict[str, Any]) -> pa.Table:
         """All rows of a scan."""
         with translated():
-            return self._client.do_get(_ticket("scan", command), self._options).read_all()
+            return self._client.do_get(_scan_ticket(command), self._options).read_all()
 
     def scan_batches(self, command: dict[str, Any]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         """The schema of a scan, and its batches as they come."""
         with translated():
-            reader = self._client.do_get(_ticket("scan", command), self._options)
+            reader = self._client.do_get(_scan_ticket(command), self._options)
             schema = reader.schema
 
         def batches() -> Iterator[pa.RecordBatch]:
@@ -273,6 +277,10 @@ class Exchange:
             self._ended = True
             with contextlib.suppress(Exception):
                 self._writer.close()
+
+
+def _scan_ticket(command: dict[str, Any]) -> flight.Ticket:
+    return _ticket("scan", {"max_message_bytes": SCAN_MESSAGE_BYTES, **command})
 
 
 def _ticket(verb: str, command: dict[str, Any]) -> flight.Ticket:

@@ -143,7 +143,7 @@ mod tests {
             while piece.has_remaining() {
                 let mut slices = [IoSlice::new(&[]); 2];
                 let count = piece.chunks_vectored(&mut slices);
-                let written: Vec<u8> = slices[..count].concat();
+                let written: Vec<u8> = slices[..count].iter().flat_map(|s| s.to_vec()).collect();
                 assert!(written.starts_with(piece.chunk()));
                 let taken = step.min(written.len());
                 sent.extend_from_slice(&written[..taken]);

@@ -25,8 +25,10 @@ use crate::reply::{Shares, metadata};
 /// A step ends once it has made this many bytes.
 const STEP_BYTES: u64 = 1 << 20;
 
-/// Small batches share messages of at most this long.
-const JOINED_BYTES: usize = 4 << 20;
+/// Batches share messages of at most this long, where the client takes as much. glibc's allocator, which most
+/// clients have, gives memory back to the system in the middle of a scan unless it has freed a block
+/// half as large as that before; the largest block that it takes note of is 32 MiB long.
+const JOINED_BYTES: usize = (32 << 20) - (64 << 10);
 
 /// The same for rows that were made for the reply, which take memory until they are sent.
 const JOINED_COPIES_BYTES: usize = 1 << 20;
@@ -252,7 +254,7 @@ impl Reply {
                 self.copied = matches!(storage, Storage::None);
                 match self.joins && self.state == State::Rows {
                     true => self.gather(batch, storage),
-                    // The first rows wait for nothing.
+                    // The first rows wait for nothing, nor do those that let them go.
                     false => self.plan(&batch, &storage),
                 }
             }
@@ -576,6 +578,59 @@ mod tests {
         let (messages, read_ahead, code) = read(failing(), true);
         assert_eq!((messages, code), (5, Code::DataLoss));
         assert!(read_ahead > 0);
+    }
+
+    /// Of rows that were made for it.
+    fn reply_of_copies(batches: Vec<Result<RecordBatch, Failure>>, limit: usize) -> Reply {
+        let mut reply = reply_of(batches, limit);
+        let open = reply.open.take().unwrap();
+        reply.open = Some(Box::new(|| {
+            let Opened {
+                schema, batches, ..
+            } = open()?;
+            let copies = batches.map(|found| {
+                found.map(|of| ScanBatch {
+                    storage: Storage::None,
+                    ..of
+                })
+            });
+            Ok(Opened {
+                schema,
+                batches: Box::new(copies),
+                partial: false,
+            })
+        }));
+        reply
+    }
+
+    #[test]
+    fn small_batches_share_messages_below_the_limit_but_for_the_first_two() {
+        let all = mixed(20_000).project(&[0, 1, 4]).unwrap();
+        let batches: Vec<RecordBatch> = (0..200).map(|i| all.slice(i * 100, 100)).collect();
+        for limit in [65_536, 200_000, 4 << 20] {
+            let found = batches.iter().cloned().map(Ok).collect();
+            let (messages, end) = run(reply_of_copies(found, limit));
+            end.unwrap();
+            let back = flight_data_to_batches(&messages).unwrap();
+            assert_eq!(back[0].num_rows(), 100);
+            let most = limit.min(JOINED_COPIES_BYTES);
+            let bytes: usize = messages.iter().map(|message| message.data_body.len()).sum();
+            assert!(back.len() <= 3 + bytes.div_ceil(most * 3 / 4), "{limit}");
+            assert_eq!(concat_batches(&all.schema(), &back).unwrap(), all);
+        }
+    }
+
+    #[test]
+    fn batches_that_wait_for_others_are_sent_before_a_failure() {
+        let all = mixed(500).project(&[0]).unwrap();
+        let good = (0..5).map(|i| Ok(all.slice(i * 100, 100)));
+        let failure = Failure::new(Code::DataLoss, "SEGMENT_DAMAGED", "a page is gone");
+        let found = good.chain([Err(failure)]).collect();
+        let (messages, end) = run(reply_of_copies(found, 1 << 20));
+        assert_eq!(end.unwrap_err().code(), Code::DataLoss);
+        let back = flight_data_to_batches(&messages).unwrap();
+        assert_eq!(back.len(), 3);
+        assert_eq!(concat_batches(&all.schema(), &back).unwrap(), all);
     }
 
     fn shares(message: &FlightData) -> Value {

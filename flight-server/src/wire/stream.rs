@@ -346,6 +346,8 @@ pub(crate) fn reader_idle(idle: Duration) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
 
     fn step(chunks: &[usize]) -> Step {
@@ -369,7 +371,7 @@ mod tests {
         assert_eq!(shared.below(60, Duration::ZERO).await, Wait::Idle);
         shared.cut_off(Duration::from_secs(7));
         let queue = shared.queue.lock();
-        assert_eq!((queue.chunks.len(), queue.bytes), (2, 30));
+        assert_eq!((queue.pieces.len(), queue.bytes), (1, 30));
         let failure = queue.end.as_ref().unwrap().as_ref().unwrap_err();
         assert_eq!(failure.code(), Code::Aborted);
     }
