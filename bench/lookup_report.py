@@ -155,7 +155,7 @@ def many_report(found):
         f"anonymous memory of the server: {before:.0f} MiB before, at most {peak:.0f} MiB beside the scans, "
         f"{max(peak - before, 0) / found['streams']:.2f} MiB a stream; at most {copied:.0f} MiB, "
         f"{max(copied - before, 0) / found['streams']:.2f} MiB a stream, when a filter has every row copied "
-        "(bound: about 10 MiB a stream, docs/design.md)"
+        "(bound: about 16 MiB a stream, docs/design.md)"
     )
     notes.append(f"the scans together: {spread([rate / 1e6 for rate in rates], '{:.1f}')} M rows/s")
     notes.append(RAISED_NOTE)

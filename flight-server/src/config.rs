@@ -73,7 +73,7 @@ pub struct ServerConfig {
     pub max_connections: usize,
     /// Streams at once per connection. Default 256.
     pub max_concurrent_streams: u32,
-    /// DoGet streams at once. A scan's holds up to about 10 MiB where its rows must be copied,
+    /// DoGet streams at once. A scan's holds up to about 16 MiB where its rows must be copied,
     /// next to nothing where they go out as they are mapped; a lookup's its whole answer, at most
     /// `max_message_cap_bytes`. Default 128.
     pub max_scans: usize,

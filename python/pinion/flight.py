@@ -37,7 +37,7 @@ _CODES = {
 # About how much of a put goes into one message.
 MESSAGE_BYTES = 2 << 20
 
-# What a scan may send in one message. pyarrow takes any, and glibc's allocator gives memory back to the system all the
+# What a scan that is read at once may send in one message. pyarrow takes any, and glibc's allocator gives memory back to the system all the
 # time beside smaller ones (docs/protocol.md).
 SCAN_MESSAGE_BYTES = (32 << 20) - (64 << 10)
 
@@ -158,7 +158,7 @@ class Flight:
     def scan_batches(self, command: dict[str, Any]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         """The schema of a scan, and its batches as they come."""
         with translated():
-            reader = self._client.do_get(_scan_ticket(command), self._options)
+            reader = self._client.do_get(_ticket("scan", command), self._options)
             schema = reader.schema
 
         def batches() -> Iterator[pa.RecordBatch]:

@@ -80,19 +80,57 @@ pub fn joins(schema: &Schema) -> bool {
     join::joins(schema)
 }
 
-/// The message of several batches' rows, one after the other. Values go as they lie, in
-/// pieces; offsets and bitmaps are written anew. Together the batches may take what their
-/// messages would take one by one.
+/// A batch taken apart, for a message that it may share with others.
+pub struct Part {
+    rows: usize,
+    body: body::BodyParts,
+}
+
+impl Part {
+    /// Takes a batch apart, of a schema that [`joins`].
+    ///
+    /// # Errors
+    ///
+    /// As [`batch_message`].
+    pub fn of(batch: &RecordBatch) -> Result<Part, ArrowError> {
+        Ok(Part {
+            rows: batch.num_rows(),
+            body: body::collect(batch.columns(), Views::AsNeeded)?,
+        })
+    }
+
+    /// What the part adds to the body of a message, at most: a bitmap too, should another part
+    /// have nulls.
+    pub fn bytes(&self) -> usize {
+        join::bytes(&self.body)
+    }
+
+    /// Of those, what takes memory: written anew beside other parts, or not stored as it is.
+    pub fn copied_bytes(&self, storage: &Storage) -> usize {
+        join::copied_bytes(&self.body, storage)
+    }
+
+    /// What a message takes at most, with its header, beyond the bytes of its parts, whatever their
+    /// number.
+    pub fn message_bytes(&self) -> usize {
+        512 + 256 * self.body.nodes.len()
+    }
+}
+
+/// The message of the parts' rows, one after the other. Values go as they lie, in pieces; unless
+/// the part is alone, offsets and bitmaps are written anew.
 ///
 /// # Errors
 ///
 /// If the texts of a column are more than its offsets can count.
-pub fn joined_message(batches: &[RecordBatch]) -> Result<Message, ArrowError> {
-    let bodies = batches
-        .iter()
-        .map(|batch| body::collect(batch.columns(), Views::AsNeeded))
-        .collect::<Result<Vec<_>, _>>()?;
-    let rows = batches.iter().map(RecordBatch::num_rows).sum();
+pub fn joined_message(mut parts: Vec<Part>) -> Result<Message, ArrowError> {
+    if parts.len() == 1
+        && let Some(Part { rows, body }) = parts.pop()
+    {
+        return Ok(assemble(rows, body, None));
+    }
+    let rows = parts.iter().map(|part| part.rows).sum();
+    let bodies: Vec<_> = parts.into_iter().map(|part| part.body).collect();
     let Joined { nodes, buffers } = join::join(&bodies)?;
     Ok(lay_out(rows, &nodes, &buffers, &[], None))
 }
@@ -223,7 +261,7 @@ mod tests {
     use arrow_array::builder::{ListBuilder, StringBuilder};
     use arrow_array::types::{Float32Type, Int32Type};
     use arrow_array::{
-        BooleanArray, DictionaryArray, FixedSizeListArray, Int64Array, LargeStringArray,
+        BooleanArray, DictionaryArray, FixedSizeListArray, Int8Array, Int64Array, LargeStringArray,
         StringArray, StringViewArray, StructArray,
     };
     use arrow_ipc::reader::StreamDecoder;
@@ -393,13 +431,10 @@ mod tests {
             assert!(joins(&schema));
             let mut bytes = Vec::new();
             append(&mut bytes, &schema_message(&schema));
-            let one_by_one: usize = batches
-                .iter()
-                .map(|batch| batch_message(batch).unwrap().rows)
-                .map(|message| message.body_bytes + message.header.len())
-                .sum();
-            let message = joined_message(&batches).unwrap();
-            assert!(message.body_bytes + message.header.len() <= one_by_one);
+            let parts: Vec<Part> = batches.iter().map(|of| Part::of(of).unwrap()).collect();
+            let most = parts[0].message_bytes() + parts.iter().map(Part::bytes).sum::<usize>();
+            let message = joined_message(parts).unwrap();
+            assert!(message.body_bytes + message.header.len() <= most);
             append(&mut bytes, &message);
             let whole = concat_batches(&schema, &batches).unwrap();
             assert_eq!(read(bytes), [whole], "{lengths:?}");
@@ -410,7 +445,11 @@ mod tests {
     fn joined_values_stay_where_they_lie_and_only_offsets_and_bitmaps_are_written_anew() {
         let batches = [rows(512), rows(512)].map(|all| all.project(&[0, 1, 2]).unwrap());
         let stored = batches.each_ref().map(Storage::of_batch);
-        let message = joined_message(&batches).unwrap();
+        let parts = batches.each_ref().map(|batch| Part::of(batch).unwrap());
+        let told: usize = (parts.iter().zip(&stored))
+            .map(|(part, storage)| part.copied_bytes(storage))
+            .sum();
+        let message = joined_message(parts.into()).unwrap();
         let anew = message
             .buffers
             .iter()
@@ -418,6 +457,24 @@ mod tests {
         let anew: usize = anew.map(|(_, buffer)| buffer.len()).sum();
         // Three columns' nulls, the bits, and the offsets of the text.
         assert_eq!(anew, 4 * 1024 / 8 + 1025 * 4);
+        assert_eq!(told, anew + 4, "each part counts an offset more");
+    }
+
+    #[test]
+    fn one_null_gives_every_part_its_bitmap_and_that_is_foreseen() {
+        let bytes = |null: Option<i8>| -> RecordBatch {
+            let values =
+                Int8Array::from_iter((0..4096).map(|i| if i == 9 { null } else { Some(1) }));
+            RecordBatch::try_from_iter_with_nullable([("b", Arc::new(values) as ArrayRef, true)])
+                .unwrap()
+        };
+        let parts: Vec<Part> = (0..64)
+            .map(|i| Part::of(&bytes((i != 40).then_some(1))).unwrap())
+            .collect();
+        let most = parts[0].message_bytes() + parts.iter().map(Part::bytes).sum::<usize>();
+        let message = joined_message(parts).unwrap();
+        assert_eq!(message.body_bytes, 64 * (4096 + 512));
+        assert!(message.body_bytes + message.header.len() <= most);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use arrow_ipc::FieldNode;
 use arrow_schema::{ArrowError, DataType, Schema};
 
 use super::body::{BodyParts, BufferClass};
+use super::ipc::Storage;
 
 /// Whether bodies of this schema can be joined. Views and dictionaries refer to buffers of their own
 /// batch; the items of lists would have to be counted.
@@ -27,6 +28,42 @@ pub(super) fn joins(schema: &Schema) -> bool {
         .fields()
         .iter()
         .all(|field| simple(field.data_type()))
+}
+
+/// What a body adds to a joined one, at most.
+pub(super) fn bytes(body: &BodyParts) -> usize {
+    let values: usize = body.buffers.iter().map(|(_, buffer)| buffer.len()).sum();
+    // An array without nulls has no bitmap yet.
+    let bitmaps: usize = arrays(body)
+        .filter(|(_, validity)| validity.is_empty())
+        .map(|(rows, _)| rows.div_ceil(8))
+        .sum();
+    values + bitmaps
+}
+
+/// Of those, what is written anew, or does not lie in `storage`.
+pub(super) fn copied_bytes(body: &BodyParts, storage: &Storage) -> usize {
+    let anew = |class: &BufferClass| {
+        matches!(
+            class,
+            BufferClass::Validity | BufferClass::Bits | BufferClass::Offsets { .. }
+        )
+    };
+    body.buffers
+        .iter()
+        .filter(|(class, buffer)| anew(class) || !storage.holds(buffer))
+        .map(|(_, buffer)| buffer.len())
+        .sum()
+}
+
+/// The length of each array, and its validity buffer: every array has one, empty or not.
+fn arrays(body: &BodyParts) -> impl Iterator<Item = (usize, &Buffer)> {
+    let validity = body
+        .buffers
+        .iter()
+        .filter(|(class, _)| *class == BufferClass::Validity);
+    let rows = body.nodes.iter().map(|node| node.length() as usize);
+    rows.zip(validity.map(|(_, buffer)| buffer))
 }
 
 /// A body whose buffers are lists.
@@ -104,15 +141,18 @@ fn offsets<'a, T>(parts: impl Iterator<Item = &'a Buffer>) -> Result<Buffer, Arr
 where
     T: ArrowNativeType + std::ops::Add<Output = T>,
 {
-    let mut all: Vec<T> = vec![T::usize_as(0)];
+    let parts: Vec<ScalarBuffer<T>> = parts.map(|part| part.clone().into()).collect();
+    let count: usize = parts.iter().map(|part| part.len()).sum();
+    let mut all: Vec<T> = Vec::with_capacity(count + 1);
+    all.push(T::usize_as(0));
     for part in parts {
         let base = all[all.len() - 1];
-        let part = ScalarBuffer::<T>::from(part.clone());
         let end = base.as_usize() + part.last().map_or(0, |last| last.as_usize());
         if T::from_usize(end).is_none() {
             return Err(ArrowError::OffsetOverflowError(end));
         }
-        all.extend(part.iter().skip(1).map(|offset| base + *offset));
+        let rest = part.get(1..).unwrap_or_default();
+        all.extend(rest.iter().map(|offset| base + *offset));
     }
     Ok(Buffer::from_vec(all))
 }

@@ -7,7 +7,7 @@
 //! The header is padded with zeros so that the body starts at a multiple of 64, counted from
 //! the first byte after the prefix: a client that receives a message into an aligned buffer
 //! has aligned columns. The body's buffers come in ascending order, so what lies side by side
-//! in a segment leaves as one piece.
+//! in a segment leaves as one slice.
 
 use std::ops::Range;
 
@@ -406,7 +406,7 @@ mod tests {
         let rows = batch(5000);
         let message = ipc::batch_message(&rows).unwrap().rows;
         let buffer_bytes = message.buffer_bytes() as u64;
-        // The bitmap of `f` is 625 bytes: shorter than a frame is worth.
+        // The bitmap of `f` is 625 bytes: shorter than a slice is worth.
         let shares = LaidOut::new(message.clone(), &Storage::of_batch(&rows))
             .unwrap()
             .shares;

@@ -2,13 +2,15 @@
 //! ours.
 //!
 //! tonic and prost copy every FlightData twice. [`Layer`] stands before tonic's services
-//! and answers DoGet itself, with a body whose data frames are slices of the mapped segments;
+//! and answers DoGet itself, with a body whose data frames are made of slices of the mapped segments;
 //! HTTP/2 chains them by reference and writes them with vectored writes. The replies of
 //! DoExchange leave as they were made. Everything else passes through.
 //!
 //! | file | does |
 //! |---|---|
 //! | `layer` | takes DoGet requests, returns responses |
+//! | `body` | what a response's body may be |
+//! | `deadline` | the deadline that a client sends |
 //! | `reply` | the messages of one stream: schema, dictionaries, rows, cut to the client's limit |
 //! | `frame` | one message as gRPC and protobuf frame it, in slices |
 //! | `piece` | many slices as one HTTP/2 frame |

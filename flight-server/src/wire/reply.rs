@@ -30,10 +30,14 @@ const STEP_BYTES: u64 = 1 << 20;
 /// half as large as that before; the largest block that it takes note of is 32 MiB long.
 const JOINED_BYTES: usize = (32 << 20) - (64 << 10);
 
-/// The same for rows that were made for the reply, which take memory until they are sent.
-const JOINED_COPIES_BYTES: usize = 1 << 20;
+/// The same of bytes that are made for the reply, and take memory until they are sent.
+const JOINED_COPIES_BYTES: usize = 2 << 20;
 
-/// Rows wait for others no longer than this once more were read: a scan that finds few is slow.
+/// What gRPC's and protobuf's framing adds to a message, padding included, at most.
+const FRAMING_BYTES: usize = 256;
+
+/// Rows that took longer to find wait for no others, nor do rows wait for others any longer than this once
+/// more were read.
 const GATHERING: Duration = Duration::from_millis(10);
 
 /// Room in a message for what the shares add to its metadata.
@@ -102,13 +106,13 @@ enum State {
 /// Small batches on their way into one message.
 #[derive(Default)]
 struct Gathered {
-    batches: Vec<RecordBatch>,
-    /// Of the first: what is sent if it stays alone.
-    alone: Option<Message>,
+    parts: Vec<ipc::Part>,
     /// Of all of them.
     storage: Storage,
-    /// Of their messages, one by one; together they take no more.
+    /// Of the message's body, at most.
     bytes: usize,
+    /// Of those, what takes memory.
+    copied: usize,
     since: Option<Instant>,
 }
 
@@ -219,7 +223,10 @@ impl Reply {
                     push(message, &Storage::None, &metadata, out)?;
                     return Ok(true);
                 }
-                State::FirstRows | State::Rows => self.read()?,
+                State::FirstRows | State::Rows => {
+                    // What was ready before goes first.
+                    self.failed = self.read().err().or(self.failed.take());
+                }
                 State::Ending => {
                     return match self.held.take() {
                         Some(last) => self.lay_out(last, true, out).map(|()| true),
@@ -248,14 +255,23 @@ impl Reply {
 
     /// Reads the next rows, and cuts them into messages or gathers them for one.
     fn read(&mut self) -> Result<(), Failure> {
+        let began = Instant::now();
         match self.batches.next() {
             Some(Ok(ScanBatch { batch, storage, .. })) => {
                 self.rows += batch.num_rows() as u64;
                 self.copied = matches!(storage, Storage::None);
-                match self.joins && self.state == State::Rows {
-                    true => self.gather(batch, storage),
-                    // The first rows wait for nothing, nor do those that let them go.
-                    false => self.plan(&batch, &storage),
+                // The first rows wait for nothing, nor do those that let them go, nor what is found
+                // slowly. Logs join their batches in memory themselves.
+                let waits = self.joins
+                    && self.state == State::Rows
+                    && !matches!(storage, Storage::Memory(_))
+                    && began.elapsed() < GATHERING;
+                match waits {
+                    true => self.gather(&batch, storage),
+                    false => {
+                        self.join()?;
+                        self.plan(&batch, &storage)
+                    }
                 }
             }
             Some(Err(failure)) => {
@@ -276,28 +292,34 @@ impl Reply {
     }
 
     /// Lets a batch share a message with those before it, or those to come.
-    fn gather(&mut self, batch: RecordBatch, storage: Storage) -> Result<(), Failure> {
-        let message = ipc::batch_message(&batch).map_err(internal)?.rows;
-        let bytes = self.message_bytes(&message);
-        let most = match storage {
-            Storage::None => JOINED_COPIES_BYTES,
-            Storage::Mapped(_) | Storage::Memory(_) => JOINED_BYTES,
-        }
-        .min(self.max_message_bytes);
-        let gathered = &self.gathered;
-        if gathered.bytes + bytes > most || !same(&gathered.storage, &storage) {
+    fn gather(&mut self, batch: &RecordBatch, storage: Storage) -> Result<(), Failure> {
+        let part = ipc::Part::of(batch).map_err(internal)?;
+        let (bytes, copied) = (part.bytes(), part.copied_bytes(&storage));
+        let room = self
+            .max_message_bytes
+            .min(JOINED_BYTES)
+            .saturating_sub(part.message_bytes() + self.metadata_bytes + FRAMING_BYTES);
+        let Gathered {
+            bytes: others,
+            copied: copies,
+            storage: of_others,
+            ..
+        } = &self.gathered;
+        if others + bytes > room
+            || copies + copied > JOINED_COPIES_BYTES
+            || !same(of_others, &storage)
+        {
             self.join()?;
         }
-        if bytes > most / 2 {
-            return self.plan(&batch, &storage);
+        if bytes > room / 2 || copied > JOINED_COPIES_BYTES / 2 {
+            self.join()?;
+            return self.plan(batch, &storage);
         }
         let gathered = &mut self.gathered;
-        if gathered.batches.is_empty() {
-            gathered.alone = Some(message);
-            gathered.storage = storage;
-        }
-        gathered.batches.push(batch);
+        gathered.parts.push(part);
         gathered.bytes += bytes;
+        gathered.copied += copied;
+        gathered.storage = storage;
         let since = *gathered.since.get_or_insert_with(Instant::now);
         if since.elapsed() > GATHERING {
             self.join()?;
@@ -307,22 +329,14 @@ impl Reply {
 
     /// Makes one message of what was gathered.
     fn join(&mut self) -> Result<(), Failure> {
-        let Gathered {
-            batches,
-            alone,
-            storage,
-            ..
-        } = std::mem::take(&mut self.gathered);
-        let message = match (batches.len(), alone) {
-            (0, _) => return Ok(()),
-            (1, Some(message)) => message,
-            _ => ipc::joined_message(&batches).map_err(internal)?,
-        };
-        self.ready.push_back(Planned {
-            message,
-            storage,
-            rows: true,
-        });
+        let Gathered { parts, storage, .. } = std::mem::take(&mut self.gathered);
+        if !parts.is_empty() {
+            self.ready.push_back(Planned {
+                message: ipc::joined_message(parts).map_err(internal)?,
+                storage,
+                rows: true,
+            });
+        }
         Ok(())
     }
 
@@ -447,7 +461,7 @@ impl Drop for Reply {
     }
 }
 
-/// Whether one [`Storage`] holds what either does. Logs in memory join their batches themselves.
+/// Whether one [`Storage`] holds what either does.
 fn same(one: &Storage, other: &Storage) -> bool {
     match (one, other) {
         (Storage::None, Storage::None) => true,
@@ -618,6 +632,38 @@ mod tests {
             assert!(back.len() <= 3 + bytes.div_ceil(most * 3 / 4), "{limit}");
             assert_eq!(concat_batches(&all.schema(), &back).unwrap(), all);
         }
+    }
+
+    #[test]
+    fn rows_stay_in_order_whatever_the_sizes_of_their_batches() {
+        let all = mixed(60_000).project(&[0, 1]).unwrap();
+        let mut random = 7_u64;
+        for limit in [65_536, 300_000, 32 << 20] {
+            let (mut start, mut batches) = (0, Vec::new());
+            while start < all.num_rows() {
+                random = random.wrapping_mul(6364136223846793005).wrapping_add(1);
+                let most = [10, 300, 3_000, 20_000][(random >> 40) as usize % 4];
+                let rows = (1 + (random >> 33) as usize % most).min(all.num_rows() - start);
+                batches.push(Ok(all.slice(start, rows)));
+                start += rows;
+            }
+            let (messages, end) = run(reply_of_copies(batches, limit));
+            end.unwrap();
+            let back = flight_data_to_batches(&messages).unwrap();
+            assert_eq!(concat_batches(&all.schema(), &back).unwrap(), all);
+        }
+    }
+
+    #[test]
+    fn rows_that_wait_are_sent_before_a_row_that_is_too_long() {
+        let all = mixed(500).project(&[1]).unwrap();
+        let long: ArrayRef = Arc::new(StringArray::from(vec!["y".repeat(200_000)]));
+        let long = RecordBatch::try_new(all.schema(), vec![long]).unwrap();
+        let good = (0..5).map(|i| Ok(all.slice(i * 100, 100)));
+        let (messages, end) = run(reply_of_copies(good.chain([Ok(long)]).collect(), 100_000));
+        assert_eq!(end.unwrap_err().code(), Code::ResourceExhausted);
+        let back = flight_data_to_batches(&messages).unwrap();
+        assert_eq!(concat_batches(&all.schema(), &back).unwrap(), all);
     }
 
     #[test]

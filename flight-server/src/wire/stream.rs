@@ -11,6 +11,7 @@
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,18 @@ struct Shared {
     queue: Mutex<Queue>,
     /// The body took what the driver waits for, or was dropped.
     taken: Notify,
+    /// When the socket last took some of it: nanoseconds after `began`, 0 for never.
+    progress: AtomicU64,
+    began: Began,
+}
+
+/// When a stream began.
+struct Began(Instant);
+
+impl Default for Began {
+    fn default() -> Began {
+        Began(Instant::now())
+    }
 }
 
 #[derive(Default)]
@@ -169,6 +182,7 @@ pub(super) fn trailers(end: Result<(), Failure>) -> HeaderMap {
 pub(super) struct InFlight {
     bytes: usize,
     gauge: Gauge,
+    shared: Arc<Shared>,
     /// Until these bytes are in the socket too.
     _open: Arc<OpenStream>,
 }
@@ -179,8 +193,17 @@ impl InFlight {
         InFlight {
             bytes,
             gauge: stream.in_flight.clone(),
+            shared: Arc::clone(&stream.shared),
             _open: Arc::clone(&stream.open),
         }
+    }
+}
+
+impl InFlight {
+    /// The socket took some of the bytes: the client reads.
+    pub(super) fn progressed(&self) {
+        let after = self.shared.began.0.elapsed().as_nanos() as u64;
+        self.shared.progress.store(after.max(1), Ordering::Relaxed);
     }
 }
 
@@ -203,53 +226,43 @@ async fn drive(shared: Arc<Shared>, mut reply: Reply, limits: Limits) {
             Wait::Closed => return,
             Wait::Idle => return shared.cut_off(reader_idle),
         }
-        let step = match in_turn(&shared, &steps, reply, Reply::step).await {
-            Some(Ok((back, step))) => {
-                reply = back;
-                step
-            }
+        match in_turn(&shared, &steps, reply).await {
+            Some(Ok((_, true))) => break,
+            Some(Ok((back, false))) => reply = back,
             Some(Err(failure)) => return shared.fail(failure),
             None => return,
-        };
-        let ended = step.end.is_some();
-        shared.push(step);
-        if ended {
-            break;
-        }
-        // While the client takes these: what comes next is then a matter of microseconds, and the
-        // client is not given all of a batch whenever the disk has read one.
-        if reply.runs_out() {
-            match in_turn(&shared, &steps, reply, Reply::read_ahead).await {
-                Some(Ok((back, ()))) => reply = back,
-                Some(Err(failure)) => return shared.fail(failure),
-                None => return,
-            }
         }
     }
-    // The snapshot goes now, the permit when the client has everything.
-    drop(reply);
+    // The snapshot went with the reply, the permit goes when the client has everything.
     if shared.below(1, reader_idle).await == Wait::Idle {
         shared.cut_off(reader_idle);
     }
 }
 
-/// Works on a reply on a blocking thread, when its turn in the pool has come; `None` if the body is
-/// gone by then.
-async fn in_turn<T: Send + 'static>(
-    shared: &Shared,
+/// Makes a step of a reply on a blocking thread, when its turn in the pool has come, and tells
+/// whether that was the last; `None` if the body is gone by then.
+async fn in_turn(
+    shared: &Arc<Shared>,
     steps: &Arc<Semaphore>,
     mut reply: Reply,
-    work: fn(&mut Reply) -> T,
-) -> Option<Result<(Reply, T), Failure>> {
+) -> Option<Result<(Reply, bool), Failure>> {
     // Closed only at the end of the process.
     let permit = Arc::clone(steps).acquire_owned().await.ok()?;
     if shared.queue.lock().closed {
         return None;
     }
+    let shared = Arc::clone(shared);
     let worked = tokio::task::spawn_blocking(move || {
-        let done = work(&mut reply);
+        let step = reply.step();
+        let ended = step.end.is_some();
+        shared.push(step);
+        // While the client takes these: what comes next is then a matter of microseconds, and the
+        // client is not given all of a batch whenever the disk has read one.
+        if !ended {
+            reply.read_ahead();
+        }
         drop(permit);
-        (reply, done)
+        (reply, ended)
     });
     let failed = |error: JoinError| Failure::new(Code::Internal, "TASK", error.to_string());
     Some(worked.await.map_err(failed))
@@ -276,7 +289,8 @@ impl Shared {
                     return Wait::Below;
                 }
                 queue.wake_below = bytes;
-                queue.last_taken.map_or(since, |taken| taken.max(since))
+                let taken = queue.last_taken.max(self.progressed());
+                taken.map_or(since, |taken| taken.max(since))
             };
             let left = idle.saturating_sub(last.elapsed());
             if left.is_zero() {
@@ -284,6 +298,14 @@ impl Shared {
             }
             // Timed out or told: the loop looks again.
             let _ = tokio::time::timeout(left, self.taken.notified()).await;
+        }
+    }
+
+    /// When the socket last took some of the reply.
+    fn progressed(&self) -> Option<Instant> {
+        match self.progress.load(Ordering::Relaxed) {
+            0 => None,
+            after => Some(self.began.0 + Duration::from_nanos(after)),
         }
     }
 
