@@ -140,6 +140,38 @@ class Span:
         return user + nice + system + irq + softirq, steal, sum(fields)
 
 
+STALL_SECONDS = 0.0005
+READS_THE_CLOCK = """
+import os, sys, time
+os.sched_setaffinity(0, {int(sys.argv[1])})
+least, last = float(sys.argv[3]), time.perf_counter()
+end, total, longest = last + float(sys.argv[2]), 0.0, 0.0
+while last < end:
+    now = time.perf_counter()
+    if now - last > least:
+        total, longest = total + now - last, max(longest, now - last)
+    last = now
+print(total / float(sys.argv[2]), longest)
+"""
+
+
+def stalls(seconds=3):
+    """How long processes that only read the clock, one on each core, stand still: the machine's own tail.
+
+    {"share": of the time, in stalls of more than half a millisecond, "longest": seconds}
+    """
+    watchers = [
+        subprocess.Popen(
+            [sys.executable, "-c", READS_THE_CLOCK, str(core), str(seconds), str(STALL_SECONDS)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for core in sorted(os.sched_getaffinity(0))
+    ]
+    found = [[float(number) for number in watcher.communicate()[0].split()] for watcher in watchers]
+    return {"share": sum(share for share, _ in found) / len(found), "longest": max(longest for _, longest in found)}
+
+
 def rounds(cases, count, warm=1, limit_seconds=120):
     """name -> what each of `count` calls returned. Every case runs once a round, in another order each; the first
     `warm` rounds do not count. No round begins after the limit, but for the first that counts."""

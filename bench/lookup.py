@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import serving
-from harness import RESULTS, Span, Unmeasured, machine, rounds, rss_anon, save_part, show_part, versions
+from harness import RESULTS, Span, Unmeasured, machine, rounds, rss_anon, save_part, show_part, stalls, versions
 from lookup_paths import (
     FLIGHT,
     LANE,
@@ -150,7 +150,7 @@ def lookups(sizes, data, count):
 
 
 def half(sizes, data, count):
-    found = {}
+    found, stood = {}, [stalls()]
     with ExitStack() as stack:
         pinion, redis = stack.enter_context(Pinion(data)), stack.enter_context(redis_server(sizes))
         best = next(iter(REDIS_SETTINGS))
@@ -164,7 +164,8 @@ def half(sizes, data, count):
             if has_native() and understands("lane_bench", "--rate"):
                 cases[NATIVE] = at_half(partial(lane_bench, pinion, "profile", serving.FEATURES, 8, keys, few))
             found[str(keys)] = rounds(cases, count, limit_seconds=60)
-    return {"rounds": found}
+            stood.append(stalls())
+    return {"rounds": found, "stalls": stood}
 
 
 def at_half(make):

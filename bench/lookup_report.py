@@ -102,6 +102,13 @@ def half_report(found):
         "\n- 8 clients, each with a request every so often; one that is late because the one before took long counts "
         "from when it was due\n- goal for Pinion: p99 at most 3x p50\n"
     )
+    if stood := found.get("stalls"):
+        shares = " / ".join(f"{of['share']:.1%}" for of in stood)
+        notes += (
+            f"- the machine's own tail: processes that only read the clock, one on each core, stood still for longer than "
+            f"0.5 ms at a time in {shares} of it (before, between and after), {max(of['longest'] for of in stood) * 1e3:.1f} ms "
+            "at the longest: as many requests are late whatever is asked\n"
+        )
     header = ["K", "path", "requests/s at saturation", "at half of it: p50 µs", "p99 µs", "p99 / p50"]
     return table(header, rows) + "\n" + notes, []
 

@@ -30,8 +30,9 @@ const USAGE: &str = "lane_bench: load on the local lane
   --keys k                keys of a request (default 100)
   --connections c         connections, one thread each (default 1)
   --depth d               requests under way on each connection (default 1)
-  --rate r                requests a second, of all connections together, each at its time;
-                          latencies count from that time (default: as fast as they go)
+  --rate r                requests a second, of all connections together, evenly; a request that is late
+                          because the one before took long counts from its time, the overshoot of the
+                          client's own sleep does not (default: as fast as they go)
   --seconds s             how long (default 5)
   --warm s                how long before the clock starts (default 1)
   --read batch|columns    how replies are read: as validated record batches, or column by
@@ -102,7 +103,8 @@ fn main() {
                 number as u64,
             );
             let (load, start) = (Arc::clone(&load), Arc::clone(&start));
-            std::thread::spawn(move || run(&load, &batches, &start))
+            let phase = number as f64 / connections as f64;
+            std::thread::spawn(move || run(&load, &batches, phase, &start))
         })
         .collect();
     start.wait();
@@ -173,7 +175,8 @@ fn key_batches(
         .collect()
 }
 
-fn run(load: &Load, batches: &[RecordBatch], start: &Barrier) -> Outcome {
+/// One connection, whose requests come `phase` of their interval after the others'.
+fn run(load: &Load, batches: &[RecordBatch], phase: f64, start: &Barrier) -> Outcome {
     let mut lane = LaneClient::connect(&load.lane).expect("cannot connect");
     let prepared = lane
         .prepare(&load.lookup, batches[0].schema_ref())
@@ -187,18 +190,20 @@ fn run(load: &Load, batches: &[RecordBatch], start: &Barrier) -> Outcome {
     };
     let mut next = batches.iter().cycle();
     let mut drive = |until: Instant, outcome: &mut Outcome, record: bool| {
-        let mut due = Instant::now();
+        let mut due = Instant::now() + load.interval.unwrap_or_default().mul_f64(phase);
         loop {
-            if let Some(interval) = load.interval
-                && sent.is_empty()
-            {
-                wait_until(due.min(until), interval);
+            let mut late = true;
+            if load.interval.is_some() && sent.is_empty() {
+                let left = due.min(until).saturating_duration_since(Instant::now());
+                late = left.is_zero();
+                std::thread::sleep(left);
             }
             let now = Instant::now();
             while now < until && sent.len() < load.depth && (load.interval.is_none() || due <= now)
             {
                 let keys = next.next().expect("a cycle does not end");
-                let began = load.interval.map_or_else(Instant::now, |_| due);
+                let paced_late = load.interval.is_some() && late;
+                let began = if paced_late { due } else { Instant::now() };
                 lane.send(&prepared, keys).expect("cannot send");
                 sent.push_back(began);
                 due += load.interval.unwrap_or_default();
@@ -234,18 +239,6 @@ fn run(load: &Load, batches: &[RecordBatch], start: &Barrier) -> Outcome {
     drive(Instant::now() + load.measured, &mut outcome, true);
     start.wait();
     outcome
-}
-
-/// Sleeps most of the time and spins the rest: a sleep alone is some 60 µs late.
-fn wait_until(due: Instant, interval: Duration) {
-    let spin = Duration::from_micros(80).min(interval / 4);
-    let left = due.saturating_duration_since(Instant::now());
-    if left > spin {
-        std::thread::sleep(left - spin);
-    }
-    while Instant::now() < due {
-        std::hint::spin_loop();
-    }
 }
 
 /// Reads every value of a reply.
