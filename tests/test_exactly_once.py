@@ -25,8 +25,7 @@ import pytest
 from confluent_kafka import KafkaException
 
 from support import flight as calls
-from support.truth import Truth
-from support.truth import ends as ends_of
+from support.truth import Truth, settled_ends
 from support.wait import until
 
 pytestmark = pytest.mark.kafka
@@ -397,7 +396,7 @@ def test_every_record_is_there_once_whatever_is_killed(store, kafka, serve, soak
         transactions.stop()
 
     # To the end of the topic, over its last abort markers, with nothing lagging.
-    ends = ends_of(kafka.bootstrap, topic, range(PARTITIONS))
+    ends = until(lambda: settled_ends(kafka.bootstrap, topic, range(PARTITIONS)), what="the end of every transaction")
     client = calls.connect(server)
     for table in ("history", "latest"):
         barrier = {topic: {str(p): end - 1 for p, end in ends.items()}}

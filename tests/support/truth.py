@@ -90,9 +90,17 @@ class Truth(threading.Thread):
         self.join(30)
 
 
-def ends(bootstrap, topic, partitions):
-    """{partition: next offset}: behind the last record or marker, whether it is committed or not."""
-    consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "ends", "isolation.level": "read_uncommitted"})
+def settled_ends(bootstrap, topic, partitions):
+    """{partition: next offset}, once no transaction is open there: a broker says that it has ended one before its
+    markers are written. None until then."""
+    found = ends(bootstrap, topic, partitions)
+    return found if found == ends(bootstrap, topic, partitions, "read_committed") else None
+
+
+def ends(bootstrap, topic, partitions, isolation="read_uncommitted"):
+    """{partition: next offset}: behind the last record or marker, whether it is committed or not; with "read_committed"
+    where the first open transaction begins, if there is one."""
+    consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "ends", "isolation.level": isolation})
     try:
         return {
             partition: consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=30, cached=False)[1]
