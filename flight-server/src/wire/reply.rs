@@ -638,11 +638,11 @@ mod tests {
     fn rows_stay_in_order_whatever_the_sizes_of_their_batches() {
         let all = mixed(60_000).project(&[0, 1]).unwrap();
         let mut random = 7_u64;
-        for limit in [65_536, 300_000, 32 << 20] {
+        for limit in [65_536, 300_000, 32 << 20].repeat(20) {
             let (mut start, mut batches) = (0, Vec::new());
             while start < all.num_rows() {
                 random = random.wrapping_mul(6364136223846793005).wrapping_add(1);
-                let most = [10, 300, 3_000, 20_000][(random >> 40) as usize % 4];
+                let most = [10, 300, 3_000, 20_000][(random >> 60) as usize % 4];
                 let rows = (1 + (random >> 33) as usize % most).min(all.num_rows() - start);
                 batches.push(Ok(all.slice(start, rows)));
                 start += rows;
