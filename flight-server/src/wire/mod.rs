@@ -12,6 +12,7 @@
 //! | `body` | what a response's body may be |
 //! | `deadline` | the deadline that a client sends |
 //! | `reply` | the messages of one stream: schema, dictionaries, rows, cut to the client's limit |
+//! | `gather` | small batches that share a message |
 //! | `frame` | one message as gRPC and protobuf frame it, in slices |
 //! | `piece` | many slices as one HTTP/2 frame |
 //! | `messages` | the body of a DoExchange: messages that are made already |
@@ -23,6 +24,7 @@
 mod body;
 mod deadline;
 mod frame;
+mod gather;
 mod layer;
 mod messages;
 mod piece;

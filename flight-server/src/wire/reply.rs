@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_schema::{ArrowError, Schema, SchemaRef};
@@ -18,27 +18,13 @@ use serde_json::{Map, Value};
 use tonic::Code;
 
 use super::frame::{Handed, LaidOut, message_bytes};
+use super::gather::{Candidate, GATHERING, Gathered};
 use crate::error::Failure;
 use crate::measure;
 use crate::reply::{Shares, metadata};
 
 /// A step ends once it has made this many bytes.
 const STEP_BYTES: u64 = 1 << 20;
-
-/// Batches share messages of at most this long, where the client takes as much. glibc's allocator, which most
-/// clients have, gives memory back to the system in the middle of a scan unless it has freed a block
-/// half as large as that before; the largest block that it takes note of is 32 MiB long.
-const JOINED_BYTES: usize = (32 << 20) - (64 << 10);
-
-/// The same of bytes that are made for the reply, and take memory until they are sent.
-const JOINED_COPIES_BYTES: usize = 2 << 20;
-
-/// What gRPC's and protobuf's framing adds to a message, padding included, at most.
-const FRAMING_BYTES: usize = 256;
-
-/// Rows that took longer to find wait for no others, nor do rows wait for others any longer than this once
-/// more were read.
-const GATHERING: Duration = Duration::from_millis(10);
 
 /// Room in a message for what the shares add to its metadata.
 const SHARES_BYTES: usize = 256;
@@ -101,19 +87,6 @@ enum State {
     Rows,
     /// The batches are used up.
     Ending,
-}
-
-/// Small batches on their way into one message.
-#[derive(Default)]
-struct Gathered {
-    parts: Vec<ipc::Part>,
-    /// Of all of them.
-    storage: Storage,
-    /// Of the message's body, at most.
-    bytes: usize,
-    /// Of those, what takes memory.
-    copied: usize,
-    since: Option<Instant>,
 }
 
 struct Planned {
@@ -267,7 +240,7 @@ impl Reply {
                     && !matches!(storage, Storage::Memory(_))
                     && began.elapsed() < GATHERING;
                 match waits {
-                    true => self.gather(&batch, storage),
+                    true => self.gather(&batch, &storage),
                     false => {
                         self.join()?;
                         self.plan(&batch, &storage)
@@ -292,36 +265,18 @@ impl Reply {
     }
 
     /// Lets a batch share a message with those before it, or those to come.
-    fn gather(&mut self, batch: &RecordBatch, storage: Storage) -> Result<(), Failure> {
-        let part = ipc::Part::of(batch).map_err(internal)?;
-        let (bytes, copied) = (part.bytes(), part.copied_bytes(&storage));
-        let room = self
-            .max_message_bytes
-            .min(JOINED_BYTES)
-            .saturating_sub(part.message_bytes() + self.metadata_bytes + FRAMING_BYTES);
-        let Gathered {
-            bytes: others,
-            copied: copies,
-            storage: of_others,
-            ..
-        } = &self.gathered;
-        if others + bytes > room
-            || copies + copied > JOINED_COPIES_BYTES
-            || !same(of_others, &storage)
-        {
+    fn gather(&mut self, batch: &RecordBatch, storage: &Storage) -> Result<(), Failure> {
+        let (most, metadata) = (self.max_message_bytes, self.metadata_bytes);
+        let found = Candidate::new(batch, storage, most, metadata).map_err(internal)?;
+        if found.stands_alone() {
+            self.join()?;
+            return self.plan(batch, storage);
+        }
+        if !self.gathered.fits(&found) {
             self.join()?;
         }
-        if bytes > room / 2 || copied > JOINED_COPIES_BYTES / 2 {
-            self.join()?;
-            return self.plan(batch, &storage);
-        }
-        let gathered = &mut self.gathered;
-        gathered.parts.push(part);
-        gathered.bytes += bytes;
-        gathered.copied += copied;
-        gathered.storage = storage;
-        let since = *gathered.since.get_or_insert_with(Instant::now);
-        if since.elapsed() > GATHERING {
+        self.gathered.add(found);
+        if self.gathered.is_overdue() {
             self.join()?;
         }
         Ok(())
@@ -329,10 +284,9 @@ impl Reply {
 
     /// Makes one message of what was gathered.
     fn join(&mut self) -> Result<(), Failure> {
-        let Gathered { parts, storage, .. } = std::mem::take(&mut self.gathered);
-        if !parts.is_empty() {
+        if let Some((message, storage)) = self.gathered.take().map_err(internal)? {
             self.ready.push_back(Planned {
-                message: ipc::joined_message(parts).map_err(internal)?,
+                message,
                 storage,
                 rows: true,
             });
@@ -458,17 +412,6 @@ impl Drop for Reply {
         } = self.handed;
         measure::sent("DoGet", &self.table, self.rows, referenced + copied);
         measure::handed_over(referenced, copied);
-    }
-}
-
-/// Whether one [`Storage`] holds what either does.
-fn same(one: &Storage, other: &Storage) -> bool {
-    match (one, other) {
-        (Storage::None, Storage::None) => true,
-        (Storage::Mapped(one), Storage::Mapped(other)) => {
-            one.bytes().as_ptr() == other.bytes().as_ptr()
-        }
-        _ => false,
     }
 }
 
@@ -627,7 +570,7 @@ mod tests {
             end.unwrap();
             let back = flight_data_to_batches(&messages).unwrap();
             assert_eq!(back[0].num_rows(), 100);
-            let most = limit.min(JOINED_COPIES_BYTES);
+            let most = limit.min(2 << 20);
             let bytes: usize = messages.iter().map(|message| message.data_body.len()).sum();
             assert!(back.len() <= 3 + bytes.div_ceil(most * 3 / 4), "{limit}");
             assert_eq!(concat_batches(&all.schema(), &back).unwrap(), all);
