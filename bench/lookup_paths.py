@@ -179,7 +179,7 @@ def lane_bench(pinion, name, features, clients, keys, asked, seconds=SECONDS, ra
     def one():
         arguments = ["--lane", f"lane://{pinion.lane}", "--features", ",".join(f"{name}:{f}" for f in features)]
         arguments += ["--connections", clients, "--keys", keys, "--depth", depth, "--read", read]
-        arguments += ["--key-to", among * (step if spaced else 1), "--seconds", seconds, "--warm", NATIVE_WARM]
+        arguments += ["--key-to", among, "--seconds", seconds, "--warm", NATIVE_WARM]
         arguments += ["--key-step", step] if spaced else []
         arguments += ["--rate", rate] if rate else []
         [found] = native("lane_bench", *arguments)

@@ -1,7 +1,8 @@
 //! Load on the local lane: several connections, each a thread, look up random keys.
 //!
 //! Prints one JSON object: requests and keys a second, latencies in microseconds, and the CPU
-//! this process used. Key batches are made before the clock starts.
+//! this process used. Key batches are made before the clock starts. A key that the table does
+//! not have ends the run (`--missing true` lets it): it is answered sooner than one that is there.
 
 mod support;
 
@@ -9,12 +10,13 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
+use arrow_array::cast::AsArray;
 use arrow_array::types::{
     ArrowPrimitiveType, Float32Type, Float64Type, Int32Type, Int64Type, UInt8Type,
 };
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray};
 use arrow_schema::DataType;
-use pinion_client::{LaneClient, LaneRows, Lookup};
+use pinion_client::{LaneClient, LaneRows, Lookup, status};
 use serde_json::json;
 use support::{Arguments, cpu_seconds};
 
@@ -38,6 +40,7 @@ const USAGE: &str = "lane_bench: load on the local lane
   --read batch|columns    how replies are read: as validated record batches, or column by
                           column in place, every value checked and read (default batch)
   --status true           asks for statuses too
+  --missing true          keys need not be there (default: one that is not ends the run)
 ";
 
 /// Keys made beforehand for one connection, at most.
@@ -102,6 +105,9 @@ fn main() {
                 keys,
                 number as u64,
             );
+            if number == 0 && arguments.text("missing") != Some("true") {
+                demand_rows(&load, &batches[0]);
+            }
             let (load, start) = (Arc::clone(&load), Arc::clone(&start));
             let phase = number as f64 / connections as f64;
             std::thread::spawn(move || run(&load, &batches, phase, &start))
@@ -173,6 +179,28 @@ fn key_batches(
             RecordBatch::try_from_iter([(column, values)]).expect("one column is a batch")
         })
         .collect()
+}
+
+/// Asks for the status of every value of these keys.
+fn demand_rows(load: &Load, keys: &RecordBatch) {
+    let lookup = load.lookup.clone().status();
+    let mut lane = LaneClient::connect(&load.lane).expect("cannot connect");
+    let prepared = lane
+        .prepare(&lookup, keys.schema_ref())
+        .expect("cannot prepare");
+    let reply = lane.lookup(&prepared, keys).expect("no reply");
+    let missing: usize = reply
+        .schema()
+        .fields()
+        .iter()
+        .zip(reply.columns())
+        .filter(|(field, _)| field.name().ends_with("__status"))
+        .map(|(_, column)| {
+            let statuses = column.as_primitive::<UInt8Type>().values();
+            statuses.iter().filter(|s| **s == status::NOT_FOUND).count()
+        })
+        .sum();
+    assert_eq!(missing, 0, "values of keys that the table does not have");
 }
 
 /// One connection, whose requests come `phase` of their interval after the others'.
