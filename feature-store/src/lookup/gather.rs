@@ -1,8 +1,9 @@
 //! From rows found to the body of a reply.
 //!
-//! Packed rows are read row by row: their slot is in the cache since the probe compared its
-//! key, and each of its values goes to its column's place in the body. Rows of other segments
-//! and of logs are read column by column, some rows ahead of use.
+//! Packed rows are read some at a time, whose slots are in the cache since the probe compared
+//! their keys: of each column the values of all of them, so that they go side by side to its
+//! place in the body. Rows of other segments and of logs are read column by column too, some
+//! rows ahead of use.
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::ArrowPrimitiveType;
@@ -146,21 +147,50 @@ impl<'a> Sink<'_, 'a> {
         }
     }
 
-    /// The features of a row that are in its slot; `None` if a text of it is damaged.
-    #[inline]
+    /// The features of packed rows that are in their slots. An error is the number of a row of
+    /// the segment that is damaged.
     pub(super) fn packed(
         &mut self,
-        row: usize,
         rows: &'a PackedRows,
+        slots: &[Slot<'a>],
+        map: &PackedMap,
+    ) -> Result<(), u32> {
+        for &(offset, feature) in &map.copies_4 {
+            self.copies::<4>(slots, offset, feature)?;
+        }
+        for &(offset, feature) in &map.copies_8 {
+            self.copies::<8>(slots, offset, feature)?;
+        }
+        for slot in slots {
+            self.packed_others(rows, slot.row, slot.bytes, map)
+                .ok_or(slot.stored)?;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn copies<const N: usize>(
+        &mut self,
+        slots: &[Slot<'_>],
+        offset: usize,
+        feature: usize,
+    ) -> Result<(), u32> {
+        let at = self.targets[feature].at;
+        for slot in slots {
+            copy::<N>(self.body, at + slot.row * N, slot.bytes, offset).ok_or(slot.stored)?;
+        }
+        Ok(())
+    }
+
+    /// What of a slot is not one of 4 or 8 bytes, and its nulls.
+    #[inline]
+    fn packed_others(
+        &mut self,
+        rows: &'a PackedRows,
+        row: usize,
         slot: &'a [u8],
         map: &PackedMap,
     ) -> Option<()> {
-        for &(offset, feature) in &map.copies_4 {
-            copy::<4>(self.body, self.targets[feature].at + row * 4, slot, offset)?;
-        }
-        for &(offset, feature) in &map.copies_8 {
-            copy::<8>(self.body, self.targets[feature].at + row * 8, slot, offset)?;
-        }
         for &(offset, width, feature) in &map.copies {
             self.fixed(row, feature, slot.get(offset..offset + width)?);
         }
@@ -452,6 +482,17 @@ impl<'a> Sink<'_, 'a> {
         self.list(row, feature, bytes?, |item| values.is_null(first + item));
         Some(())
     }
+}
+
+/// A packed row, and which row of the reply it is.
+#[derive(Clone, Copy)]
+pub(super) struct Slot<'a> {
+    pub(super) row: usize,
+    pub(super) bytes: &'a [u8],
+    /// Number of its level, newest first.
+    pub(super) level: usize,
+    /// Its number in its segment.
+    pub(super) stored: u32,
 }
 
 /// A row that lies in columns, and which row of the reply it is.

@@ -419,10 +419,8 @@ fn probe_segment(
     let segment = &level.segment;
     let index = segment.row_index();
     let has_deletes = segment.deletes() > 0;
-    let mut kept = 0;
-    for start in (0..pending.len()).step_by(GROUP) {
-        let end = pending.len().min(start + GROUP);
-        for &key in &pending[start..end] {
+    let fetch_first = |group: &[u32]| {
+        for &key in group {
             let hash = keys.hashes[key as usize];
             if last {
                 index.prefetch_line(hash);
@@ -430,6 +428,13 @@ fn probe_segment(
                 index.prefetch_filter(hash);
             }
         }
+    };
+    fetch_first(&pending[..pending.len().min(GROUP)]);
+    let mut kept = 0;
+    for start in (0..pending.len()).step_by(GROUP) {
+        let end = pending.len().min(start + GROUP);
+        // One group ahead: they come while this one waits for its rows.
+        fetch_first(&pending[end..pending.len().min(end + GROUP)]);
         // Keys that may be here move to `maybe`; the others stay pending.
         let (mut maybe, mut maybes) = ([0_u32; GROUP], 0);
         for at in start..end {
@@ -466,18 +471,16 @@ fn probe_segment(
                     kept += 1;
                     continue;
                 }
-                Probe::Candidate { first, count } => {
-                    prefetch_row(level, first, needs);
-                    Candidate {
-                        key,
-                        row: first,
-                        count,
-                    }
-                }
+                Probe::Candidate { first, count } => Candidate {
+                    key,
+                    row: first,
+                    count,
+                },
             };
             candidates[count] = candidate;
             count += 1;
         }
+        prefetch_rows(level, &candidates[..count], needs);
         for &Candidate { key, row, count } in &candidates[..count] {
             let (bytes, hash) = (keys.encoded.get(key as usize), keys.hashes[key as usize]);
             let plain = count == 1
@@ -557,6 +560,25 @@ fn time_columns(level: &SegmentLevel, needs: Needs) -> (Option<usize>, Option<us
         version.event_time.filter(|_| needs.event),
         version.created_time.filter(|_| needs.created),
     )
+}
+
+/// Fetches the rows of a group.
+///
+/// Nothing else stands in the loop over packed rows: a row lies in a page of its own, and a
+/// processor that waits for the page table goes on with what is near in the program only.
+fn prefetch_rows(level: &SegmentLevel, candidates: &[Candidate], needs: Needs) {
+    match level.segment.packed() {
+        Some(packed) => {
+            for candidate in candidates {
+                packed.prefetch(candidate.row);
+            }
+        }
+        None => {
+            for candidate in candidates {
+                prefetch_row(level, candidate.row, needs);
+            }
+        }
+    }
 }
 
 /// Fetches what will be read of a row to compare its key: the packed row, else the cells of

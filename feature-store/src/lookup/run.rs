@@ -4,7 +4,7 @@ use arrow_array::{ArrayRef, RecordBatch};
 use arrow_schema::DataType;
 use pinion_schemas::{EncodedKeys, key_hash};
 
-use super::gather::{Cell, Sink, Target, compute};
+use super::gather::{Cell, Sink, Slot, Target, compute};
 use super::prepare::PreparedPart;
 use super::probe::{Found, Keys, ProbeScratch};
 use super::reply::{PartPlan, ReplyRequest, ReplyShape};
@@ -13,6 +13,10 @@ use super::{DEADLINE_STEP, ValueStatus, is_past};
 use crate::error::ReadError;
 use crate::level::Level;
 use crate::snapshot::Snapshot;
+
+/// Packed rows that are read together: their slots stay in the nearest cache from one column to
+/// the next.
+const SLOTS: usize = 64;
 
 /// Validity and times of one table's part of a reply.
 #[derive(Default)]
@@ -128,6 +132,7 @@ impl<'a> PartRun<'_, 'a> {
         let table = snapshot.table();
         found.resize(rows.min(DEADLINE_STEP), Found::MISSING);
         let mut cells: Vec<Cell<'a>> = Vec::new();
+        let mut slots: Vec<Slot<'a>> = Vec::with_capacity(found.len());
         let mut kept: Vec<usize> = Vec::new();
         let mut partial = false;
         for start in (0..rows).step_by(DEADLINE_STEP) {
@@ -140,6 +145,7 @@ impl<'a> PartRun<'_, 'a> {
                 inner.find_all(&levels, keys, range.clone(), window, found, probe)?;
             }
             cells.clear();
+            slots.clear();
             kept.clear();
             for (row, found) in range.zip(&*found) {
                 if shape.event_time {
@@ -177,11 +183,12 @@ impl<'a> PartRun<'_, 'a> {
                     Level::Segment(segment) => {
                         if let (Some(rows), Some(packed)) = (segment.segment.packed(), &map.packed)
                         {
-                            let slot = rows.slot(found.row);
-                            if sink.packed(row, rows, slot, packed).is_none() {
-                                let damage = segment.segment.packed_damage(found.row);
-                                return Err(segment.error(damage));
-                            }
+                            slots.push(Slot {
+                                row,
+                                bytes: rows.slot(found.row),
+                                level: found.level as usize,
+                                stored: found.row,
+                            });
                             if packed.unpacked.is_empty() {
                                 continue;
                             }
@@ -213,6 +220,20 @@ impl<'a> PartRun<'_, 'a> {
                     packed: level.packed().is_some(),
                     raw,
                 });
+            }
+            slots.sort_by_key(|slot| slot.level);
+            for slots in slots.chunk_by(|a, b| a.level == b.level) {
+                let Some(first) = slots.first() else { continue };
+                let map_number = prepared.level_maps[first.level];
+                if let Level::Segment(segment) = levels[first.level]
+                    && let Some(rows) = segment.segment.packed()
+                    && let Some(packed) = &resolved.maps[map_number].packed
+                {
+                    for slots in slots.chunks(SLOTS) {
+                        sink.packed(rows, slots, packed)
+                            .map_err(|row| segment.error(segment.segment.packed_damage(row)))?;
+                    }
+                }
             }
             let kind = |cell: &Cell<'_>| (cell.map, cell.packed, cell.raw.is_some());
             cells.sort_by_key(kind);
