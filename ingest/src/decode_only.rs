@@ -103,6 +103,7 @@ impl DecodeOnly {
                 } else {
                     Vec::new()
                 },
+                is_shared: false,
                 parsed: OnceCell::new(),
             })
             .collect();

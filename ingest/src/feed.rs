@@ -674,6 +674,7 @@ mod tests {
             key: None,
             value: None,
             headers: Vec::new(),
+            is_shared: false,
             parsed: OnceCell::new(),
         }
     }

@@ -331,6 +331,7 @@ fn incoming(stored: &StoredDeadLetter) -> Incoming<'_> {
             .iter()
             .map(|(name, value)| (name.as_str(), value.as_deref()))
             .collect(),
+        is_shared: false,
         parsed: OnceCell::new(),
     }
 }

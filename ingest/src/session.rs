@@ -519,6 +519,7 @@ impl<'s> Session<'s> {
                 } else {
                     Vec::new()
                 },
+                is_shared: before > 1,
                 parsed: OnceCell::new(),
             })
             .collect();

@@ -1,7 +1,7 @@
 //! Rows from JSON objects whose fields are named as the table's columns are.
 
 use arrow_array::RecordBatch;
-use pinion_feature_store::json::{RecordMeta, RowBuilder};
+use pinion_feature_store::json::{Json, RecordMeta, RowBuilder};
 use pinion_schemas::TableDefinition;
 use serde_json::{Map, Value};
 
@@ -53,7 +53,10 @@ impl<'a> ObjectRows<'a> {
             return Err(unknown_column(self.definition, unknown, &place()));
         }
         self.builder
-            .append(&Value::Object(row.clone()), &RecordMeta::default())
+            .append(
+                &Json::from(Value::Object(row.clone())),
+                &RecordMeta::default(),
+            )
             .map_err(|e| CliError::new(format!("{}: {e}", place())))?;
         if self.builder.rows() >= BATCH_ROWS {
             self.cut()?;

@@ -5,6 +5,9 @@
 
 use std::sync::Arc;
 
+use super::scalar::{base64_bytes, describe, mismatch, push_fixed, push_integer};
+use super::time_text::TimeText;
+use super::value::Json;
 use arrow_array::{
     ArrayRef, BinaryArray, BinaryViewArray, BooleanArray, FixedSizeListArray, LargeBinaryArray,
     LargeListArray, LargeStringArray, ListArray, StringArray, StringViewArray, StructArray,
@@ -15,10 +18,6 @@ use arrow_buffer::{
 };
 use arrow_data::ArrayData;
 use arrow_schema::{ArrowError, DataType, FieldRef, Fields};
-use serde_json::Value;
-
-use super::scalar::{base64_bytes, describe, mismatch, push_fixed, push_integer};
-use super::time_text::TimeText;
 
 /// What is wrong with a value, and where inside the column it stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -165,14 +164,14 @@ impl ColumnBuilder {
     ///
     /// The value does not fit the type. Parts of it may have been appended: cut back with
     /// [`ColumnBuilder::truncate`].
-    pub(crate) fn push(&mut self, value: &Value) -> Result<(), ValueProblem> {
+    pub(crate) fn push(&mut self, value: &Json<'_>) -> Result<(), ValueProblem> {
         if value.is_null() {
             self.push_null();
             return Ok(());
         }
         match &mut self.values {
             Values::Bool(bits) => match value {
-                Value::Bool(b) => bits.append(*b),
+                Json::Bool(b) => bits.append(*b),
                 other => return Err(mismatch(&self.data_type, other)),
             },
             Values::Fixed { bytes, .. } => {
@@ -180,14 +179,14 @@ impl ColumnBuilder {
             }
             Values::Bytes { ends, bytes } => push_bytes(ends, bytes, &self.data_type, value)?,
             Values::List { ends, item, child } => {
-                let Value::Array(items) = value else {
+                let Json::Array(items) = value else {
                     return Err(mismatch(&self.data_type, value));
                 };
                 push_items(child, item, items)?;
                 ends.push(end_offset(child.len(), is_large(&self.data_type))?);
             }
             Values::FixedList { size, item, child } => {
-                let Value::Array(items) = value else {
+                let Json::Array(items) = value else {
                     return Err(mismatch(&self.data_type, value));
                 };
                 if items.len() != *size {
@@ -199,16 +198,19 @@ impl ColumnBuilder {
                 push_items(child, item, items)?;
             }
             Values::Struct { fields, children } => {
-                let Value::Object(members) = value else {
+                let Json::Object(members) = value else {
                     return Err(mismatch(&self.data_type, value));
                 };
                 if self.refuse_unknown
-                    && let Some(name) = members.keys().find(|k| fields.find(k).is_none())
+                    && let Some(name) = members
+                        .iter()
+                        .map(|(name, _)| name)
+                        .find(|k| fields.find(k).is_none())
                 {
                     return Err(ValueProblem::new("unknown field").within(&format!(".{name}")));
                 }
                 for (field, child) in fields.iter().zip(children.iter_mut()) {
-                    let member = members.get(field.name()).unwrap_or(&Value::Null);
+                    let member = members.get(field.name()).unwrap_or(&Json::Null);
                     push_member(child, field, member)
                         .map_err(|p| p.within(&format!(".{}", field.name())))?;
                 }
@@ -257,7 +259,7 @@ impl ColumnBuilder {
     /// The column holds no integer or time, or the number is out of its range.
     pub(super) fn push_i64(&mut self, number: i64) -> Result<(), ValueProblem> {
         let Values::Fixed { bytes, .. } = &mut self.values else {
-            return Err(mismatch(&self.data_type, &Value::from(number)));
+            return Err(mismatch(&self.data_type, &Json::from(number)));
         };
         push_integer(bytes, &self.data_type, i128::from(number))?;
         self.valid.append(true);
@@ -359,7 +361,7 @@ fn cut_bits(bits: &mut BooleanBufferBuilder, len: usize) {
 fn push_items(
     child: &mut ColumnBuilder,
     item: &FieldRef,
-    items: &[Value],
+    items: &[Json<'_>],
 ) -> Result<(), ValueProblem> {
     for (i, value) in items.iter().enumerate() {
         push_member(child, item, value).map_err(|p| p.within(&format!("[{i}]")))?;
@@ -370,7 +372,7 @@ fn push_items(
 fn push_member(
     child: &mut ColumnBuilder,
     field: &FieldRef,
-    value: &Value,
+    value: &Json<'_>,
 ) -> Result<(), ValueProblem> {
     if value.is_null() && !field.is_nullable() {
         return Err(mismatch(field.data_type(), value));
@@ -382,9 +384,9 @@ fn push_bytes(
     ends: &mut Vec<i64>,
     bytes: &mut Vec<u8>,
     data_type: &DataType,
-    value: &Value,
+    value: &Json<'_>,
 ) -> Result<(), ValueProblem> {
-    let Value::String(text) = value else {
+    let Json::String(text) = value else {
         return Err(mismatch(data_type, value));
     };
     let before = bytes.len();

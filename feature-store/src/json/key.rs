@@ -6,11 +6,11 @@ use std::sync::Arc;
 use arrow_array::RecordBatch;
 use arrow_schema::{ArrowError, Field, Schema, SchemaRef};
 use pinion_schemas::{KeyFormat, TableDefinition};
-use serde_json::Value;
 
 use super::JsonRowError;
 use super::mapping::{ColumnSource, JsonMappingError, RecordMeta, follow, keys_of};
 use super::row::{Column, finish_batch};
+use super::value::Json;
 
 /// Gathers the deletes of one table from records that have a key and no value.
 ///
@@ -85,7 +85,7 @@ impl KeyBuilder {
     pub fn append_image(
         &mut self,
         meta: &RecordMeta<'_>,
-        image: Option<(&Value, Option<i64>)>,
+        image: Option<(&Json<'_>, Option<i64>)>,
     ) -> Result<(), JsonRowError> {
         let row = self.rows;
         let appended = self.append_columns(meta, image);
@@ -103,7 +103,7 @@ impl KeyBuilder {
     fn append_columns(
         &mut self,
         meta: &RecordMeta<'_>,
-        image: Option<(&Value, Option<i64>)>,
+        image: Option<(&Json<'_>, Option<i64>)>,
     ) -> Result<(), JsonRowError> {
         let key_error = |problem: String| JsonRowError {
             field: "$key".to_owned(),
@@ -113,7 +113,7 @@ impl KeyBuilder {
         let alone = self.keys.len() == 1;
         for column in &mut self.keys {
             let ColumnSource::Value(path) = column.source.clone() else {
-                column.push_from(&Value::Null, &candidates, meta)?;
+                column.push_from(&Json::Null, &candidates, meta)?;
                 continue;
             };
             let before = image.and_then(|(row, _)| follow(row, &path).ok().flatten());
@@ -128,7 +128,7 @@ impl KeyBuilder {
             }
             let name = column.name.clone();
             column.push_first(&candidates, |key| match key {
-                Value::Object(members) => match members.get(&name) {
+                Json::Object(members) => match members.get(&name) {
                     Some(member) => Ok(Some(member)),
                     None => follow(key, &path),
                 },
@@ -142,7 +142,7 @@ impl KeyBuilder {
                 ColumnSource::Envelope(_) | ColumnSource::Header(_)
             );
             if is_mapped && image.is_some() {
-                return column.push_from(&Value::Null, &candidates, meta);
+                return column.push_from(&Json::Null, &candidates, meta);
             }
             let changed_at = match column.source {
                 ColumnSource::Value(_) => image.and_then(|(_, changed_at)| changed_at),

@@ -3,9 +3,9 @@
 use std::borrow::Cow;
 
 use pinion_schemas::{KeyFormat, TableDefinition};
-use serde_json::Value;
 
 use super::time_text::TimeTextError;
+use super::value::Json;
 
 /// Why a definition cannot be filled from JSON. Found before the first record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -71,9 +71,9 @@ pub struct RecordMeta<'a> {
     pub key: Option<&'a [u8]>,
     /// The record's key where it is decoded already, instead of `key`: readings to try in
     /// turn, none for a record without a key.
-    pub decoded_key: Option<&'a [Value]>,
+    pub decoded_key: Option<&'a [Json<'a>]>,
     /// What stands around the row, for columns mapped to `$envelope.<path>`.
-    pub envelope: Option<&'a Value>,
+    pub envelope: Option<&'a Json<'a>>,
     /// The record's headers in order; of a name given twice the last counts.
     pub headers: &'a [(&'a str, Option<&'a [u8]>)],
 }
@@ -174,15 +174,18 @@ fn steps(path: &str) -> Option<Vec<String>> {
 
 /// Follows a path through objects. `Ok(None)` when a step is absent or the way leads through
 /// a null; `Err` with the step that is no object.
-pub(super) fn follow<'v>(root: &'v Value, path: &[String]) -> Result<Option<&'v Value>, String> {
+pub(super) fn follow<'v, 'a>(
+    root: &'v Json<'a>,
+    path: &[String],
+) -> Result<Option<&'v Json<'a>>, String> {
     let mut value = root;
     for (i, step) in path.iter().enumerate() {
         match value {
-            Value::Object(members) => match members.get(step) {
+            Json::Object(members) => match members.get(step) {
                 Some(member) => value = member,
                 None => return Ok(None),
             },
-            Value::Null => return Ok(None),
+            Json::Null => return Ok(None),
             _ => {
                 let walked = path.get(..i).unwrap_or_default().join(".");
                 return Err(if walked.is_empty() {
@@ -200,7 +203,7 @@ pub(super) fn follow<'v>(root: &'v Value, path: &[String]) -> Result<Option<&'v 
 pub(super) fn keys_of<'m>(
     meta: &RecordMeta<'m>,
     format: Option<KeyFormat>,
-) -> Result<Cow<'m, [Value]>, String> {
+) -> Result<Cow<'m, [Json<'m>]>, String> {
     match (meta.decoded_key, meta.key) {
         (Some(values), _) => Ok(Cow::Borrowed(values)),
         (None, Some(key)) => key_values(key, format).map(Cow::Owned),
@@ -213,9 +216,9 @@ pub(super) fn keys_of<'m>(
 /// With `key = "json"` the bytes must be JSON, with `key = "string"` UTF-8 text. When the
 /// definition says neither, a JSON object is that, and anything else is read as a JSON value
 /// first and as plain text second, so that both `"EWR"` and `EWR` name that airport.
-fn key_values(key: &[u8], format: Option<KeyFormat>) -> Result<Vec<Value>, String> {
-    let json = || serde_json::from_slice::<Value>(key);
-    let text = || std::str::from_utf8(key).map(|t| Value::String(t.to_owned()));
+fn key_values<'k>(key: &'k [u8], format: Option<KeyFormat>) -> Result<Vec<Json<'k>>, String> {
+    let json = || serde_json::from_slice::<Json<'_>>(key);
+    let text = || std::str::from_utf8(key).map(Json::from);
     match format {
         Some(format @ (KeyFormat::JsonSchema | KeyFormat::Avro | KeyFormat::Protobuf)) => {
             Err(format!("a record key in {format} is not decoded here"))
@@ -232,7 +235,7 @@ fn key_values(key: &[u8], format: Option<KeyFormat>) -> Result<Vec<Value>, Strin
         },
         None => match (json(), text()) {
             // An object is never meant as text.
-            (Ok(object @ Value::Object(_)), _) => Ok(vec![object]),
+            (Ok(object @ Json::Object(_)), _) => Ok(vec![object]),
             (Ok(scalar), Ok(text)) => Ok(vec![scalar, text]),
             (Ok(value), Err(_)) | (Err(_), Ok(value)) => Ok(vec![value]),
             (Err(_), Err(_)) => Err("the record key is neither JSON nor UTF-8 text".to_owned()),

@@ -30,6 +30,7 @@ mod mapping;
 mod row;
 mod scalar;
 mod time_text;
+mod value;
 
 #[cfg(test)]
 mod tests;
@@ -40,6 +41,7 @@ pub use key::KeyBuilder;
 pub use mapping::{ColumnSource, JsonMappingError, RecordMeta, column_sources};
 pub use row::RowBuilder;
 pub use time_text::{TimeText, TimeTextError, parse_time_text};
+pub use value::{Json, Members};
 
 /// Why a record did not become a row. The builder is as it was before.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

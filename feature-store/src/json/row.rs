@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 use arrow_array::{RecordBatch, RecordBatchOptions};
 use arrow_schema::{ArrowError, DataType, Field, FieldRef, Schema, SchemaRef};
 use pinion_schemas::{KeyFormat, TableDefinition, TimeColumn, UnknownFields, format_type};
-use serde_json::Value;
 
 use super::JsonRowError;
 use super::column::ColumnBuilder;
@@ -15,6 +14,7 @@ use super::mapping::{
     path_of,
 };
 use super::time_text::{TimeText, millis_to_ticks};
+use super::value::Json;
 
 /// Gathers rows of one table from JSON objects.
 ///
@@ -157,8 +157,8 @@ impl RowBuilder {
     /// # Errors
     ///
     /// The first column that cannot be filled. The builder is as it was before.
-    pub fn append(&mut self, value: &Value, meta: &RecordMeta<'_>) -> Result<(), JsonRowError> {
-        if !value.is_object() {
+    pub fn append(&mut self, value: &Json<'_>, meta: &RecordMeta<'_>) -> Result<(), JsonRowError> {
+        if !matches!(value, Json::Object(_)) {
             return Err(JsonRowError {
                 field: "(value)".to_owned(),
                 problem: "expected a JSON object".to_owned(),
@@ -232,6 +232,8 @@ pub(super) struct Column {
     pub(super) data_type: DataType,
     pub(super) source: ColumnSource,
     nullable: bool,
+    /// Where its member stood in the last object.
+    near: usize,
     pub(super) builder: ColumnBuilder,
 }
 
@@ -270,6 +272,7 @@ impl Column {
             data_type,
             source,
             nullable: field.is_nullable(),
+            near: 0,
             builder,
         })
     }
@@ -278,17 +281,20 @@ impl Column {
     /// turn; none when it had no key.
     pub(super) fn push_from(
         &mut self,
-        value: &Value,
-        keys: &[Value],
+        value: &Json<'_>,
+        keys: &[Json<'_>],
         meta: &RecordMeta<'_>,
     ) -> Result<(), JsonRowError> {
         match &self.source {
             ColumnSource::Value(path) => {
-                let found = follow(value, path).map_err(|step| self.no_object(&step))?;
+                let found = match (value, path.as_slice()) {
+                    (Json::Object(members), [name]) => members.get_near(name, &mut self.near),
+                    _ => follow(value, path).map_err(|step| self.no_object(&step))?,
+                };
                 self.push(found)
             }
             ColumnSource::Envelope(path) => {
-                let around = meta.envelope.unwrap_or(&Value::Null);
+                let around = meta.envelope.unwrap_or(&Json::Null);
                 let found = follow(around, path).map_err(|step| self.no_object(&step))?;
                 self.push(found)
             }
@@ -300,9 +306,9 @@ impl Column {
                 Some(millis) => self.push_timestamp(millis),
                 None => self.push(None),
             },
-            ColumnSource::Partition => self.push(Some(&Value::from(meta.partition))),
-            ColumnSource::Offset => self.push(Some(&Value::from(meta.offset))),
-            ColumnSource::Topic => self.push(Some(&Value::from(meta.topic))),
+            ColumnSource::Partition => self.push(Some(&Json::from(meta.partition))),
+            ColumnSource::Offset => self.push(Some(&Json::from(meta.offset))),
+            ColumnSource::Topic => self.push(Some(&Json::from(meta.topic))),
             ColumnSource::Header(name) => {
                 let header = meta.headers.iter().rev().find(|(n, _)| n == name);
                 match header.and_then(|(_, value)| *value) {
@@ -318,10 +324,10 @@ impl Column {
 
     /// Appends the first of `candidates` that fits, as `select` finds it in them. The error is
     /// the first candidate's; without candidates the column gets a null.
-    pub(super) fn push_first<'v>(
+    pub(super) fn push_first<'v, 'a: 'v>(
         &mut self,
-        candidates: &'v [Value],
-        select: impl Fn(&'v Value) -> Result<Option<&'v Value>, String>,
+        candidates: &'v [Json<'a>],
+        select: impl Fn(&'v Json<'a>) -> Result<Option<&'v Json<'a>>, String>,
     ) -> Result<(), JsonRowError> {
         let rows = self.builder.len();
         let mut first_error = None;
@@ -362,7 +368,7 @@ impl Column {
     }
 
     /// Appends a value; absent and JSON null are null.
-    pub(super) fn push(&mut self, value: Option<&Value>) -> Result<(), JsonRowError> {
+    pub(super) fn push(&mut self, value: Option<&Json<'_>>) -> Result<(), JsonRowError> {
         match value {
             Some(value) if !value.is_null() => self.builder.push(value).map_err(|p| JsonRowError {
                 field: format!("{}{}", self.name, p.path),
@@ -388,7 +394,7 @@ impl Column {
     }
 
     /// Header bytes as JSON: text for columns that read text, else the JSON they spell.
-    fn header_value(&self, raw: &[u8]) -> Result<Value, JsonRowError> {
+    fn header_value<'r>(&self, raw: &'r [u8]) -> Result<Json<'r>, JsonRowError> {
         let error = |problem: String| JsonRowError {
             field: self.name.clone(),
             problem,
@@ -408,10 +414,10 @@ impl Column {
                 | DataType::Decimal256(..)
         );
         if reads_text {
-            return Ok(Value::from(text));
+            return Ok(Json::from(text));
         }
         // Times come as text or as ticks: what is no JSON is text.
-        Ok(serde_json::from_str(text).unwrap_or_else(|_| Value::from(text)))
+        Ok(serde_json::from_str(text).unwrap_or_else(|_| Json::from(text)))
     }
 
     pub(super) fn no_object(&self, step: &str) -> JsonRowError {
@@ -445,15 +451,17 @@ impl KnownFields {
     }
 
     /// The dotted path of a field that nothing reads.
-    fn unknown_in(&self, value: &Value) -> Option<String> {
+    fn unknown_in(&self, value: &Json<'_>) -> Option<String> {
         if self.whole {
             return None;
         }
-        value
-            .as_object()?
+        let Json::Object(members) = value else {
+            return None;
+        };
+        members
             .iter()
             .find_map(|(name, member)| match self.children.get(name) {
-                None => Some(name.clone()),
+                None => Some(name.to_owned()),
                 Some(known) => known
                     .unknown_in(member)
                     .map(|below| format!("{name}.{below}")),

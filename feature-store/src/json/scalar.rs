@@ -4,20 +4,20 @@ use arrow_buffer::MutableBuffer;
 use arrow_schema::{DataType, TimeUnit};
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
-use serde_json::Value;
 
 use super::column::ValueProblem;
 use super::decimal::{DecimalProblem, FLOAT_DIGITS, parse_decimal, significant_digits};
 use super::time_text::{TimeText, clip};
+use super::value::Json;
 
 pub(super) fn push_fixed(
     bytes: &mut MutableBuffer,
     data_type: &DataType,
     time: Option<&TimeText>,
-    value: &Value,
+    value: &Json<'_>,
 ) -> Result<(), ValueProblem> {
     match (data_type, value) {
-        (DataType::Float16 | DataType::Float32 | DataType::Float64, Value::Number(n)) => {
+        (DataType::Float16 | DataType::Float32 | DataType::Float64, Json::Number(n)) => {
             let number = n.as_f64().ok_or_else(|| mismatch(data_type, value))?;
             push_float(bytes, data_type, number).ok_or_else(|| out_of_range(data_type, value))
         }
@@ -34,20 +34,20 @@ pub(super) fn push_fixed(
             bytes.extend_from_slice(&number.to_le_bytes());
             Ok(())
         }
-        (DataType::FixedSizeBinary(width), Value::String(text)) => {
+        (DataType::FixedSizeBinary(width), Json::String(text)) => {
             let width = usize::try_from(*width).unwrap_or(0);
             let raw = fixed_binary(text, width).ok_or_else(|| mismatch(data_type, value))?;
             bytes.extend_from_slice(&raw);
             Ok(())
         }
-        (_, Value::String(text)) => {
+        (_, Json::String(text)) => {
             let time = time.ok_or_else(|| mismatch(data_type, value))?;
             let ticks = time
                 .parse(text)
                 .map_err(|e| ValueProblem::new(e.to_string()))?;
             push_integer(bytes, data_type, i128::from(ticks))
         }
-        (_, Value::Number(n)) if !time.is_some_and(TimeText::has_format) => {
+        (_, Json::Number(n)) if !time.is_some_and(TimeText::has_format) => {
             let number = n
                 .as_i64()
                 .map(i128::from)
@@ -153,14 +153,14 @@ fn push_float(bytes: &mut MutableBuffer, data_type: &DataType, number: f64) -> O
 
 fn decimal(
     data_type: &DataType,
-    value: &Value,
+    value: &Json<'_>,
     precision: u8,
     scale: i8,
 ) -> Result<arrow_buffer::i256, ValueProblem> {
     let number;
     let text = match value {
-        Value::String(text) => text.as_str(),
-        Value::Number(n) => {
+        Json::String(text) => text,
+        Json::Number(n) => {
             number = n.to_string();
             if n.is_f64() && significant_digits(&number) > FLOAT_DIGITS {
                 return Err(ValueProblem::new(format!(
@@ -197,7 +197,7 @@ pub(super) fn base64_bytes(text: &str) -> Option<Vec<u8>> {
         .ok()
 }
 
-pub(super) fn mismatch(data_type: &DataType, value: &Value) -> ValueProblem {
+pub(super) fn mismatch(data_type: &DataType, value: &Json<'_>) -> ValueProblem {
     ValueProblem::new(format!(
         "expected {}, found {}",
         pinion_schemas::format_type(data_type),
@@ -205,7 +205,7 @@ pub(super) fn mismatch(data_type: &DataType, value: &Value) -> ValueProblem {
     ))
 }
 
-fn out_of_range(data_type: &DataType, value: &Value) -> ValueProblem {
+fn out_of_range(data_type: &DataType, value: &Json<'_>) -> ValueProblem {
     ValueProblem::new(format!(
         "{} is outside the range of {}",
         describe(value),
@@ -214,13 +214,13 @@ fn out_of_range(data_type: &DataType, value: &Value) -> ValueProblem {
 }
 
 /// A value as an error names it: its JSON type, and its text when it is short.
-pub(super) fn describe(value: &Value) -> String {
+pub(super) fn describe(value: &Json<'_>) -> String {
     match value {
-        Value::Null => "null".to_owned(),
-        Value::Bool(b) => format!("{b}"),
-        Value::Number(n) => format!("number {n}"),
-        Value::String(s) => format!("string {:?}", clip(s)),
-        Value::Array(items) => format!("an array of {} items", items.len()),
-        Value::Object(members) => format!("an object of {} members", members.len()),
+        Json::Null => "null".to_owned(),
+        Json::Bool(b) => format!("{b}"),
+        Json::Number(n) => format!("number {n}"),
+        Json::String(s) => format!("string {:?}", clip(s)),
+        Json::Array(items) => format!("an array of {} items", items.len()),
+        Json::Object(members) => format!("an object of {} members", members.len()),
     }
 }

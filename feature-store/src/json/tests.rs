@@ -11,7 +11,12 @@ use arrow_array::{Array, RecordBatch};
 use pinion_schemas::{KeyFormat, TableDefinition, UnknownFields};
 use serde_json::{Value, json};
 
-use super::{JsonMappingError, KeyBuilder, RecordMeta, RowBuilder};
+use super::{Json, JsonMappingError, KeyBuilder, RecordMeta, RowBuilder};
+
+/// As `json!`, to be appended.
+macro_rules! row_of {
+    ($($json:tt)+) => { Json::from(json!($($json)+)) };
+}
 
 fn definition(features: &str) -> TableDefinition {
     let text = format!(
@@ -31,7 +36,7 @@ fn row(features: &str, mut fields: Value) -> Result<RecordBatch, String> {
     let mut rows = builder(features);
     fields["id"] = json!("a");
     fields["ts"] = json!(0);
-    rows.append(&fields, &RecordMeta::default())
+    rows.append(&Json::from(fields), &RecordMeta::default())
         .map_err(|e| e.to_string())?;
     Ok(rows.finish().expect("batch"))
 }
@@ -151,7 +156,7 @@ fn a_refused_row_leaves_no_trace_in_any_column() {
     );
     let good = |i: i32| json!({ "id": format!("k{i}"), "ts": i, "v": [i, i], "l": ["a", "b"], "s": { "a": i, "b": "x" }, "z": i });
     let meta = RecordMeta::default();
-    rows.append(&good(1), &meta).expect("good");
+    rows.append(&Json::from(good(1)), &meta).expect("good");
     for (field, bad) in [
         ("z", json!("no")),
         ("s", json!({ "a": 1, "b": 2 })),
@@ -162,10 +167,12 @@ fn a_refused_row_leaves_no_trace_in_any_column() {
     ] {
         let mut record = good(9);
         record[field] = bad;
-        let error = rows.append(&record, &meta).expect_err("refused");
+        let error = rows
+            .append(&Json::from(record), &meta)
+            .expect_err("refused");
         assert!(error.field.starts_with(field), "{error}");
     }
-    rows.append(&good(2), &meta).expect("good");
+    rows.append(&Json::from(good(2)), &meta).expect("good");
     let batch = rows.finish().expect("batch");
     assert_eq!(batch.num_rows(), 2);
     assert_eq!(
@@ -220,22 +227,24 @@ fn absent_and_null_features_are_null_and_keys_are_refused() {
     }
     let mut rows = builder("a = \"int32\"");
     let meta = RecordMeta::default();
-    let error = rows.append(&json!({ "ts": 0 }), &meta).expect_err("no key");
+    let error = rows
+        .append(&row_of!({ "ts": 0 }), &meta)
+        .expect_err("no key");
     assert_eq!(
         error.to_string(),
         "field id: expected string, found no such field"
     );
     let error = rows
-        .append(&json!({ "id": "a", "ts": null }), &meta)
+        .append(&row_of!({ "id": "a", "ts": null }), &meta)
         .expect_err("no time");
     assert_eq!(error.field, "ts");
-    assert!(rows.append(&json!([1]), &meta).is_err());
+    assert!(rows.append(&row_of!([1]), &meta).is_err());
 }
 
 #[test]
 fn of_a_field_given_twice_the_last_wins() {
     let mut rows = builder("a = \"int64\"");
-    let value: Value = serde_json::from_str(r#"{"id":"a","ts":0,"a":1,"a":2}"#).expect("json");
+    let value: Json<'_> = serde_json::from_str(r#"{"id":"a","ts":0,"a":1,"a":2}"#).expect("json");
     rows.append(&value, &RecordMeta::default()).expect("row");
     let batch = rows.finish().expect("batch");
     assert_eq!(batch.column(2).as_primitive::<Int64Type>().value(0), 2);
@@ -273,10 +282,10 @@ fn columns_come_from_paths_keys_headers_and_metadata() {
         headers: &headers,
         ..Default::default()
     };
-    rows.append(&json!({ "deep": { "er": { "a": 5 } } }), &meta)
+    rows.append(&row_of!({ "deep": { "er": { "a": 5 } } }), &meta)
         .expect("row");
     let error = rows
-        .append(&json!({ "deep": 5 }), &meta)
+        .append(&row_of!({ "deep": 5 }), &meta)
         .expect_err("no object");
     assert_eq!(error.to_string(), "field a: deep is no object");
     let batch = rows.finish().expect("batch");
@@ -335,7 +344,7 @@ fn unknown_fields_are_dropped_or_refused_with_their_path() {
     let meta = RecordMeta::default();
     strict
         .append(
-            &json!({ "id": "k", "ts": 0, "n": { "a": 1 }, "type": "t" }),
+            &row_of!({ "id": "k", "ts": 0, "n": { "a": 1 }, "type": "t" }),
             &meta,
         )
         .expect("known");
@@ -351,13 +360,16 @@ fn unknown_fields_are_dropped_or_refused_with_their_path() {
         ),
     ] {
         assert_eq!(
-            strict.append(&record, &meta).expect_err("unknown").field,
+            strict
+                .append(&Json::from(record), &meta)
+                .expect_err("unknown")
+                .field,
             field
         );
     }
     let mut lax = RowBuilder::new(&definition, &overrides).expect("builder");
     lax.append(
-        &json!({ "id": "k", "ts": 0, "more": 1, "s": { "y": 2 } }),
+        &row_of!({ "id": "k", "ts": 0, "more": 1, "s": { "y": 2 } }),
         &meta,
     )
     .expect("dropped");
@@ -468,8 +480,8 @@ fn columns_beside_the_value_are_built_without_one_and_keys_may_come_decoded() {
         .map(|field| field.name().clone())
         .collect();
     assert_eq!(names, ["id", "at"]);
-    let key = [json!(7)];
-    let around = json!({ "at": 5 });
+    let key = [row_of!(7)];
+    let around = row_of!({ "at": 5 });
     let meta = RecordMeta {
         offset: 3,
         key: Some(b"not read"),
@@ -478,13 +490,13 @@ fn columns_beside_the_value_are_built_without_one_and_keys_may_come_decoded() {
         timestamp_millis: Some(9),
         ..Default::default()
     };
-    beside.append(&json!({}), &meta).expect("row");
+    beside.append(&row_of!({}), &meta).expect("row");
     let batch = beside.finish().expect("batch");
     assert_eq!(batch.column(0).as_primitive::<Int64Type>().value(0), 7);
     assert_eq!(batch.column(1).as_primitive::<Int64Type>().value(0), 3);
     // A delete's time is where the column is mapped to, else when the change was made.
     let mut keys = KeyBuilder::new(&definition, &BTreeMap::new(), None).expect("builder");
-    keys.append_image(&meta, Some((&json!({ "id": 8 }), Some(6))))
+    keys.append_image(&meta, Some((&row_of!({ "id": 8 }), Some(6))))
         .expect("delete");
     let batch = keys.finish().expect("batch");
     assert_eq!(batch.column(0).as_primitive::<Int64Type>().value(0), 7);
@@ -495,9 +507,9 @@ fn columns_beside_the_value_are_built_without_one_and_keys_may_come_decoded() {
         ("id".to_owned(), "id".to_owned()),
     ];
     let mut keys = KeyBuilder::new(&definition, &by_field.into(), None).expect("builder");
-    keys.append_image(&meta, Some((&json!({ "id": 8 }), Some(6))))
+    keys.append_image(&meta, Some((&row_of!({ "id": 8 }), Some(6))))
         .expect("delete");
-    keys.append_image(&meta, Some((&json!({ "id": null }), None)))
+    keys.append_image(&meta, Some((&row_of!({ "id": null }), None)))
         .expect("delete");
     let batch = keys.finish().expect("batch");
     assert_eq!(

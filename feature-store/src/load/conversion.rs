@@ -6,10 +6,9 @@ use arrow_cast::{CastOptions, cast, cast_with_options};
 use arrow_schema::{ArrowError, DataType};
 use chrono_tz::Tz;
 use pinion_schemas::can_widen;
-use serde_json::Value;
 
 use super::times::{ticks_to_time, time_to_time};
-use crate::json::{ColumnBuilder, TimeText};
+use crate::json::{ColumnBuilder, Json, TimeText};
 
 /// How values of one type become another.
 #[derive(Debug)]
@@ -320,7 +319,7 @@ fn text_to(
             builder.push_null();
             continue;
         };
-        if let Err(problem) = builder.push(&Value::String(text.to_owned())) {
+        if let Err(problem) = builder.push(&Json::from(text)) {
             builder.truncate(row);
             builder.push_null();
             wrong.push((row, Some(problem.problem)));

@@ -12,13 +12,13 @@ use std::io::BufReader;
 use arrow_schema::{DataType, Field};
 use csv::ByteRecord;
 use pinion_schemas::{BatchFormat, format_type};
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
 use super::convert::{place_in_file, time_text};
 use super::intake::{Intake, Piece, RowNumbers};
 use super::report::LoadError;
 use crate::compat::{default_value, repeat};
-use crate::json::{ColumnBuilder, JsonMappingError};
+use crate::json::{ColumnBuilder, Json, JsonMappingError};
 
 /// Rows converted at a time.
 const PIECE_ROWS: usize = 8192;
@@ -245,21 +245,22 @@ fn cell(
 
 /// The JSON value that a cell's text stands for. Text that is none for the type stays text,
 /// and is refused as such.
-fn value(data_type: &DataType, text: &str) -> Value {
+fn value<'t>(data_type: &DataType, text: &'t str) -> Json<'t> {
     let number = || {
         text.parse::<i64>()
-            .map(Value::from)
-            .or_else(|_| text.parse::<u64>().map(Value::from))
+            .map(Number::from)
+            .or_else(|_| text.parse::<u64>().map(Number::from))
             .ok()
+            .map(Json::Number)
     };
     let parsed = match data_type {
-        DataType::Boolean if text.eq_ignore_ascii_case("true") => Some(Value::Bool(true)),
-        DataType::Boolean if text.eq_ignore_ascii_case("false") => Some(Value::Bool(false)),
+        DataType::Boolean if text.eq_ignore_ascii_case("true") => Some(Json::Bool(true)),
+        DataType::Boolean if text.eq_ignore_ascii_case("false") => Some(Json::Bool(false)),
         DataType::Float16 | DataType::Float32 | DataType::Float64 => text
             .parse::<f64>()
             .ok()
-            .filter(|f| f.is_finite())
-            .map(Value::from),
+            .and_then(Number::from_f64)
+            .map(Json::Number),
         DataType::List(_)
         | DataType::LargeList(_)
         | DataType::FixedSizeList(..)
@@ -268,7 +269,7 @@ fn value(data_type: &DataType, text: &str) -> Value {
         DataType::Duration(_) => number(),
         _ => None,
     };
-    parsed.unwrap_or_else(|| Value::String(text.to_owned()))
+    parsed.unwrap_or_else(|| Json::from(text))
 }
 
 fn take(

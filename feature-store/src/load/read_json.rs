@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::convert::place_in_file;
 use super::intake::{Intake, Piece, RowNumbers};
 use super::report::LoadError;
-use crate::json::{RecordMeta, RowBuilder};
+use crate::json::{Json, RecordMeta, RowBuilder};
 
 /// Rows converted at a time.
 const PIECE_ROWS: usize = 8192;
@@ -137,7 +137,7 @@ fn lines(source: &mut impl BufRead, rows: &mut Rows<'_, '_>) -> Result<(), LineE
 
 impl Rows<'_, '_> {
     fn line(&mut self, line: &[u8]) -> Result<(), LoadError> {
-        match serde_json::from_slice::<Value>(line) {
+        match serde_json::from_slice::<Json<'_>>(line) {
             Ok(value) => self.value(value),
             Err(error) => {
                 self.number += 1;
@@ -149,14 +149,17 @@ impl Rows<'_, '_> {
         }
     }
 
-    fn value(&mut self, value: Value) -> Result<(), LoadError> {
+    fn value(&mut self, value: Json<'_>) -> Result<(), LoadError> {
         self.number += 1;
         self.intake.count_rows(1);
-        if let Value::Object(members) = &value {
+        if let Json::Object(members) = &value {
             let ignored = &mut self.intake.taken.ignored_columns;
-            for name in members.keys().filter(|name| !self.known.contains(*name)) {
+            for (name, _) in members
+                .iter()
+                .filter(|(name, _)| !self.known.contains(*name))
+            {
                 if ignored.len() < LISTED_FIELDS && !ignored.contains(name) {
-                    ignored.insert(name.clone());
+                    ignored.insert(name.to_owned());
                 }
             }
         }
@@ -171,7 +174,9 @@ impl Rows<'_, '_> {
             }
             Err(error) => self
                 .intake
-                .refuse(self.number, Some(error.field), error.problem, || value),
+                .refuse(self.number, Some(error.field), error.problem, || {
+                    Value::from(value)
+                }),
         }
     }
 
@@ -200,7 +205,7 @@ impl<'de> Visitor<'de> for &mut Elements<'_, '_, '_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<(), A::Error> {
-        while let Some(value) = elements.next_element::<Value>()? {
+        while let Some(value) = elements.next_element::<Json<'_>>()? {
             if let Err(error) = self.rows.value(value) {
                 self.failed = Some(error);
                 return Err(A::Error::custom("stopped"));

@@ -11,9 +11,8 @@ use arrow_array::{ArrayRef, BooleanArray, RecordBatch, UInt64Array};
 use arrow_schema::{ArrowError, SchemaRef};
 use arrow_select::filter::filter_record_batch;
 use arrow_select::take::{take, take_record_batch};
-use pinion_feature_store::json::{KeyBuilder, RowBuilder};
+use pinion_feature_store::json::{Json, KeyBuilder, Members, RowBuilder};
 use pinion_schemas::{KafkaSource, TableDefinition, ValueFormat};
-use serde_json::{Map, Value};
 
 use super::envelope::{AFTER, BEFORE, Change, OP, change_of, puts};
 use super::fit::plain_text;
@@ -50,7 +49,7 @@ type Rows = (RecordBatch, Vec<usize>);
 struct Gathered {
     rows: Vec<Rows>,
     /// Records that delete: the event's rows as JSON, or nothing for a tombstone.
-    deletes: BTreeMap<usize, Option<Value>>,
+    deletes: BTreeMap<usize, Option<Json<'static>>>,
     refused: Vec<(usize, String)>,
     filtered: u64,
 }
@@ -233,7 +232,7 @@ impl ColumnBody {
             return Ok(Vec::new());
         }
         debug_assert_eq!(batch.num_rows(), of_row.len());
-        let nothing = Value::Object(Map::new());
+        let nothing = Json::Object(Members::default());
         // Row of `beside` for each row of the batch.
         let mut places: Vec<Option<u64>> = Vec::with_capacity(of_row.len());
         let mut last: Option<(usize, Option<u64>)> = None;
@@ -363,7 +362,7 @@ fn split_changes(
             continue;
         }
         takes.push(false);
-        let event = members(schema.fields(), batch.columns(), row);
+        let event = Json::from(members(schema.fields(), batch.columns(), row));
         match change_of(&event) {
             // Another table's row is not deleted here.
             Ok(Change::Delete { .. })

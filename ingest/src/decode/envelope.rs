@@ -11,16 +11,16 @@
 //! it was sent, not the time of the change: a row that came back between would be lost. So it
 //! counts only where the record timestamp is the event time, or there is none.
 
-use serde_json::Value;
+use pinion_feature_store::json::Json;
 
 /// What an event does.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Change<'v> {
+pub(super) enum Change<'v, 'r> {
     /// This row is there.
-    Upsert(&'v Value),
+    Upsert(&'v Json<'r>),
     /// The row is gone. `before` is null when the event does not show it.
     Delete {
-        before: &'v Value,
+        before: &'v Json<'r>,
         /// Milliseconds since the Unix epoch.
         changed_at: Option<i64>,
     },
@@ -34,9 +34,9 @@ pub(super) const AFTER: &str = "after";
 pub(super) const BEFORE: &str = "before";
 
 /// The event without its wrapper.
-pub(super) fn payload(value: &Value) -> &Value {
+pub(super) fn payload<'v, 'r>(value: &'v Json<'r>) -> &'v Json<'r> {
     match value {
-        Value::Object(members) if members.len() == 2 && members.contains_key("schema") => {
+        Json::Object(members) if members.len() == 2 && members.get("schema").is_some() => {
             members.get("payload").unwrap_or(value)
         }
         _ => value,
@@ -53,19 +53,19 @@ pub(super) fn puts(op: &str) -> bool {
 /// # Errors
 ///
 /// It is no change of a row: why.
-pub(super) fn change_of(value: &Value) -> Result<Change<'_>, String> {
+pub(super) fn change_of<'v, 'r>(value: &'v Json<'r>) -> Result<Change<'v, 'r>, String> {
     let event = payload(value);
     if event.is_null() {
         return Ok(Change::Nothing);
     }
-    let Some(op) = event.get(OP).and_then(Value::as_str) else {
+    let Some(op) = event.get(OP).and_then(Json::as_str) else {
         return Err(
             "field op: expected a change event of Debezium, found no such field".to_owned(),
         );
     };
     if puts(op) {
         return match event.get(AFTER) {
-            Some(row @ Value::Object(_)) => Ok(Change::Upsert(row)),
+            Some(row @ Json::Object(_)) => Ok(Change::Upsert(row)),
             _ => Err(format!(
                 "field after: op {op:?} puts a row, and there is none"
             )),
@@ -73,14 +73,14 @@ pub(super) fn change_of(value: &Value) -> Result<Change<'_>, String> {
     }
     match op {
         "d" => Ok(Change::Delete {
-            before: event.get(BEFORE).unwrap_or(&Value::Null),
+            before: event.get(BEFORE).unwrap_or(&Json::Null),
             changed_at: [
                 event.get("source").and_then(|s| s.get("ts_ms")),
                 event.get("ts_ms"),
             ]
             .into_iter()
             .flatten()
-            .filter_map(Value::as_i64)
+            .filter_map(Json::as_i64)
             // Connectors that do not know the time say 0.
             .find(|millis| *millis != 0),
         }),

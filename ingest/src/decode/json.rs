@@ -4,9 +4,8 @@
 //! due.
 
 use arrow_schema::ArrowError;
-use pinion_feature_store::json::{JsonMappingError, KeyBuilder, RowBuilder};
+use pinion_feature_store::json::{Json, JsonMappingError, KeyBuilder, RowBuilder};
 use pinion_schemas::{KafkaSource, TableDefinition, ValueFormat};
-use serde_json::Value;
 
 use super::envelope::{Change, change_of};
 use super::frame::{self, VALUE_HEADER, header};
@@ -95,11 +94,11 @@ impl JsonBody {
         Ok(decoded)
     }
 
-    fn append(
+    fn append<'r>(
         &mut self,
         frame: &RecordFrame,
-        record: &Incoming<'_>,
-        key: Option<&[Value]>,
+        record: &Incoming<'r>,
+        key: Option<&[Json<'_>]>,
     ) -> Result<Appended, String> {
         let mut meta = record.meta(&frame.topic, key);
         let Some(value) = record.value else {
@@ -112,8 +111,18 @@ impl JsonBody {
                 .map(|()| Appended::Delete)
                 .map_err(|e| e.to_string());
         };
-        let value = frame.value(value)?;
-        let value = self.parsed(record, value)?;
+        let value = self.body(record, frame.value(value)?)?;
+        let alone;
+        let value = if record.is_shared {
+            record
+                .parsed
+                .get_or_init(|| parse(value))
+                .as_ref()
+                .map_err(Clone::clone)?
+        } else {
+            alone = parse(value)?;
+            &alone
+        };
         let change = match frame.envelope {
             None => Change::Upsert(value),
             Some(_) => change_of(value)?,
@@ -153,9 +162,10 @@ impl JsonBody {
         }
     }
 
-    /// The value as JSON. Every table of the topic shares it: so whether there is a frame is
-    /// seen by the bytes, of which no JSON begins with 0 or 1, and judged here.
-    fn parsed<'v>(&self, record: &'v Incoming<'_>, value: &[u8]) -> Result<&'v Value, String> {
+    /// The JSON of a value, without its frame. Whether there is a frame is seen by the bytes, of
+    /// which no JSON begins with 0 or 1, so that all tables of a topic take the same for its
+    /// JSON; whether there may be one is judged here.
+    fn body<'r>(&self, record: &Incoming<'_>, value: &'r [u8]) -> Result<&'r [u8], String> {
         let in_header = header(&record.headers, VALUE_HEADER);
         let has_frame = matches!(value.first(), Some(0 | 1));
         if self.is_framed && !has_frame && in_header.is_none() {
@@ -167,18 +177,11 @@ impl JsonBody {
                     .to_owned(),
             );
         }
-        record
-            .parsed
-            .get_or_init(|| {
-                let body = if has_frame {
-                    frame::body(value, None)?
-                } else {
-                    value
-                };
-                serde_json::from_slice(body).map_err(|e| format!("the value is no JSON: {e}"))
-            })
-            .as_ref()
-            .map_err(Clone::clone)
+        if has_frame {
+            frame::body(value, None)
+        } else {
+            Ok(value)
+        }
     }
 
     fn close_run(
@@ -203,9 +206,13 @@ impl JsonBody {
     }
 }
 
+fn parse(body: &[u8]) -> Result<Json<'_>, String> {
+    serde_json::from_slice(body).map_err(|e| format!("the value is no JSON: {e}"))
+}
+
 /// True when the field at `path` is this text: a string as it is, numbers and booleans by
 /// their JSON text.
-fn holds(value: &Value, path: &[String], text: &str) -> bool {
+fn holds(value: &Json<'_>, path: &[String], text: &str) -> bool {
     let mut found = value;
     for step in path {
         match found.get(step) {
@@ -214,9 +221,9 @@ fn holds(value: &Value, path: &[String], text: &str) -> bool {
         }
     }
     match found {
-        Value::String(s) => s == text,
-        Value::Number(n) => n.to_string() == text,
-        Value::Bool(b) => (if *b { "true" } else { "false" }) == text,
-        Value::Null | Value::Array(_) | Value::Object(_) => false,
+        Json::String(s) => s == text,
+        Json::Number(n) => n.to_string() == text,
+        Json::Bool(b) => (if *b { "true" } else { "false" }) == text,
+        Json::Null | Json::Array(_) | Json::Object(_) => false,
     }
 }

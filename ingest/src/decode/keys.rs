@@ -3,6 +3,7 @@
 //! Keys are small and mostly one or two columns, so they take the way of JSON, by whose rules
 //! they are checked.
 
+use pinion_feature_store::json::Json;
 use pinion_schemas::{Envelope, KafkaSource, KeyFormat};
 use serde_json::Value;
 
@@ -34,12 +35,12 @@ pub(super) enum Keys {
 #[derive(Debug, Default)]
 pub(super) struct DecodedKeys {
     /// By index of the record; `None` for a key that builders read themselves.
-    keys: Vec<Option<Result<Vec<Value>, String>>>,
+    keys: Vec<Option<Result<Vec<Json<'static>>, String>>>,
 }
 
 impl DecodedKeys {
     /// The key of a record; `None` when builders read it themselves.
-    pub(super) fn of(&self, record: usize) -> Result<Option<&[Value]>, String> {
+    pub(super) fn of(&self, record: usize) -> Result<Option<&[Json<'static>]>, String> {
         match self.keys.get(record) {
             Some(Some(Ok(values))) => Ok(Some(values)),
             Some(Some(Err(problem))) => Err(format!("field $key: {problem}")),
@@ -115,9 +116,11 @@ impl Keys {
                 for (index, record) in wanted {
                     let parsed = record
                         .key
-                        .and_then(|key| serde_json::from_slice::<Value>(key).ok());
-                    if let Some(value) = parsed.as_ref().filter(|value| payload(value) != *value) {
-                        decoded.set(index, Ok(vec![payload(value).clone()]));
+                        .and_then(|key| serde_json::from_slice::<Json<'_>>(key).ok());
+                    if let Some(value) = &parsed
+                        && !std::ptr::eq(payload(value), value)
+                    {
+                        decoded.set(index, Ok(vec![payload(value).clone().into_owned()]));
                     }
                 }
             }
@@ -154,7 +157,7 @@ impl Keys {
                         if source.is_bare {
                             key = key.get_mut(BARE).map_or(Value::Null, Value::take);
                         }
-                        decoded.set(*record, Ok(vec![key]));
+                        decoded.set(*record, Ok(vec![Json::from(key)]));
                     }
                 }
                 for (record, problem) in refused {
@@ -167,16 +170,16 @@ impl Keys {
 }
 
 impl DecodedKeys {
-    fn set(&mut self, record: usize, key: Result<Vec<Value>, String>) {
+    fn set(&mut self, record: usize, key: Result<Vec<Json<'static>>, String>) {
         if let Some(slot) = self.keys.get_mut(record) {
             *slot = Some(key);
         }
     }
 }
 
-fn framed_json(key: &[u8], in_header: Option<&[u8]>) -> Result<Vec<Value>, String> {
+fn framed_json(key: &[u8], in_header: Option<&[u8]>) -> Result<Vec<Json<'static>>, String> {
     let body = frame::body(key, in_header)?;
     serde_json::from_slice(body)
-        .map(|value: Value| vec![payload(&value).clone()])
+        .map(|value: Json<'_>| vec![payload(&value).clone().into_owned()])
         .map_err(|e| format!("the record key is no JSON ({e})"))
 }

@@ -40,9 +40,10 @@ use arrow_array::cast::AsArray;
 use arrow_array::types::Int64Type;
 use arrow_array::{Array, RecordBatch};
 use arrow_schema::{ArrowError, DataType, TimeUnit};
-use pinion_feature_store::json::{ColumnSource, JsonMappingError, RecordMeta, column_sources};
+use pinion_feature_store::json::{
+    ColumnSource, Json, JsonMappingError, RecordMeta, column_sources,
+};
 use pinion_schemas::{Envelope, KafkaSource, Span, TableDefinition, ValueFormat};
-use serde_json::Value;
 
 use crate::config::IngestConfig;
 use crate::secrets::{self, Reach};
@@ -70,13 +71,17 @@ pub(crate) struct Incoming<'r> {
     /// `None` is a tombstone.
     pub(crate) value: Option<&'r [u8]>,
     pub(crate) headers: Vec<(&'r str, Option<&'r [u8]>)>,
-    /// The value as JSON, or why it is none; filled by the first table that asks.
-    pub(crate) parsed: OnceCell<Result<Value, String>>,
+    /// Whether more than one table will ask for the value as JSON.
+    pub(crate) is_shared: bool,
+    /// The value as JSON, or why it is none; where it is shared, filled by the first table that
+    /// asks. Else it is gone with its row: thousands of them would push all else out of the
+    /// processor's caches.
+    pub(crate) parsed: OnceCell<Result<Json<'r>, String>>,
 }
 
 impl Incoming<'_> {
     /// What the columns beside the value are read from.
-    fn meta<'m>(&'m self, topic: &'m str, key: Option<&'m [Value]>) -> RecordMeta<'m> {
+    fn meta<'m>(&'m self, topic: &'m str, key: Option<&'m [Json<'m>]>) -> RecordMeta<'m> {
         RecordMeta {
             topic,
             partition: self.partition,

@@ -54,6 +54,7 @@ fn raw<'r>(offset: i64, key: Option<&'r [u8]>, value: Option<&'r [u8]>) -> Incom
         key,
         value,
         headers: Vec::new(),
+        is_shared: true,
         parsed: OnceCell::new(),
     }
 }
