@@ -339,4 +339,7 @@ fn a_packed_text_that_is_not_utf8_is_an_error_not_a_reply() {
         error.contains(".rows") && error.contains("UTF-8"),
         "{error}"
     );
+    // It is that row of all that are read together.
+    let many = StringArray::from_iter_values((0..300).map(|i| format!("käy-{i}")));
+    assert_eq!(reply(&snapshot, &many).unwrap_err(), error);
 }

@@ -1,7 +1,7 @@
 //! Files on their way to being published: `<name>.partial`, synced, renamed.
 
 use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -10,22 +10,14 @@ use rustix::io::Errno;
 
 use super::{SegmentError, SegmentId, meta::file_name};
 
-/// Files are written in pieces of this, each at a multiple of it: what a large page holds on
-/// x86-64 and most ARM systems. File systems that have large folios (XFS, ext4 since Linux 6.16)
-/// keep such a piece in one, and whoever maps the file gets it by one entry of the page table.
-/// With smaller or unaligned writes a random read of a large file waits for the page table too.
-const PIECE_BYTES: usize = 2 << 20;
+const WRITE_BUFFER_BYTES: usize = 256 * 1024;
 
 /// A file that carries the `.partial` name until [`publish`](Self::publish).
-///
-/// What is appended waits in memory, up to 2 MiB, until it is written.
 ///
 /// Dropping it removes the file, also after `publish`, unless [`keep`](Self::keep) was called:
 /// so the files of one segment are kept together or not at all.
 pub(super) struct PartialFile {
-    file: File,
-    /// What was appended and not yet written: never past the end of a piece.
-    pending: Vec<u8>,
+    writer: BufWriter<File>,
     position: u64,
     suffix: &'static str,
     name: String,
@@ -64,8 +56,7 @@ impl PartialFile {
             .open(&partial_path)
             .map_err(failed)?;
         Ok(PartialFile {
-            file,
-            pending: Vec::new(),
+            writer: BufWriter::with_capacity(WRITE_BUFFER_BYTES, file),
             position: 0,
             suffix,
             name,
@@ -88,31 +79,26 @@ impl PartialFile {
         self.position
     }
 
-    pub(super) fn append(&mut self, mut bytes: &[u8]) -> Result<(), SegmentError> {
-        while !bytes.is_empty() {
-            let room = PIECE_BYTES - (self.position % PIECE_BYTES as u64) as usize;
-            let (piece, rest) = bytes.split_at(room.min(bytes.len()));
-            self.pending.extend_from_slice(piece);
-            self.position += piece.len() as u64;
-            if piece.len() == room {
-                self.flush()?;
-            }
-            bytes = rest;
-        }
+    pub(super) fn append(&mut self, bytes: &[u8]) -> Result<(), SegmentError> {
+        self.writer
+            .write_all(bytes)
+            .map_err(|error| self.failed("write", error))?;
+        self.position += bytes.len() as u64;
         Ok(())
     }
 
     /// Overwrites bytes that were appended before.
     pub(super) fn overwrite(&mut self, offset: u64, bytes: &[u8]) -> Result<(), SegmentError> {
         self.flush()?;
-        self.file
+        self.writer
+            .get_ref()
             .write_all_at(bytes, offset)
             .map_err(|error| self.failed("write", error))
     }
 
     /// Gives an empty file `bytes` zero bytes with their disk blocks, and maps them.
     pub(super) fn reserve_and_map(&mut self, bytes: u64) -> Result<memmap2::MmapMut, SegmentError> {
-        let file = &self.file;
+        let file = self.writer.get_ref();
         let reserved = match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => write_zeros(file, bytes),
             other => other.map_err(io::Error::from),
@@ -126,13 +112,10 @@ impl PartialFile {
     /// Makes everything written so far durable and the file read-only.
     pub(super) fn seal(&mut self) -> Result<(), SegmentError> {
         self.flush()?;
-        self.pending = Vec::new();
-        self.file
-            .set_permissions(Permissions::from_mode(0o444))
+        let file = self.writer.get_ref();
+        file.set_permissions(Permissions::from_mode(0o444))
             .map_err(|error| self.failed("make read-only", error))?;
-        self.file
-            .sync_all()
-            .map_err(|error| self.failed("sync", error))
+        file.sync_all().map_err(|error| self.failed("sync", error))
     }
 
     /// Gives the sealed file its name. Never replaces a file.
@@ -166,11 +149,9 @@ impl PartialFile {
     }
 
     fn flush(&mut self) -> Result<(), SegmentError> {
-        self.file
-            .write_all(&self.pending)
-            .map_err(|error| self.failed("write", error))?;
-        self.pending.clear();
-        Ok(())
+        self.writer
+            .flush()
+            .map_err(|error| self.failed("write", error))
     }
 
     fn failed(&self, action: &'static str, source: io::Error) -> SegmentError {
@@ -192,7 +173,7 @@ impl Drop for PartialFile {
 }
 
 fn write_zeros(file: &File, bytes: u64) -> io::Result<()> {
-    let zeros = vec![0; PIECE_BYTES];
+    let zeros = vec![0; WRITE_BUFFER_BYTES];
     let mut offset = 0;
     while offset < bytes {
         let piece = (bytes - offset).min(zeros.len() as u64);
@@ -211,35 +192,4 @@ pub(super) fn sync_dir(dir: &Path) -> Result<(), SegmentError> {
             file: dir.display().to_string(),
             source,
         })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_file_is_what_was_appended_however_its_pieces_fall() {
-        let dir = tempfile::tempdir().unwrap();
-        let bytes: Vec<u8> = (0..5 * PIECE_BYTES + 777).map(|i| (i / 7) as u8).collect();
-        for step in [4096 + 13, PIECE_BYTES, PIECE_BYTES - 1, 3 * PIECE_BYTES + 5] {
-            let mut file = PartialFile::create(dir.path(), SegmentId(step as u64), "t").unwrap();
-            for part in bytes.chunks(step) {
-                file.append(part).unwrap();
-                assert!(file.pending.len() < PIECE_BYTES);
-                let written = file.file.metadata().unwrap().len();
-                assert_eq!(written % PIECE_BYTES as u64, 0, "only whole pieces");
-                assert_eq!(written + file.pending.len() as u64, file.position());
-            }
-            file.overwrite(3, b"abc").unwrap();
-            file.append(b"end").unwrap();
-            file.seal().unwrap();
-            file.publish().unwrap();
-            let mut expected = bytes.clone();
-            expected[3..6].copy_from_slice(b"abc");
-            expected.extend_from_slice(b"end");
-            assert_eq!(file.position(), expected.len() as u64);
-            let found = fs::read(&file.path).unwrap();
-            assert!(found == expected, "other bytes with steps of {step}");
-        }
-    }
 }

@@ -307,10 +307,7 @@ pub(super) fn map_unpublished(file: &File) -> io::Result<MmapMut> {
     // SAFETY: nobody else may change the bytes while they are mapped. The file still has its
     // `.partial` name, which only its one writer opens (the store's lock keeps other
     // processes out), and that writer owns both the file and this map.
-    let map = unsafe { MmapMut::map_mut(file)? };
-    // Only advice, for whoever reads the file later: see `files::PIECE_BYTES`.
-    let _ = map.advise(Advice::HugePage);
-    Ok(map)
+    unsafe { MmapMut::map_mut(file) }
 }
 
 /// A slice that is zero until it is written. Its memory is the system's and comes page by page as
