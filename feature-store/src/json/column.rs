@@ -205,7 +205,8 @@ impl ColumnBuilder {
                     && let Some(name) = members
                         .iter()
                         .map(|(name, _)| name)
-                        .find(|k| fields.find(k).is_none())
+                        .filter(|k| fields.find(k).is_none())
+                        .min()
                 {
                     return Err(ValueProblem::new("unknown field").within(&format!(".{name}")));
                 }

@@ -458,13 +458,15 @@ impl KnownFields {
         let Json::Object(members) = value else {
             return None;
         };
+        // Of several the first by name, however the record has them.
         members
             .iter()
-            .find_map(|(name, member)| match self.children.get(name) {
+            .filter_map(|(name, member)| match self.children.get(name) {
                 None => Some(name.to_owned()),
                 Some(known) => known
                     .unknown_in(member)
                     .map(|below| format!("{name}.{below}")),
             })
+            .min()
     }
 }

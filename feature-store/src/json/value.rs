@@ -12,7 +12,8 @@ use serde_json::{Number, Value};
 /// Objects of more members are kept in the order of their names, and searched by halves.
 const UNSORTED_MEMBERS: usize = 32;
 
-/// Members that room is made for before the first is read.
+/// Members that room is made for before the first is read, so that a row's list grows once or
+/// never; an object of few gives it back.
 const MEMBERS_FORESEEN: usize = 16;
 
 /// A JSON value. Of a member given twice the last is kept.
@@ -33,7 +34,7 @@ pub enum Json<'a> {
 }
 
 /// The members of an object, each name once.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Members<'a> {
     list: Vec<(Cow<'a, str>, Json<'a>)>,
 }
@@ -140,6 +141,13 @@ impl<'a> Members<'a> {
     /// True for `{}`.
     pub fn is_empty(&self) -> bool {
         self.list.is_empty()
+    }
+}
+
+impl PartialEq for Members<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        let same = |(name, value)| other.get(name) == Some(value);
+        self.len() == other.len() && self.iter().all(same)
     }
 }
 
@@ -269,6 +277,9 @@ impl<'de> Visitor<'de> for ValueVisitor {
             }
             list.push((name, access.next_value()?));
         }
+        if list.len() <= MEMBERS_FORESEEN / 4 {
+            list.shrink_to_fit();
+        }
         Ok(Json::Object(Members::new(list)))
     }
 }
@@ -382,7 +393,7 @@ mod tests {
             let expected: Value = serde_json::from_str(&text).expect("JSON");
             let found = read(&text);
             prop_assert_eq!(Value::from(found.clone()), expected.clone());
-            prop_assert_eq!(Value::from(found.clone().into_owned()), expected.clone());
+            prop_assert_eq!(&found.clone().into_owned(), &found);
             if let (Json::Object(members), Value::Object(expected)) = (&found, &expected) {
                 prop_assert_eq!(members.len(), expected.len());
                 for (name, value) in expected {

@@ -132,7 +132,7 @@ impl<'a> PartRun<'_, 'a> {
         let table = snapshot.table();
         found.resize(rows.min(DEADLINE_STEP), Found::MISSING);
         let mut cells: Vec<Cell<'a>> = Vec::new();
-        let mut slots: Vec<Slot<'a>> = Vec::with_capacity(found.len());
+        let mut slots: Vec<Slot<'a>> = Vec::new();
         let mut kept: Vec<usize> = Vec::new();
         let mut partial = false;
         for start in (0..rows).step_by(DEADLINE_STEP) {
@@ -221,7 +221,9 @@ impl<'a> PartRun<'_, 'a> {
                     raw,
                 });
             }
-            slots.sort_by_key(|slot| slot.level);
+            if !slots.is_sorted_by_key(|slot| slot.level) {
+                slots.sort_by_key(|slot| slot.level);
+            }
             for slots in slots.chunk_by(|a, b| a.level == b.level) {
                 let Some(first) = slots.first() else { continue };
                 let map_number = prepared.level_maps[first.level];

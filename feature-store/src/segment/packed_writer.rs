@@ -19,12 +19,12 @@ use super::{SegmentError, SegmentId};
 const STEP_ROWS: usize = 4096;
 /// Most bytes of text kept in a slot, unless padding leaves room for more.
 const MAX_INLINE_BYTES: usize = 192;
-/// The file is written in pieces of this, each at a multiple of it: what a large page holds on
+/// Slots are written in pieces of this, each at a multiple of it: what a large page holds on
 /// x86-64 and most ARM systems. File systems that have large folios (XFS, ext4 since Linux 6.16)
-/// keep such a piece in one, and whoever maps the file gets it by one entry of the page table;
-/// with smaller or unaligned writes a random row waits for the page table too. Other files of a
-/// segment are read in longer runs, and for them smaller pieces, which stay in a core's cache
-/// between being made and being written, are worth more.
+/// keep such a piece in one as long as it stays in the page cache, and whoever maps the file gets
+/// it by one entry of the page table; with smaller or unaligned writes a random row waits for the
+/// page table too. Other files of a segment are read in longer runs, and for them smaller pieces,
+/// which stay in a core's cache between being made and being written, are worth more.
 const PIECE_BYTES: usize = 2 << 20;
 /// Bytes of the heap that wait in memory; more go to an unnamed temporary file.
 const SPOOL_BYTES: usize = 8 * 1024 * 1024;

@@ -71,7 +71,7 @@ pub(crate) struct Incoming<'r> {
     /// `None` is a tombstone.
     pub(crate) value: Option<&'r [u8]>,
     pub(crate) headers: Vec<(&'r str, Option<&'r [u8]>)>,
-    /// Whether more than one table will ask for the value as JSON.
+    /// Whether more than one table reads the topic, and may ask for the value as JSON.
     pub(crate) is_shared: bool,
     /// The value as JSON, or why it is none; where it is shared, filled by the first table that
     /// asks. Else it is gone with its row: thousands of them would push all else out of the
