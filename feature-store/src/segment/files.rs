@@ -79,6 +79,8 @@ impl PartialFile {
         self.position
     }
 
+    /// Adds bytes to the end. As many as the buffer holds, or more, go to the file in one write
+    /// while nothing waits in it: whoever cares where writes begin appends such pieces only.
     pub(super) fn append(&mut self, bytes: &[u8]) -> Result<(), SegmentError> {
         self.writer
             .write_all(bytes)

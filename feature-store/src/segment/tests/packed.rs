@@ -37,6 +37,23 @@ fn every_type_is_packed_as_it_is_in_the_columns() {
 }
 
 #[test]
+fn slots_reach_the_file_in_whole_large_pages() {
+    const LARGE_PAGE: u64 = 2 << 20;
+    let fixture = packed_fixture(user_schema());
+    let mut writer = fixture.writer();
+    let partial = fixture.dir.path().join(format!("{ROWS_NAME}.partial"));
+    let mut sizes = Vec::new();
+    for first in (0..200_000).step_by(9_999) {
+        fixture.push(&mut writer, &users(first..first + 9_999));
+        sizes.push(fs::metadata(&partial).unwrap().len());
+    }
+    assert!(sizes.iter().all(|size| size % LARGE_PAGE == 0), "{sizes:?}");
+    assert!(*sizes.last().unwrap() >= 3 * LARGE_PAGE, "{sizes:?}");
+    let meta = writer.finish().unwrap();
+    fixture.open(&meta).verify().unwrap();
+}
+
+#[test]
 fn a_segment_answers_the_same_without_its_packed_rows() {
     let fixture = packed_fixture(user_schema());
     let meta = fixture.write(&[users((0..3000).map(|row| row / 3))]);
