@@ -21,9 +21,9 @@ import pinion.gather
 import pyarrow as pa
 import pytest
 from support import gpu as fake
+from support.pinned import ROWS, released, users
 from support.pins import StubServer, TestPin
 from support.process import REPOSITORY
-from test_pins import ROWS, released, users
 from test_pins_gpu import client, double, gpu, pin, stub  # noqa: F401  (fixtures)
 
 COMPILE = REPOSITORY / "python/compile_kernels.py"

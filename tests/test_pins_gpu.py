@@ -18,9 +18,9 @@ import pinion
 import pinion.cuda
 import pytest
 from support import gpu as fake
+from support.pinned import ROWS, released, users
 from support.pins import StubServer, TestPin
 from support.process import REPOSITORY
-from test_pins import ROWS, released, users
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,20 @@ import pinion
 import pyarrow as pa
 import pytest
 from pinion.segments import Files
-
 from support.wait import until
 from test_lane import HISTORY, LATEST, WIDER, calls_metrics, connect, items, leases, python_environment, usage
 from test_pins_server import (
-    HEADER, HOLD, ROOM, Raw, assert_equal_to_flight, devices, held, listed, pins, run, comparable,
+    HEADER,
+    HOLD,
+    ROOM,
+    Raw,
+    assert_equal_to_flight,
+    comparable,
+    devices,
+    held,
+    listed,
+    pins,
+    run,
 )  # fmt: skip
 from test_segments import MIXED, rows
 

@@ -20,7 +20,6 @@ import time
 import pinion
 import pyarrow as pa
 import pytest
-
 from support import flight as calls
 from support.process import binary, environment
 from support.wait import until

@@ -11,12 +11,11 @@ import sys
 
 import pinion
 import pytest
-
 from support import gpu as fake
 from support.process import Server
+from support.wait import until
 from test_lane import LATEST, calls_metrics, connect, items, python_environment
 from test_pins_server import devices, held, pins
-from support.wait import until
 
 READ = """
 import json, sys, pinion

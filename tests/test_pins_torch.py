@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch", exc_type=ImportError)
 
 import pinion.torch
 from pinion.view import View
+from support.pinned import ROWS, in_child, released, users
 from support.pins import StubServer, TestPin
-from test_pins import ROWS, in_child, released, users
 
 TENSORS = {"user", "age", "score", "rank", "half", "count", "on", "at", "hash", "embedding"}
 

@@ -16,6 +16,7 @@
 
 mod fresh;
 mod gone;
+mod nulls;
 mod rows;
 
 use std::collections::VecDeque;

@@ -357,6 +357,36 @@ fn mapped_rows_say_where_in_the_file_their_values_lie_also_after_a_merge() {
 }
 
 #[test]
+fn columns_without_nulls_are_told_by_what_is_recorded_of_them() {
+    let (_dir, store, table) = table(LATEST);
+    let names = ["item", "price", "stock"].map(str::to_owned);
+    let told = |table: &Table| table.snapshot().columns_without_nulls(&names).unwrap();
+    assert_eq!(told(&table), [true; 3], "no rows, no nulls");
+    put(&table, 0..1000, 1.5);
+    assert_eq!(told(&table), [true, true, false], "in a log");
+    table.flush().unwrap();
+    assert_eq!(told(&table), [true, true, false], "in a segment");
+
+    // A delete has no price; once it is merged away, nothing says so any more.
+    delete(&table, &[5]);
+    assert_eq!(told(&table), [true, false, false]);
+    table.flush().unwrap();
+    table.merge().unwrap();
+    assert_eq!(told(&table), [true, true, false]);
+
+    // Rows from before a feature read as its default, if it has one.
+    let days = "[[feature]]\nname = \"days\"\ntype = \"int32\"";
+    let table = apply(&store, &format!("{LATEST}\n{days}\ndefault = 3"));
+    let days_name = ["days".to_owned()];
+    let told = |table: &Table| table.snapshot().columns_without_nulls(&days_name).unwrap();
+    assert_eq!(told(&table), [true]);
+    put(&table, [1], 1.0);
+    assert_eq!(told(&table), [false], "a row that does not say it");
+    let unknown = table.snapshot().columns_without_nulls(&["daze".to_owned()]);
+    assert!(matches!(unknown, Err(ReadError::UnknownFeature { .. })));
+}
+
+#[test]
 fn waiting_ends_with_a_commit_and_not_with_a_merge() {
     let (_dir, _store, table) = table(LATEST);
     put(&table, 0..10, 1.0);

@@ -165,6 +165,14 @@ impl Follower {
             .map(|rows| rows.batch)
             .collect();
         assert_eq!(without, with_keys, "values of {snapshot:?}");
+        let schema = snapshot.definition().schema();
+        let all = schema.fields().iter().map(|f| f.name().clone()).collect();
+        let names: Vec<String> = self.columns.clone().unwrap_or(all);
+        let no_nulls = snapshot.columns_without_nulls(&names).unwrap();
+        for (at, name) in names.iter().enumerate().filter(|(at, _)| no_nulls[*at]) {
+            let nulls: usize = without.iter().map(|b| b.column(at).null_count()).sum();
+            assert_eq!(nulls, 0, "{name} of {snapshot:?}");
+        }
     }
 
     fn compare(&self, snapshot: &Snapshot) {

@@ -148,7 +148,7 @@ impl<'a, S: Sink> Encoder<'a, S> {
     ) -> Result<(), EncodeError> {
         let nulls = NullBuffer::union(parent, array.nulls());
         let nulls = nulls.as_ref().filter(|nulls| nulls.null_count() > 0);
-        if let Some(validity) = node.validity() {
+        if let Some(validity) = node.validity().filter(|at| !self.is_shared(*at)) {
             self.validity(validity, nulls, rows);
         }
         match node {
@@ -168,6 +168,11 @@ impl<'a, S: Sink> Encoder<'a, S> {
             }
             Node::Struct { children, .. } => self.members(children, at, array, nulls, rows),
         }
+    }
+
+    /// Whether columns share this validity, which whoever fills the slot writes once.
+    fn is_shared(&self, validity: u64) -> bool {
+        self.shape.shared_validity == Some(validity)
     }
 
     fn validity(&mut self, offset: u64, nulls: Option<&NullBuffer>, rows: &Rows<'_>) {

@@ -5,6 +5,7 @@
 //! 4096. Fixed-width columns come first, ordered by (width, type, place among the columns), so
 //! that columns of one type lie side by side at one pitch: a matrix without a copy. Their
 //! validity follows in the same order and is one byte a row, 1 = valid, which is a mask as it is.
+//! Of a pin that never changes, fixed-width columns without a null share one validity, all 1.
 //!
 //! Variable parts only ever grow: the heap of a string column, the elements of a list column. They
 //! are numbered in the order of the columns, parents before children ([`Shape::parts`]); what
@@ -86,6 +87,9 @@ pub struct Shape {
     pub capacity_rows: u64,
     /// Bytes from the first buffer to the end of the last.
     pub slot_bytes: u64,
+    /// The validity that columns without a null share; all 1.
+    #[serde(skip)]
+    pub shared_validity: Option<u64>,
     /// In the order asked for, which is not the order of their bytes.
     pub columns: Vec<Column>,
 }

@@ -19,9 +19,24 @@ impl Shape {
     ///
     /// Never: parts missing in `capacity` count as 0.
     pub fn plan(fields: &Fields, capacity: &Used) -> Result<Shape, LayoutError> {
+        Shape::plan_sharing(fields, capacity, &[])
+    }
+
+    /// The same, for rows that never change: the fixed-width columns for which `without_nulls` says
+    /// so share one validity, where the first of theirs would be. Columns missing in it have nulls.
+    ///
+    /// # Errors
+    ///
+    /// As [`plan`](Shape::plan).
+    pub fn plan_sharing(
+        fields: &Fields,
+        capacity: &Used,
+        without_nulls: &[bool],
+    ) -> Result<Shape, LayoutError> {
         let mut placer = Placer {
             end: 0,
             capacity_rows: capacity.rows,
+            shared_validity: None,
         };
         let mut columns: Vec<Option<Column>> = vec![None; fields.len()];
         let mut fixed: Vec<(u32, String, usize)> = Vec::new();
@@ -37,7 +52,10 @@ impl Shape {
             values.push(placer.place(capacity.rows, u64::from(*width))?);
         }
         for ((width, name, at), values) in fixed.iter().zip(values) {
-            let validity = placer.validity(&fields[*at], capacity.rows)?;
+            let validity = match without_nulls.get(*at) {
+                Some(true) => placer.shared_validity(&fields[*at])?,
+                _ => placer.validity(&fields[*at], capacity.rows)?,
+            };
             let pitch = round_up(capacity.rows * u64::from(*width));
             columns[*at] = Some(Column {
                 node: if name == "bool" {
@@ -68,6 +86,7 @@ impl Shape {
         Ok(Shape {
             capacity_rows: capacity.rows,
             slot_bytes: placer.end,
+            shared_validity: placer.shared_validity,
             columns: laid_out,
         })
     }
@@ -96,8 +115,10 @@ impl Column {
 struct Placer {
     /// First byte not taken; a multiple of the alignment.
     end: u64,
-    /// For messages.
+    /// Of the slot.
     capacity_rows: u64,
+    /// Once a column has it.
+    shared_validity: Option<u64>,
 }
 
 impl Placer {
@@ -122,6 +143,13 @@ impl Placer {
 
     fn validity(&mut self, field: &Field, rows: u64) -> Result<Option<u64>, LayoutError> {
         field.is_nullable().then(|| self.place(rows, 1)).transpose()
+    }
+
+    fn shared_validity(&mut self, field: &Field) -> Result<Option<u64>, LayoutError> {
+        if field.is_nullable() && self.shared_validity.is_none() {
+            self.shared_validity = self.validity(field, self.capacity_rows)?;
+        }
+        Ok(self.shared_validity.filter(|_| field.is_nullable()))
     }
 
     fn column(

@@ -326,3 +326,37 @@ fn the_json_of_a_layout_is_what_the_protocol_says() {
     let found = serde_json::to_value(&layout).unwrap();
     assert_eq!(found, expected);
 }
+
+#[test]
+fn columns_without_nulls_share_one_validity_and_the_others_keep_theirs() {
+    let columns = [
+        ("a", "double", true),
+        ("key", "int64", false),
+        ("b", "double", true),
+        ("with nulls", "double", true),
+        ("flag", "bool", true),
+        ("text", "string", true),
+    ];
+    let fields = fields(&columns);
+    let used = Used {
+        rows: 10_000,
+        parts: vec![100],
+    };
+    let without_nulls = [true, true, true, false, true, true];
+    let shape = Shape::plan_sharing(&fields, &used, &without_nulls).unwrap();
+    let shared = shape.shared_validity;
+    assert!(shared.is_some());
+    let validity: Vec<Option<u64>> = shape.columns.iter().map(|c| c.node.validity()).collect();
+    assert_eq!([validity[0], validity[2], validity[4]], [shared; 3]);
+    assert_eq!(validity[1], None);
+    let mut distinct = extents(&shape);
+    distinct.dedup();
+    for pair in distinct.windows(2) {
+        assert!(pair[0].1 <= pair[1].0, "{pair:?}");
+    }
+    let apart = Shape::plan(&fields, &used).unwrap();
+    assert_eq!(apart.shared_validity, None);
+    assert_eq!(apart.slot_bytes - shape.slot_bytes, 2 * 12_288);
+    let none = Shape::plan_sharing(&fields, &used, &[false; 6]).unwrap();
+    assert_eq!(none, apart);
+}

@@ -159,4 +159,10 @@ impl Columns {
     pub fn shape(&self, capacity: &Used) -> Result<Shape, LayoutError> {
         Shape::plan(&self.fields, capacity)
     }
+
+    /// Lays them out for the rows of one snapshot and no others.
+    pub fn frozen_shape(&self, capacity: &Used, snapshot: &Snapshot) -> Result<Shape, PinError> {
+        let without_nulls = snapshot.columns_without_nulls(&self.names)?;
+        Ok(Shape::plan_sharing(&self.fields, capacity, &without_nulls)?)
+    }
 }

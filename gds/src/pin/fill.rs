@@ -20,7 +20,6 @@ use serde_json::{Value, json};
 
 use super::columns::Columns;
 use super::error::PinError;
-use super::index::{IndexBuilder, KeyIndex};
 use crate::backend::{Backend, DmaFile, Edits, LoadPath, LoadReport, Piece, Region};
 use crate::encode::{Encoder, Rows};
 use crate::layout::{Node, Shape, Used};
@@ -33,8 +32,7 @@ const WRITE_AT_BYTES: u64 = 32 << 20;
 const LOAD_AT_BYTES: u64 = 256 << 20;
 const LOAD_AT_PIECES: usize = 4096;
 
-/// Loads named while one is under way: all, for most tables, since a name takes little memory. The
-/// key index is then made while the disk is read.
+/// Loads named while one is under way: all, for most tables, since a name takes little memory.
 const LOADS_AHEAD: usize = 256;
 
 /// How the bytes of a fill reached the slot, and why not all were loaded.
@@ -63,7 +61,7 @@ pub struct EncodedBytes {
     pub form_bytes: u64,
     /// Columns with nulls, which get NaN or 0.
     pub nulls_bytes: u64,
-    /// Validity of columns that were loaded.
+    /// Validity of columns that were loaded, and the one that columns without nulls share.
     pub validity_bytes: u64,
 }
 
@@ -104,8 +102,6 @@ impl EncodedBytes {
 /// A slot that was filled.
 pub(crate) struct Filled {
     pub used: Used,
-    /// If it was asked for.
-    pub index: Option<KeyIndex>,
     pub report: FillReport,
 }
 
@@ -116,7 +112,6 @@ pub(crate) struct Fill<'a> {
     pub shape: &'a Shape,
     pub snapshot: &'a Snapshot,
     pub columns: &'a Columns,
-    pub with_index: bool,
     /// Asked before each batch of rows and each load.
     pub go_on: &'a (dyn Fn() -> Result<(), PinError> + Sync),
 }
@@ -126,7 +121,7 @@ type Load = (Arc<DmaFile>, Vec<Piece>);
 
 impl Fill<'_> {
     /// Fills the region with all latest rows of the snapshot, in the order of
-    /// [`Snapshot::latest_rows`], from row 0 on.
+    /// [`Snapshot::latest_values`], from row 0 on.
     ///
     /// # Errors
     ///
@@ -186,12 +181,7 @@ impl Fill<'_> {
     /// stopped, which is an error.
     fn name_all(&self, loads: SyncSender<Load>, stopped: &AtomicBool) -> Result<Filled, PinError> {
         let mut filling = Filling::new(self, loads);
-        let names = Some(&self.columns.names[..]);
-        let rows = match self.with_index {
-            true => self.snapshot.latest_rows(names)?,
-            false => self.snapshot.latest_values(names)?,
-        };
-        for rows in rows {
+        for rows in self.snapshot.latest_values(Some(&self.columns.names))? {
             if stopped.load(Ordering::Relaxed) {
                 return Err(loading_ended());
             }
@@ -214,7 +204,6 @@ struct Filling<'a> {
     region: &'a Region,
     shape: &'a Shape,
     encoder: Encoder<'a, Edits>,
-    index: Option<IndexBuilder>,
     /// To the thread that loads.
     loads: SyncSender<Load>,
     /// The file that `pieces` are of.
@@ -240,7 +229,6 @@ impl<'a> Filling<'a> {
             region: fill.region,
             shape: fill.shape,
             encoder: Encoder::new(fill.shape, &none, Edits::default()),
-            index: fill.with_index.then(IndexBuilder::default),
             loads,
             file: None,
             pieces: Vec::new(),
@@ -263,15 +251,17 @@ impl<'a> Filling<'a> {
     fn end(mut self) -> Result<Filled, PinError> {
         self.hand_over()?;
         self.write()?;
-        let index = self.index.take().map(IndexBuilder::build);
         self.set_valid()?;
+        if let Some(validity) = self.shape.shared_validity.filter(|_| self.rows > 0) {
+            self.backend.set(self.region, validity, self.rows, 1)?;
+            self.report.encoded.validity_bytes += self.rows;
+        }
         self.report.rows = self.rows;
         Ok(Filled {
             used: Used {
                 rows: self.rows,
                 parts: self.encoder.parts,
             },
-            index,
             report: self.report,
         })
     }
@@ -280,18 +270,16 @@ impl<'a> Filling<'a> {
         let count = rows.batch.num_rows();
         let first = self.rows;
         self.rows += count as u64;
-        if let Some(index) = &mut self.index {
-            index.extend(&rows.keys);
-        }
         let run = Rows::Run { first, count };
         for (at, array) in rows.batch.columns().iter().enumerate() {
             let before = self.encoded_bytes();
-            let way = way_of(
-                &self.shape.columns[at].node,
-                array,
-                rows.mapped.as_ref(),
-                at,
-            );
+            let column = &self.shape.columns[at];
+            if self.shares_validity(&column.node) && array.null_count() > 0 {
+                return Err(PinError::Inconsistent {
+                    problem: format!("column {:?} has nulls, its segments say none", column.name),
+                });
+            }
+            let way = way_of(&column.node, array, rows.mapped.as_ref(), at);
             if let Way::Load(range, base, width) = way {
                 self.load(rows.mapped.as_ref(), range, base + first * width)?;
                 self.all_valid(at, first, count as u64)?;
@@ -311,6 +299,10 @@ impl<'a> Filling<'a> {
             }
         }
         Ok(())
+    }
+
+    fn shares_validity(&self, node: &Node) -> bool {
+        node.validity().is_some() && node.validity() == self.shape.shared_validity
     }
 
     fn encoded_bytes(&self) -> u64 {
@@ -353,7 +345,8 @@ impl<'a> Filling<'a> {
     fn all_valid(&mut self, column: usize, first: u64, count: u64) -> Result<(), PinError> {
         let node = &self.shape.columns[column].node;
         let mut found = Vec::with_capacity(2);
-        found.extend(node.validity().map(|at| (at + first, count)));
+        let own = node.validity().filter(|_| !self.shares_validity(node));
+        found.extend(own.map(|at| (at + first, count)));
         if let Node::FixedSizeList { size, child, .. } = node {
             let size = u64::from(*size);
             let validity = child.validity();

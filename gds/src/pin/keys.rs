@@ -1,9 +1,9 @@
 //! Epochs: a stretch of generations of one key index.
 //!
 //! A pin that is filled anew numbers its rows anew: a new epoch begins, and leases on older
-//! generations keep theirs. A fresh pin has its index from the start; a frozen one makes it when
-//! it is first asked, from the snapshot it was filled from; one that is lent has none, since its
-//! segments have.
+//! generations keep theirs. The index is made from the snapshot that the pin was filled from, after
+//! it can be leased: values need no index. A fresh pin makes it at once, for the changes to come; a
+//! frozen one when it is first asked; one that is lent has none, since its segments have.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -26,7 +26,7 @@ const KEYS_A_LOCK: usize = 4096;
 pub(crate) struct Epoch {
     columns: Vec<Field>,
     encoder: KeyEncoder,
-    /// Where a frozen pin's index comes from, until it is made.
+    /// Where the index comes from, until it is made.
     source: Mutex<Option<Snapshot>>,
     /// Files that are lent, which have indexes of their own.
     lent: Option<Arc<CleanSnapshot>>,
@@ -43,23 +43,11 @@ struct Indexed {
 }
 
 impl Epoch {
-    /// With an index, for a pin that will change.
-    pub fn with_index(
-        definition: &TableDefinition,
-        index: KeyIndex,
-        journal_max_bytes: usize,
-    ) -> Result<Epoch, PinError> {
-        let epoch = Epoch::new(definition, journal_max_bytes)?;
-        epoch.set(index);
-        Ok(epoch)
-    }
-
-    /// Without an index yet, for a pin that never changes. Keeps the snapshot's files until the
-    /// index is made.
-    pub fn of_snapshot(snapshot: &Snapshot) -> Result<Epoch, PinError> {
+    /// Of a snapshot's rows; without an index yet, and until then it keeps the snapshot's files.
+    pub fn of_snapshot(snapshot: &Snapshot, journal_max_bytes: usize) -> Result<Epoch, PinError> {
         Ok(Epoch {
             source: Mutex::new(Some(snapshot.clone())),
-            ..Epoch::new(snapshot.definition(), 0)?
+            ..Epoch::new(snapshot.definition(), journal_max_bytes)?
         })
     }
 
@@ -92,30 +80,42 @@ impl Epoch {
         })
     }
 
-    fn set(&self, index: KeyIndex) {
-        self.indexed.get_or_init(|| {
-            RwLock::new(Indexed {
-                index,
-                journal: Journal::default(),
-            })
-        });
+    /// The index; made here if this is its first use.
+    fn indexed(&self) -> Result<&RwLock<Indexed>, PinError> {
+        self.index(&|| Ok(()))
     }
 
-    /// The index; made here if it is a frozen pin's first use of it.
-    fn indexed(&self) -> Result<&RwLock<Indexed>, PinError> {
+    /// Makes the index, unless it is there.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading, and of `go_on`, which is asked before each batch of rows: another call
+    /// begins anew.
+    pub fn make_index(&self, go_on: &dyn Fn() -> Result<(), PinError>) -> Result<(), PinError> {
+        self.index(go_on).map(|_| ())
+    }
+
+    fn index(
+        &self,
+        go_on: &dyn Fn() -> Result<(), PinError>,
+    ) -> Result<&RwLock<Indexed>, PinError> {
         if let Some(indexed) = self.indexed.get() {
             return Ok(indexed);
         }
+        // Whoever comes second waits here, and finds it made.
         let mut source = self.source.lock();
-        if self.indexed.get().is_none() {
+        if let Some(snapshot) = &*source {
             let mut index = IndexBuilder::default();
-            if let Some(snapshot) = &*source {
-                // In the order of the fill, which is that of the snapshot.
-                for rows in snapshot.latest_rows(Some(&[]))? {
-                    index.extend(&rows?.keys);
-                }
+            // In the order of the fill, which is that of the snapshot.
+            for rows in snapshot.latest_rows(Some(&[]))? {
+                go_on()?;
+                index.extend(&rows?.keys);
             }
-            self.set(index.build());
+            let indexed = RwLock::new(Indexed {
+                index: index.build(),
+                journal: Journal::default(),
+            });
+            self.indexed.get_or_init(|| indexed);
             *source = None;
         }
         self.indexed.get().ok_or_else(|| PinError::Inconsistent {

@@ -122,8 +122,9 @@ impl Lease {
     /// The rows that keys have in the leased generation, -1 where there is none. `keys` has
     /// the table's key columns, found by name.
     ///
-    /// Costs a probe of a hash table for each key; the first call on a frozen pin that was
-    /// copied reads the keys of the whole table. Of files that are lent: a probe of each
+    /// Costs a probe of a hash table for each key. Of a pin that was copied, the table is made after
+    /// its first generation can be leased, of the keys of all rows: of a fresh pin at once, of a
+    /// frozen one by the first call; calls wait for it. Of files that are lent: a probe of each
     /// segment's index.
     ///
     /// # Errors

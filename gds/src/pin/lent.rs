@@ -98,6 +98,7 @@ pub(crate) fn lend(
         shape: Shape {
             capacity_rows: rows,
             slot_bytes: 0,
+            shared_validity: None,
             columns: Vec::new(),
         },
     };

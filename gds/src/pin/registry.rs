@@ -223,7 +223,10 @@ impl Pins {
             Headroom::NONE
         };
         let capacity: Used = headroom.over(&columns.measure(&snapshot)?);
-        let shape = columns.shape(&capacity)?;
+        let shape = match spec.mode {
+            PinMode::Fresh => columns.shape(&capacity)?,
+            PinMode::Frozen => columns.frozen_shape(&capacity, &snapshot)?,
+        };
         let memory = device.allocate(spec.slots, shape.slot_bytes, None)?;
         let region = &first(&memory)?.region;
         let backend = device.backend.as_ref();
@@ -234,17 +237,10 @@ impl Pins {
             shape: &shape,
             snapshot: &snapshot,
             columns: &columns,
-            with_index: fresh,
             go_on: &go_on,
         };
         let filled = fill.run()?;
-        let epoch = match filled.index {
-            Some(index) => {
-                let journal_max_bytes = self.options.journal_max_bytes;
-                Epoch::with_index(snapshot.definition(), index, journal_max_bytes)?
-            }
-            None => Epoch::of_snapshot(&snapshot)?,
-        };
+        let epoch = Epoch::of_snapshot(&snapshot, self.options.journal_max_bytes)?;
         let layout = Layout {
             number: 1,
             kind: spec.mode,

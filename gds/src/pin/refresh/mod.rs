@@ -142,6 +142,9 @@ impl Refresher {
     fn advance(&mut self) -> Result<Step, PinError> {
         let (newest, _) = self.pin.newest()?;
         if newest.number == self.head.number {
+            if self.refill.is_none() {
+                self.head.epoch.make_index(&|| self.go_on())?;
+            }
             let snapshot = self.pin.spec.table.snapshot();
             if !self.is_behind(&snapshot) {
                 self.catch_up()?;

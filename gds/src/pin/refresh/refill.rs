@@ -163,7 +163,6 @@ impl Refresher {
             shape,
             snapshot,
             columns,
-            with_index: true,
             go_on: &|| self.go_on(),
         };
         fill.run()
@@ -205,7 +204,7 @@ impl Refresher {
     }
 
     /// A pin that is out of use need not be filled to the end.
-    fn go_on(&self) -> Result<(), PinError> {
+    pub(super) fn go_on(&self) -> Result<(), PinError> {
         if self.pin.is_retired() {
             return Err(self.pin.gone());
         }
@@ -219,9 +218,7 @@ impl Refresher {
         columns: Columns,
         filled: Filled,
     ) -> Result<(), PinError> {
-        let index = filled.index.unwrap_or_default();
-        let journal_max_bytes = self.options.journal_max_bytes;
-        let epoch = Epoch::with_index(snapshot.definition(), index, journal_max_bytes)?;
+        let epoch = Epoch::of_snapshot(snapshot, self.options.journal_max_bytes)?;
         self.pin.filled(filled.report);
         self.head = Head {
             number: self.head.number + 1,

@@ -1,8 +1,11 @@
 //! First fills, frozen pins, and what is refused.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use arrow_array::{ArrayRef, BooleanArray, Float64Array, Int32Array, RecordBatch};
+use pinion_feature_store::Change;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
@@ -80,6 +83,102 @@ fn whole_columns_without_nulls_are_loaded_and_the_rest_is_encoded_with_the_cause
     assert_eq!(fill.rows, 20_000);
     assert!(fill.encoded.scattered_bytes > 10_000 * 12);
     assert!(fill.loaded_bytes > 9_000 * 12, "{fill:?}");
+}
+
+const NULLABLE: &str = r#"
+    [table]
+    name = "items"
+    entity = [{ name = "item", type = "int64" }, { name = "shop", type = "string" }]
+    history = "latest"
+    [features]
+    a = "float64"
+    b = "float64"
+    c = "int32"
+    flag = "bool"
+"#;
+
+/// Rows of `NULLABLE`; `b` is null in every seventh row.
+fn put_nullable(world: &World, items: std::ops::Range<i64>) {
+    let values: Vec<f64> = items.clone().map(|i| i as f64).collect();
+    let every_seventh = items.clone().map(|i| (i % 7 > 0).then_some(0.5));
+    let flags: Vec<bool> = items.clone().map(|i| i % 2 == 0).collect();
+    let keys = key_batch(&keys(items.clone()));
+    let counts = items.map(|i| i as i32);
+    let columns: [(&str, ArrayRef); 6] = [
+        ("item", Arc::clone(keys.column(0))),
+        ("shop", Arc::clone(keys.column(1))),
+        ("a", Arc::new(Float64Array::from(values))),
+        ("b", Arc::new(Float64Array::from_iter(every_seventh))),
+        ("c", Arc::new(Int32Array::from_iter_values(counts))),
+        ("flag", Arc::new(BooleanArray::from(flags))),
+    ];
+    world.commit(Change::Upsert(RecordBatch::try_from_iter(columns).unwrap()));
+}
+
+#[test]
+fn columns_of_a_frozen_pin_without_nulls_share_one_validity() {
+    let world = World::with(NULLABLE, by_hand(), Watched::new(1 << 40));
+    put_nullable(&world, 0..20_000);
+    world.table.flush().unwrap();
+    // Some in a log, some replaced: no nulls there either.
+    put_nullable(&world, 500..21_000);
+    let fill = world.pins.pin(&copied()).unwrap().fill;
+    world.compare();
+    let validity = |world: &World| -> Vec<Option<u64>> {
+        let lease = world.lease(1);
+        let columns = &lease.layout().shape.columns;
+        columns.iter().map(|c| c.node.validity()).collect()
+    };
+    let [item, _shop, a, b, c, flag] = validity(&world)[..] else {
+        panic!("six columns");
+    };
+    assert!(item.is_none() && a.is_some() && b.is_some());
+    assert_eq!((a, a), (c, flag));
+    assert_ne!(a, b);
+    assert!(fill.encoded.validity_bytes >= 21_000);
+    world.pins.release_all(1);
+    world.pins.unpin("items").unwrap();
+
+    // What changes may get a null in any column.
+    world.pins.pin(&request(PinMode::Fresh)).unwrap();
+    world.compare();
+    let mut fresh: Vec<u64> = validity(&world).into_iter().flatten().collect();
+    fresh.sort_unstable();
+    fresh.dedup();
+    assert_eq!(fresh.len(), 4);
+}
+
+#[test]
+fn a_fresh_pin_is_leased_before_its_keys_are_indexed() {
+    let world = World::new(by_hand());
+    let mut rng = StdRng::seed_from_u64(8);
+    world.put(&mut rng, &keys(0..500));
+    world.table.flush().unwrap();
+    let status = world.pins.pin(&request(PinMode::Fresh)).unwrap();
+    world.compare();
+    assert_eq!(status.host_bytes, 0, "no index yet");
+    let first = world.lease(1);
+    assert!(!world.pins.refresh("items").unwrap());
+    assert!(world.pins.status("items").unwrap().host_bytes > 0);
+
+    // What the rows are of is found out from the snapshot that was filled in.
+    let late = PinRequest {
+        name: Some("late".to_owned()),
+        ..request(PinMode::Fresh)
+    };
+    world.pins.pin(&late).unwrap();
+    let before = world.pins.lease("late", 1, holder(1)).unwrap();
+    world.put(&mut rng, &keys(100..700));
+    world.delete(&keys(0..50));
+    world.table.flush().unwrap();
+    world.table.merge().unwrap();
+    assert_rows_found(&before, &keys(0..800));
+    assert!(world.pins.refresh("late").unwrap());
+    let after = world.pins.lease("late", 1, holder(1)).unwrap();
+    assert_eq!(rows_of(&after), scanned(&world.table.snapshot(), None));
+    assert_rows_found(&after, &keys(0..800));
+    assert_rows_found(&first, &keys(0..800));
+    world.refresh_and_compare();
 }
 
 #[test]
