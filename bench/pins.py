@@ -35,7 +35,7 @@ from harness import (
     show_part,
     versions,
 )
-from pins_report import REPORTS
+from pins_report import REPORTS, WITH_NULLS
 from serve_for import example
 
 FULL_ROWS, FULL_KEYS, FULL_SECONDS = 16_777_216, 1_000_000, 60
@@ -61,6 +61,7 @@ def main():
         return
     if options.build_only:
         table(options.rows)
+        table(options.rows // 4, NULL_SHARE)
         return
     trials = {
         "load": options.rows < FULL_ROWS,
@@ -99,6 +100,8 @@ def native(name, *arguments, env=None, timeout=300):
 # -- loads to host memory
 
 COLUMNS, CHUNK = 31, 65_536
+# Of a table of a quarter of the rows, beside one without nulls.
+NULL_SHARE = 0.01
 SCHEMA = pa.schema([pa.field("id", pa.int64(), nullable=False)] + [(f"f{n}", pa.float64()) for n in range(COLUMNS)])
 DEFINITION = (
     '[table]\nname = "loaded"\nentity = [{ name = "id", type = "int64" }]\nhistory = "latest"\n[features]\n'
@@ -106,9 +109,9 @@ DEFINITION = (
 )
 
 
-def table(rows):
-    """The data directory with the table that is loaded: 256 bytes a row, no nulls. Built once."""
-    folder = DATA / f"pins-{rows}"
+def table(rows, null_share=0.0):
+    """The data directory with the table that is loaded: 256 bytes a row. Built once."""
+    folder = DATA / (f"pins-{rows}-nulls-{null_share}" if null_share else f"pins-{rows}")
     if (folder / "complete").exists():
         return folder / "data"
     shutil.rmtree(folder, ignore_errors=True)
@@ -120,7 +123,9 @@ def table(rows):
             count = min(CHUNK, rows - first)
             generator = np.random.default_rng([31, first])
             columns = [pa.array(np.arange(first, first + count))]
-            columns += [pa.array(generator.random(count)) for _ in range(COLUMNS)]
+            for _ in range(COLUMNS):
+                values = generator.random(count)
+                columns.append(pa.array(values, mask=generator.random(count) < null_share if null_share else None))
             writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA))
     pinion("init", "--data", data)
     pinion("apply", "--data", data, described)
@@ -138,13 +143,15 @@ FIO = ((1, 1), (1, 4), (1, 8), (2, 4), (4, 2), (4, 8))
 def load(options):
     if shutil.which("fio") is None:
         raise Unmeasured("fio is missing (Debian calls it fio)")
-    data = table(options.rows)
+    data, some_null = table(options.rows), table(options.rows // 4, NULL_SHARE)
     files = sorted(file for file in data.rglob("*.arrow") if file.stat().st_size)
-    everything = [file for file in data.rglob("*") if file.is_file() and file.stat().st_size]
+    tables = (data, some_null)
+    everything = [file for data in tables for file in data.rglob("*") if file.is_file() and file.stat().st_size]
     file_bytes = sum(file.stat().st_size for file in files)
     ways = {
         "pin, frozen": ("pin", data, "loaded", "frozen"),
         "pin, fresh": ("pin", data, "loaded", "fresh"),
+        WITH_NULLS: ("pin", some_null, "loaded", "frozen"),
         "files": ("files", *files),
     }
 

@@ -2,6 +2,8 @@
 
 from harness import median, ratios, spread, table
 
+WITH_NULLS = "pin, frozen, 1% null"
+
 
 def load_report(found):
     rows, notes = [], []
@@ -12,7 +14,7 @@ def load_report(found):
             ours = not name.startswith(peers)
             share = spread(ratios(rates, runs[best])) if ours else "the best" if name == best else ""
             rows.append([cache, name, spread(rates), share])
-    for name in ("pin, frozen", "pin, fresh"):
+    for name in ("pin, frozen", "pin, fresh", WITH_NULLS):
         [first, *_] = found["rounds"]["warm"][name]
         encoded = sum(first["encoded_bytes"].values())
         notes.append(

@@ -376,12 +376,13 @@ fn columns_without_nulls_are_told_by_what_is_recorded_of_them() {
 
     // Rows from before a feature read as its default, if it has one.
     let days = "[[feature]]\nname = \"days\"\ntype = \"int32\"";
-    let table = apply(&store, &format!("{LATEST}\n{days}\ndefault = 3"));
-    let days_name = ["days".to_owned()];
-    let told = |table: &Table| table.snapshot().columns_without_nulls(&days_name).unwrap();
-    assert_eq!(told(&table), [true]);
+    let more = "[[feature]]\nname = \"more\"\ntype = \"int32\"";
+    let table = apply(&store, &format!("{LATEST}\n{days}\ndefault = 3\n{more}"));
+    let names = ["days", "more"].map(str::to_owned);
+    let told = |table: &Table| table.snapshot().columns_without_nulls(&names).unwrap();
+    assert_eq!(told(&table), [true, false]);
     put(&table, [1], 1.0);
-    assert_eq!(told(&table), [false], "a row that does not say it");
+    assert_eq!(told(&table), [true, false], "a row that says neither");
     let unknown = table.snapshot().columns_without_nulls(&["daze".to_owned()]);
     assert!(matches!(unknown, Err(ReadError::UnknownFeature { .. })));
 }

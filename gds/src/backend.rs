@@ -387,6 +387,10 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// `OutOfRange` before anything is written.
     fn write(&self, region: &Region, edits: &Edits) -> Result<(), GdsError>;
 
+    /// True if a write of many small stretches costs about what their bytes do, and not so much
+    /// for each.
+    fn scatters(&self) -> bool;
+
     /// Sets a stretch to one byte.
     ///
     /// # Errors

@@ -158,6 +158,10 @@ impl Backend for BounceBackend {
         lane.finish()
     }
 
+    fn scatters(&self) -> bool {
+        self.kernels.are_there()
+    }
+
     fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError> {
         let range = CudaMemory::of(region, &self.device)?.range();
         region.check(offset, bytes)?;

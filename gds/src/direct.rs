@@ -163,6 +163,10 @@ impl Backend for DirectBackend {
         self.staged.write(region, edits)
     }
 
+    fn scatters(&self) -> bool {
+        self.staged.scatters()
+    }
+
     fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError> {
         self.staged.set(region, offset, bytes, value)
     }

@@ -151,6 +151,10 @@ impl Backend for HostBackend {
         Ok(())
     }
 
+    fn scatters(&self) -> bool {
+        true
+    }
+
     fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError> {
         let memory = self.ours(region)?;
         region.check(offset, bytes)?;

@@ -157,6 +157,11 @@ impl RefreshKernels {
         Ok(true)
     }
 
+    /// False where stretches are copied one by one.
+    pub(crate) fn are_there(&self) -> bool {
+        self.tools().is_some()
+    }
+
     fn tools(&self) -> Option<&Tools> {
         self.tools.get_or_init(|| self.find_tools()).as_ref()
     }

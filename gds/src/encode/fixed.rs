@@ -6,7 +6,7 @@ use arrow_buffer::NullBuffer;
 use arrow_schema::DataType;
 use half::f16;
 
-use super::{At, EncodeError, Encoder, Rows, Sink, wrong_type};
+use super::{At, EncodeError, Encoder, Rows, Sink, null_rows, wrong_type};
 
 impl<S: Sink> Encoder<'_, S> {
     pub(super) fn fixed(
@@ -33,7 +33,7 @@ impl<S: Sink> Encoder<'_, S> {
             Some(nulls) => {
                 let mut values = values.to_vec();
                 let null = null_value(at.data_type, width);
-                for row in (0..nulls.len()).filter(|row| nulls.is_null(*row)) {
+                for row in null_rows(nulls).set_indices() {
                     values[row * width..(row + 1) * width].copy_from_slice(&null);
                 }
                 rows.put(&mut self.sink, base, width, &values);

@@ -17,10 +17,11 @@ mod tests;
 mod views;
 
 use arrow_array::{Array, ArrayRef};
-use arrow_buffer::NullBuffer;
+use arrow_buffer::{BooleanBuffer, NullBuffer};
 use arrow_schema::{ArrowError, DataType};
 use pinion_schemas::{format_type, storage_type};
 
+use self::fixed::null_value;
 pub(crate) use self::rows::Rows;
 pub(crate) use self::views::INLINE_BYTES;
 
@@ -138,6 +139,27 @@ impl<'a, S: Sink> Encoder<'a, S> {
         self.node(&target.node, &mut at, array.as_ref(), None, rows)
     }
 
+    /// Encodes the nulls of a fixed-width column whose values lie in the slot already, as rows from
+    /// `first` on: what is null becomes what a null is, and every row gets its validity.
+    pub fn nulls(&mut self, column: usize, nulls: &NullBuffer, first: u64) {
+        let target = &self.shape.columns[column];
+        let rows = Rows::Run {
+            first,
+            count: nulls.len(),
+        };
+        if let Some(validity) = target.node.validity() {
+            self.validity(validity, Some(nulls), &rows);
+        }
+        if let Node::Fixed { width, values, .. } = target.node {
+            let stored = storage_type(&target.data_type);
+            let null = null_value(&stored, width as usize);
+            for row in null_rows(nulls).set_indices() {
+                let at = values + (first + row as u64) * u64::from(width);
+                self.sink.push(at, &null);
+            }
+        }
+    }
+
     fn node(
         &mut self,
         node: &Node,
@@ -179,11 +201,19 @@ impl<'a, S: Sink> Encoder<'a, S> {
         match nulls {
             None => rows.put_same(&mut self.sink, offset, &[1]),
             Some(nulls) => {
-                let bytes: Vec<u8> = nulls.iter().map(u8::from).collect();
+                let mut bytes = vec![1; nulls.len()];
+                null_rows(nulls)
+                    .set_indices()
+                    .for_each(|row| bytes[row] = 0);
                 rows.put(&mut self.sink, offset, 1, &bytes);
             }
         }
     }
+}
+
+/// One bit a row, set where it is null.
+fn null_rows(nulls: &NullBuffer) -> BooleanBuffer {
+    !nulls.inner()
 }
 
 /// The array in the stored type: plain values for dictionaries.

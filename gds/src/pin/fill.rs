@@ -1,10 +1,11 @@
 //! Filling a slot with all latest rows of a snapshot.
 //!
-//! What lies on disk as a slot has it (the values of a fixed-width column without nulls, in a
-//! run of rows that a segment holds side by side) is loaded from the segment's file by the
-//! backend, without a stop on the host, by a thread of its own while the next rows are read.
-//! Everything else is encoded here and written: rows that are compacted before the copy, rows of
-//! logs, nulls, texts, lists, booleans, and validity, which files hold as bits.
+//! What lies on disk as a slot has it (the values of a fixed-width column, in a run of rows that a
+//! segment holds side by side) is loaded from the segment's file by the backend, without a stop on
+//! the host, by a thread of its own while the next rows are read. Everything else is encoded here
+//! and written: rows that are compacted before the copy, rows of logs, texts, lists, booleans, and
+//! validity, which files hold as bits. What is null is written over what was loaded, where that
+//! is little; else the column's rows are encoded.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef};
+use arrow_buffer::NullBuffer;
 use pinion_feature_store::{FileRange, KeyedRows, MappedRows, Snapshot};
 use serde_json::{Value, json};
 
@@ -32,8 +34,12 @@ const WRITE_AT_BYTES: u64 = 32 << 20;
 const LOAD_AT_BYTES: u64 = 256 << 20;
 const LOAD_AT_PIECES: usize = 4096;
 
-/// Loads named while one is under way: all, for most tables, since a name takes little memory.
-const LOADS_AHEAD: usize = 256;
+/// Loads named while one is under way: the next is there when one ends.
+const LOADS_AHEAD: usize = 2;
+
+/// Of so many values one may be null, for the others to be loaded: a null that is written over what
+/// was loaded costs about as much as four values that are encoded.
+const VALUES_A_NULL: usize = 8;
 
 /// How the bytes of a fill reached the slot, and why not all were loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,7 +65,8 @@ pub struct EncodedBytes {
     pub scattered_bytes: u64,
     /// Texts, binary, lists, structs, booleans, and columns whose type changed since.
     pub form_bytes: u64,
-    /// Columns with nulls, which get NaN or 0.
+    /// Nulls, which get NaN or 0, and validity that says so; with the other values of their rows
+    /// where many are null.
     pub nulls_bytes: u64,
     /// Validity of columns that were loaded, and the one that columns without nulls share.
     pub validity_bytes: u64,
@@ -116,8 +123,12 @@ pub(crate) struct Fill<'a> {
     pub go_on: &'a (dyn Fn() -> Result<(), PinError> + Sync),
 }
 
-/// Stretches of a file to be loaded.
-type Load = (Arc<DmaFile>, Vec<Piece>);
+/// Stretches of a file to be loaded, and what is written over them then.
+struct Load {
+    file: Arc<DmaFile>,
+    pieces: Vec<Piece>,
+    nulls: Edits,
+}
 
 impl Fill<'_> {
     /// Fills the region with all latest rows of the snapshot, in the order of
@@ -167,12 +178,15 @@ impl Fill<'_> {
         stopped: &AtomicBool,
     ) -> Result<Option<LoadReport>, PinError> {
         let mut last = None;
-        for (file, pieces) in loads {
+        for load in loads {
             if stopped.load(Ordering::Relaxed) {
                 break;
             }
             (self.go_on)()?;
-            last = Some(self.backend.load(&file, &pieces, self.region)?);
+            last = Some(self.backend.load(&load.file, &load.pieces, self.region)?);
+            if !load.nulls.is_empty() {
+                self.backend.write(self.region, &load.nulls)?;
+            }
         }
         Ok(last)
     }
@@ -210,6 +224,10 @@ struct Filling<'a> {
     file: Option<(u64, Arc<DmaFile>)>,
     pieces: Vec<Piece>,
     piece_bytes: u64,
+    /// Nulls within `pieces`.
+    nulls: Edits,
+    /// Few nulls are written over what was loaded.
+    scatters: bool,
     /// Validity of loaded columns and of their elements, to be set: where, and how many bytes.
     valid: BTreeMap<(usize, usize), (u64, u64)>,
     rows: u64,
@@ -233,6 +251,8 @@ impl<'a> Filling<'a> {
             file: None,
             pieces: Vec::new(),
             piece_bytes: 0,
+            nulls: Edits::default(),
+            scatters: fill.backend.scatters(),
             valid: BTreeMap::new(),
             rows: 0,
             written_bytes: 0,
@@ -279,17 +299,23 @@ impl<'a> Filling<'a> {
                     problem: format!("column {:?} has nulls, its segments say none", column.name),
                 });
             }
-            let way = way_of(&column.node, array, rows.mapped.as_ref(), at);
-            if let Way::Load(range, base, width) = way {
-                self.load(rows.mapped.as_ref(), range, base + first * width)?;
-                self.all_valid(at, first, count as u64)?;
-            } else {
-                self.encoder.column(at, array, &run)?;
+            let way = self.way_of(&column.node, array, rows.mapped.as_ref(), at);
+            match &way {
+                Way::Load(loaded) => {
+                    self.load(rows.mapped.as_ref(), loaded, first)?;
+                    self.all_valid(at, first, count as u64)?;
+                }
+                Way::LoadAndNulls(loaded, nulls) => {
+                    self.load(rows.mapped.as_ref(), loaded, first)?;
+                    self.write_nulls(at, nulls, first);
+                }
+                _ => self.encoder.column(at, array, &run)?,
             }
             let bytes = self.encoded_bytes() - before;
             let encoded = &mut self.report.encoded;
             match way {
-                Way::Load(..) => {}
+                // Counted where their edits are made.
+                Way::Load(_) | Way::LoadAndNulls(..) => {}
                 Way::Scattered => encoded.scattered_bytes += bytes,
                 Way::Nulls => encoded.nulls_bytes += bytes,
                 Way::Form => encoded.form_bytes += bytes,
@@ -301,6 +327,43 @@ impl<'a> Filling<'a> {
         Ok(())
     }
 
+    fn way_of(
+        &self,
+        node: &Node,
+        array: &ArrayRef,
+        mapped: Option<&MappedRows>,
+        column: usize,
+    ) -> Way {
+        let Some(mapped) = mapped else {
+            return Way::Scattered;
+        };
+        let (base, width) = match node {
+            Node::Fixed { width, values, .. } => (*values, u64::from(*width)),
+            Node::FixedSizeList { size, child, .. } => match **child {
+                Node::Fixed { width, values, .. } => (values, u64::from(width) * u64::from(*size)),
+                _ => return Way::Form,
+            },
+            _ => return Way::Form,
+        };
+        let few = array.null_count() * VALUES_A_NULL <= array.len();
+        let nulls = array.nulls().filter(|nulls| nulls.null_count() > 0);
+        let written = nulls.filter(|_| self.scatters && few && matches!(node, Node::Fixed { .. }));
+        if written.is_none() && has_nulls(array) {
+            return Way::Nulls;
+        }
+        let range = mapped.columns.get(column).copied().flatten();
+        match range.filter(|range| range.bytes == array.len() as u64 * width) {
+            None => Way::Form,
+            Some(range) => {
+                let values = Values { range, base, width };
+                match written {
+                    None => Way::Load(values),
+                    Some(nulls) => Way::LoadAndNulls(values, nulls.clone()),
+                }
+            }
+        }
+    }
+
     fn shares_validity(&self, node: &Node) -> bool {
         node.validity().is_some() && node.validity() == self.shape.shared_validity
     }
@@ -309,11 +372,12 @@ impl<'a> Filling<'a> {
         self.written_bytes + self.encoder.sink.bytes()
     }
 
+    /// Names the values of rows from `first` on.
     fn load(
         &mut self,
         mapped: Option<&MappedRows>,
-        range: FileRange,
-        region_offset: u64,
+        values: &Values,
+        first: u64,
     ) -> Result<(), PinError> {
         let Some(mapped) = mapped else {
             return Ok(());
@@ -328,17 +392,29 @@ impl<'a> Filling<'a> {
             })?;
             self.file = Some((segment, Arc::new(DmaFile::reopen(&file, &name)?)));
         }
-        self.pieces.push(Piece {
-            file_offset: range.offset,
-            region_offset,
-            bytes: range.bytes,
-        });
-        self.piece_bytes += range.bytes;
-        self.report.loaded_bytes += range.bytes;
-        if self.piece_bytes >= LOAD_AT_BYTES || self.pieces.len() >= LOAD_AT_PIECES {
+        if self.piece_bytes >= LOAD_AT_BYTES
+            || self.pieces.len() >= LOAD_AT_PIECES
+            || self.nulls.held_bytes() >= WRITE_AT_BYTES
+        {
             self.hand_over()?;
         }
+        self.pieces.push(Piece {
+            file_offset: values.range.offset,
+            region_offset: values.base + first * values.width,
+            bytes: values.range.bytes,
+        });
+        self.piece_bytes += values.range.bytes;
+        self.report.loaded_bytes += values.range.bytes;
         Ok(())
+    }
+
+    /// Has the nulls of the values that were named last written over them.
+    fn write_nulls(&mut self, column: usize, nulls: &NullBuffer, first: u64) {
+        let before = self.nulls.bytes();
+        std::mem::swap(&mut self.encoder.sink, &mut self.nulls);
+        self.encoder.nulls(column, nulls, first);
+        std::mem::swap(&mut self.encoder.sink, &mut self.nulls);
+        self.report.encoded.nulls_bytes += self.nulls.bytes() - before;
     }
 
     /// Notes that rows of a loaded column, and its elements, are not null.
@@ -391,11 +467,14 @@ impl<'a> Filling<'a> {
     fn hand_over(&mut self) -> Result<(), PinError> {
         self.check_room()?;
         self.piece_bytes = 0;
-        let pieces = std::mem::take(&mut self.pieces);
         if let Some((_, file)) = &self.file
-            && !pieces.is_empty()
+            && !self.pieces.is_empty()
         {
-            let load = (Arc::clone(file), pieces);
+            let load = Load {
+                file: Arc::clone(file),
+                pieces: std::mem::take(&mut self.pieces),
+                nulls: std::mem::take(&mut self.nulls),
+            };
             self.loads.send(load).map_err(|_| loading_ended())?;
         }
         Ok(())
@@ -413,35 +492,22 @@ impl<'a> Filling<'a> {
     }
 }
 
+/// Where the values of some rows lie in a file, and where the column's lie in a slot.
+struct Values {
+    range: FileRange,
+    base: u64,
+    /// Bytes of a row.
+    width: u64,
+}
+
 /// How a column of some rows gets into the slot.
-#[derive(Clone, Copy)]
 enum Way {
-    /// From a stretch of the file to a buffer, with so many bytes a row.
-    Load(FileRange, u64, u64),
+    Load(Values),
+    /// Loaded, and then its nulls are written.
+    LoadAndNulls(Values, NullBuffer),
     Scattered,
     Nulls,
     Form,
-}
-
-fn way_of(node: &Node, array: &ArrayRef, mapped: Option<&MappedRows>, column: usize) -> Way {
-    let Some(mapped) = mapped else {
-        return Way::Scattered;
-    };
-    let (base, width) = match node {
-        Node::Fixed { width, values, .. } => (*values, u64::from(*width)),
-        Node::FixedSizeList { size, child, .. } => match **child {
-            Node::Fixed { width, values, .. } => (values, u64::from(width) * u64::from(*size)),
-            _ => return Way::Form,
-        },
-        _ => return Way::Form,
-    };
-    if has_nulls(array) {
-        return Way::Nulls;
-    }
-    match mapped.columns.get(column).copied().flatten() {
-        Some(range) if range.bytes == array.len() as u64 * width => Way::Load(range, base, width),
-        _ => Way::Form,
-    }
 }
 
 fn has_nulls(array: &ArrayRef) -> bool {

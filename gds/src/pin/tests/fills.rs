@@ -97,10 +97,10 @@ const NULLABLE: &str = r#"
     flag = "bool"
 "#;
 
-/// Rows of `NULLABLE`; `b` is null in every seventh row.
-fn put_nullable(world: &World, items: std::ops::Range<i64>) {
+/// Rows of `NULLABLE`; `b` is null in every so many rows.
+fn put_nullable(world: &World, items: std::ops::Range<i64>, null_every: i64) {
     let values: Vec<f64> = items.clone().map(|i| i as f64).collect();
-    let every_seventh = items.clone().map(|i| (i % 7 > 0).then_some(0.5));
+    let some_null = items.clone().map(|i| (i % null_every > 0).then_some(0.5));
     let flags: Vec<bool> = items.clone().map(|i| i % 2 == 0).collect();
     let keys = key_batch(&keys(items.clone()));
     let counts = items.map(|i| i as i32);
@@ -108,7 +108,7 @@ fn put_nullable(world: &World, items: std::ops::Range<i64>) {
         ("item", Arc::clone(keys.column(0))),
         ("shop", Arc::clone(keys.column(1))),
         ("a", Arc::new(Float64Array::from(values))),
-        ("b", Arc::new(Float64Array::from_iter(every_seventh))),
+        ("b", Arc::new(Float64Array::from_iter(some_null))),
         ("c", Arc::new(Int32Array::from_iter_values(counts))),
         ("flag", Arc::new(BooleanArray::from(flags))),
     ];
@@ -118,10 +118,10 @@ fn put_nullable(world: &World, items: std::ops::Range<i64>) {
 #[test]
 fn columns_of_a_frozen_pin_without_nulls_share_one_validity() {
     let world = World::with(NULLABLE, by_hand(), Watched::new(1 << 40));
-    put_nullable(&world, 0..20_000);
+    put_nullable(&world, 0..20_000, 7);
     world.table.flush().unwrap();
     // Some in a log, some replaced: no nulls there either.
-    put_nullable(&world, 500..21_000);
+    put_nullable(&world, 500..21_000, 7);
     let fill = world.pins.pin(&copied()).unwrap().fill;
     world.compare();
     let validity = |world: &World| -> Vec<Option<u64>> {
@@ -146,6 +146,27 @@ fn columns_of_a_frozen_pin_without_nulls_share_one_validity() {
     fresh.sort_unstable();
     fresh.dedup();
     assert_eq!(fresh.len(), 4);
+}
+
+#[test]
+fn few_nulls_are_written_over_what_was_loaded_and_many_are_encoded_with_their_rows() {
+    let world = World::with(NULLABLE, by_hand(), Watched::new(1 << 40));
+    let fill = |null_every: i64| {
+        put_nullable(&world, 0..20_000, null_every);
+        world.table.flush().unwrap();
+        world.table.merge().unwrap();
+        let fill = world.pins.pin(&copied()).unwrap().fill;
+        world.compare();
+        world.pins.unpin("items").unwrap();
+        fill
+    };
+    let few = fill(9);
+    assert_eq!(few.loaded_bytes, 20_000 * (8 + 8 + 8 + 4));
+    let nulls = 20_000_u64.div_ceil(9);
+    assert_eq!(few.encoded.nulls_bytes, 20_000 + nulls * 8);
+    let many = fill(3);
+    assert_eq!(many.loaded_bytes, 20_000 * (8 + 8 + 4));
+    assert_eq!(many.encoded.nulls_bytes, 20_000 * 9);
 }
 
 #[test]

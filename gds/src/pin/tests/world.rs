@@ -150,6 +150,10 @@ impl Backend for Watched {
         failed
     }
 
+    fn scatters(&self) -> bool {
+        self.inner.scatters()
+    }
+
     fn set(&self, region: &Region, offset: u64, bytes: u64, value: u8) -> Result<(), GdsError> {
         self.call("set")?;
         self.inner.set(region, offset, bytes, value)
