@@ -7,6 +7,7 @@ not measured this time keeps its last figures.
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -181,8 +182,8 @@ def rounds(cases, count, warm=1, limit_seconds=120):
         if number > warm and time.monotonic() - began > limit_seconds:
             print(f"{number - warm} of {count} rounds in {limit_seconds} s: the others are left out", flush=True)
             break
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        # At random, so that no case always comes after the same one: a disk that was busy may be held back for a while.
+        for name in random.Random(number).sample(names, len(names)):
             result = cases[name]()
             if number >= warm:
                 found[name].append(result)

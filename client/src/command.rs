@@ -89,6 +89,10 @@ impl Scan {
         self
     }
 
+    pub(crate) fn members(&self) -> &Map<String, Value> {
+        &self.members
+    }
+
     /// The command's JSON.
     pub fn to_json(&self) -> String {
         json!({ "scan": self.members }).to_string()

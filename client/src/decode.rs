@@ -91,23 +91,7 @@ impl StreamDecoder {
     ///
     /// `Reply`. The stream cannot be read on.
     pub(crate) fn decode(&mut self, header: &[u8], body: &Buffer) -> Result<Decoded> {
-        let message = parse(header)?;
-        if !(MetadataVersion::V4..=MetadataVersion::V5).contains(&message.version()) {
-            return Err(ClientError::reply(format!(
-                "Arrow metadata version {:?}",
-                message.version()
-            )));
-        }
-        match usize::try_from(message.bodyLength()) {
-            Ok(length) if length <= body.len() => {}
-            _ => {
-                return Err(ClientError::reply(format!(
-                    "a body of {} bytes is announced, {} came",
-                    message.bodyLength(),
-                    body.len()
-                )));
-            }
-        }
+        let message = of_body(header, body)?;
         match message.header_type() {
             MessageHeader::Schema => {
                 if self.stream.is_some() {
@@ -123,6 +107,40 @@ impl StreamDecoder {
             }
             other => Err(ClientError::reply(format!("a message of kind {other:?}"))),
         }
+    }
+
+    /// As [`decode`](Self::decode), of a batch some columns, by number, in the order of the numbers.
+    ///
+    /// # Errors
+    ///
+    /// `Reply`.
+    pub(crate) fn decode_columns(
+        &self,
+        header: &[u8],
+        body: &Buffer,
+        columns: &[usize],
+    ) -> Result<RecordBatch> {
+        let message = of_body(header, body)?;
+        let stream = self.stream()?;
+        let batch = message
+            .header_as_record_batch()
+            .ok_or_else(|| ClientError::reply("a batch without header"))?;
+        let legacy_unions = message.version() < MetadataVersion::V5;
+        stream
+            .layout
+            .check(&batch, body, legacy_unions, self.max_inflated_bytes)?;
+        guarded(|| {
+            RecordBatchDecoder::try_new(
+                body,
+                batch,
+                Arc::clone(&stream.schema),
+                &self.dictionaries,
+                &message.version(),
+            )?
+            .with_projection(Some(columns))
+            .with_require_alignment(false)
+            .read_record_batch()
+        })
     }
 
     fn stream(&self) -> Result<&Stream> {
@@ -220,22 +238,50 @@ pub(crate) fn encapsulated_schema(bytes: &[u8]) -> Result<Schema> {
     schema_of(&parse(&bytes[encapsulated(bytes)?])?)
 }
 
-/// Verifies a message's flatbuffer.
-pub(crate) fn parse(header: &[u8]) -> Result<Message<'_>> {
-    let options = VerifierOptions {
+/// What flatbuffers are verified by.
+pub(crate) fn verifier() -> VerifierOptions {
+    VerifierOptions {
         max_depth: 256,
         max_tables: 1_000_000,
         max_apparent_size: 1 << 30,
         ..VerifierOptions::default()
-    };
-    arrow_ipc::root_as_message_with_opts(&options, header)
+    }
+}
+
+/// Verifies a message's flatbuffer.
+pub(crate) fn parse(header: &[u8]) -> Result<Message<'_>> {
+    arrow_ipc::root_as_message_with_opts(&verifier(), header)
         .map_err(|error| ClientError::reply(format!("no Arrow message: {error}")))
+}
+
+/// The message with this flatbuffer, of which the body has come.
+fn of_body<'a>(header: &'a [u8], body: &Buffer) -> Result<Message<'a>> {
+    let message = parse(header)?;
+    if !(MetadataVersion::V4..=MetadataVersion::V5).contains(&message.version()) {
+        return Err(ClientError::reply(format!(
+            "Arrow metadata version {:?}",
+            message.version()
+        )));
+    }
+    match usize::try_from(message.bodyLength()) {
+        Ok(length) if length <= body.len() => Ok(message),
+        _ => Err(ClientError::reply(format!(
+            "a body of {} bytes is announced, {} came",
+            message.bodyLength(),
+            body.len()
+        ))),
+    }
 }
 
 fn schema_of(message: &Message<'_>) -> Result<Schema> {
     let schema = message
         .header_as_schema()
         .ok_or_else(|| ClientError::reply("a message that is no schema"))?;
+    checked_schema(schema)
+}
+
+/// A schema of a verified flatbuffer.
+pub(crate) fn checked_schema(schema: arrow_ipc::Schema<'_>) -> Result<Schema> {
     if schema.endianness() != Endianness::Little {
         return Err(ClientError::reply("big-endian data"));
     }

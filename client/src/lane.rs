@@ -24,14 +24,20 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! A whole table is not sent but mapped, from the server's own files ([`LaneClient::map`]).
 
 mod client;
 mod connection;
 mod frame;
 mod keys;
+mod lease;
+mod mapped;
+mod mapping;
 mod options;
 mod rows;
 
 pub use client::{LaneClient, Prepared};
+pub use mapped::{MappedBatches, MappedTable};
 pub use options::LaneOptions;
 pub use rows::LaneRows;

@@ -43,7 +43,7 @@
 //!
 //! The values of a batch are validated in every build: offsets, UTF-8, null counts. There is
 //! no switch to trust a server; the cost is a few hundredths of a second per gigabyte.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod address;
 mod channel;
@@ -53,6 +53,7 @@ mod decode;
 mod encode;
 mod error;
 mod flat;
+mod ipc_file;
 mod lane;
 mod layout;
 mod message;
@@ -66,7 +67,7 @@ pub use address::Address;
 pub use client::{Client, LookupStream};
 pub use command::{Lookup, Put, Scan, status};
 pub use error::{ClientError, Code, Result, ServerError};
-pub use lane::{LaneClient, LaneOptions, LaneRows, Prepared};
+pub use lane::{LaneClient, LaneOptions, LaneRows, MappedBatches, MappedTable, Prepared};
 pub use options::ClientOptions;
 pub use partial::is_partial;
 pub use proto::{FlightDescriptor, FlightEndpoint, FlightInfo, Location, Ticket};

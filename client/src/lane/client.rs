@@ -1,8 +1,9 @@
 //! The client: a connection, and the lookups that were prepared on it.
 //!
-//! Elsewhere: what is sent ahead and received (`pipeline`), what was prepared (`prepare`), the
-//! socket (`connection`).
+//! Elsewhere: what is sent ahead and received (`pipeline`), what was prepared (`prepare`), tables
+//! that are mapped (`map`), the socket (`connection`).
 
+mod map;
 mod pipeline;
 mod prepare;
 
@@ -15,6 +16,7 @@ pub use self::prepare::Prepared;
 use self::prepare::PreparedLookup;
 use super::connection::Connection;
 use super::frame::{Kind, parse_json};
+use super::lease::Ended;
 use super::options::LaneOptions;
 use super::rows::LaneRows;
 use crate::address::Address;
@@ -32,6 +34,7 @@ pub struct LaneClient {
     id: u64,
     connection: Connection,
     lookups: Vec<Option<PreparedLookup>>,
+    ended: Ended,
 }
 
 impl LaneClient {
@@ -63,6 +66,7 @@ impl LaneClient {
             options,
             id: CLIENTS.fetch_add(1, Ordering::Relaxed),
             lookups: Vec::new(),
+            ended: Ended::default(),
         };
         client.connection.ensure()?;
         Ok(client)
@@ -129,6 +133,7 @@ impl LaneClient {
     pub fn action(&mut self, kind: &str, body: &Value) -> Result<Value> {
         self.connection.idle()?;
         self.connection.ensure()?;
+        self.release_ended()?;
         let request = json!({ "action": kind, "body": body }).to_string();
         let (_, payload) =
             self.connection
@@ -145,6 +150,7 @@ impl LaneClient {
     pub fn ping(&mut self) -> Result<()> {
         self.connection.idle()?;
         self.connection.ensure()?;
+        self.release_ended()?;
         self.connection
             .request(Kind::Ping, 0, 0, b"ping", Kind::Pong)
             .map(drop)

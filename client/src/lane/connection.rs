@@ -7,12 +7,16 @@
 //! Elsewhere: how a frame is laid out (`frame`), what is asked (`client`).
 
 use std::collections::VecDeque;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use arrow_array::RecordBatch;
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use serde_json::{Map, Value, json};
 
 use super::frame::{self, HEADER_BYTES, Header, Kind, MAGIC, VERSION, parse_json};
@@ -26,6 +30,8 @@ const READ_BUFFER_BYTES: usize = 64 << 10;
 const IN_FLIGHT_BYTES: usize = 128 << 10;
 /// What the kernel spends on a request besides its bytes.
 const REQUEST_OVERHEAD_BYTES: usize = 1 << 10;
+/// Descriptors that the kernel passes with one message.
+const MAX_FILES: usize = 253;
 /// JSON of a reply.
 const MAX_JSON_BYTES: usize = 64 << 20;
 
@@ -142,6 +148,10 @@ impl Connection {
         Ok(())
     }
 
+    pub(super) fn is_there(&self) -> bool {
+        self.socket.is_some()
+    }
+
     pub(super) fn has_forked(&self) -> bool {
         self.socket
             .as_ref()
@@ -157,6 +167,43 @@ impl Connection {
         payload: &[u8],
         expected: Kind,
     ) -> Result<(Header, Vec<u8>)> {
+        let request_id = self.ask(kind, flags, detail, payload)?;
+        let header = self.reply_header(request_id, &[expected], MAX_JSON_BYTES)?;
+        let mut reply = vec![0; header.payload_bytes as usize];
+        self.read_exact(&mut reply)?;
+        Ok((header, reply))
+    }
+
+    /// A MAP, with nothing else under way: the header of its reply, the request's id, and the
+    /// files that came with it.
+    pub(super) fn map(
+        &mut self,
+        payload: &[u8],
+        limit_bytes: usize,
+    ) -> Result<(Header, u32, Vec<OwnedFd>)> {
+        let request_id = self.ask(Kind::Map, 0, 0, payload)?;
+        let mut bytes = [0; HEADER_BYTES];
+        let files = match &self.socket {
+            Some(socket) if socket.stream.buffer().is_empty() => {
+                receive_with_files(socket.stream.get_ref(), &mut bytes)
+            }
+            // Read without the files that came with it.
+            Some(_) => Err(io::Error::other("bytes that nobody asked for")),
+            None => Err(io::ErrorKind::NotConnected.into()),
+        };
+        let (got, files) = self.alive(files)?;
+        self.read_exact(&mut bytes[got..])?;
+        let header = self.judge(
+            Header::read(&bytes),
+            request_id,
+            &[Kind::Mapped],
+            limit_bytes,
+        )?;
+        Ok((header, request_id, files))
+    }
+
+    /// Writes one request with nothing else under way; gives its id.
+    fn ask(&mut self, kind: Kind, flags: u8, detail: u32, payload: &[u8]) -> Result<u32> {
         let request_id = self.next_request;
         self.next_request = self.next_request.wrapping_add(1);
         self.out.clear();
@@ -172,10 +219,7 @@ impl Connection {
             )));
         }
         self.write()?;
-        let header = self.reply_header(request_id, expected, MAX_JSON_BYTES)?;
-        let mut reply = vec![0; header.payload_bytes as usize];
-        self.read_exact(&mut reply)?;
-        Ok((header, reply))
+        Ok(request_id)
     }
 
     /// Queues a lookup; it is written at the latest when a reply is read.
@@ -247,7 +291,7 @@ impl Connection {
             return Err(ClientError::request("no request is under way"));
         };
         self.in_flight_bytes -= request.bytes;
-        let header = self.reply_header(request.request_id, Kind::Rows, max_reply_bytes)?;
+        let header = self.reply_header(request.request_id, &[Kind::Rows], max_reply_bytes)?;
         if header.detail > header.payload_bytes {
             let broken = Err(ClientError::reply("the rows of a reply are cut short"));
             return self.trusted(broken);
@@ -256,15 +300,25 @@ impl Connection {
     }
 
     /// Reads a header, and the error if it is that of one.
-    fn reply_header(
+    pub(super) fn reply_header(
         &mut self,
         request_id: u32,
-        expected: Kind,
+        expected: &[Kind],
         limit_bytes: usize,
     ) -> Result<Header> {
         let mut bytes = [0; HEADER_BYTES];
         self.read_exact(&mut bytes)?;
-        let header = Header::read(&bytes);
+        self.judge(Header::read(&bytes), request_id, expected, limit_bytes)
+    }
+
+    /// Whether a header is one that is expected; reads the error if it is that of one.
+    fn judge(
+        &mut self,
+        header: Header,
+        request_id: u32,
+        expected: &[Kind],
+        limit_bytes: usize,
+    ) -> Result<Header> {
         let payload_bytes = header.payload_bytes as usize;
         let problem = match header.kind {
             // A refused connection is told before any request was read.
@@ -279,7 +333,7 @@ impl Connection {
                 "a reply to request {} instead of {request_id}",
                 header.request_id
             ),
-            kind if kind != Some(expected) => {
+            kind if kind.is_none_or(|kind| !expected.contains(&kind)) => {
                 format!("a frame of kind {} here", header.kind_number)
             }
             _ if payload_bytes > limit_bytes => {
@@ -330,8 +384,11 @@ impl Connection {
     }
 
     /// Turns an error of the socket into the client's, and gives the connection up.
-    fn alive(&mut self, result: io::Result<()>) -> Result<()> {
-        let Err(source) = result else { return Ok(()) };
+    fn alive<T>(&mut self, result: io::Result<T>) -> Result<T> {
+        let source = match result {
+            Ok(done) => return Ok(done),
+            Err(source) => source,
+        };
         self.give_up();
         Err(match (source.kind(), self.timeout) {
             (io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut, Some(timeout)) => {
@@ -367,6 +424,33 @@ impl Connection {
             in_flight: self.in_flight.len(),
         }
     }
+}
+
+/// Some of the next bytes, the first of which may come with files: how many, and the files.
+fn receive_with_files(stream: &UnixStream, into: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        let mut parts = [IoSliceMut::new(into)];
+        match recvmsg(stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            other => break other?,
+        }
+    };
+    let files = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(files) => Some(files),
+        _ => None,
+    });
+    let files: Vec<OwnedFd> = files.flatten().collect();
+    if received.bytes == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(io::Error::other(
+            "this process has no descriptors left for a table's files: raise its limit",
+        ));
+    }
+    Ok((received.bytes, files))
 }
 
 /// The error of an ERROR frame: the details with the message among them.

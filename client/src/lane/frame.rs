@@ -16,6 +16,8 @@ pub(super) const VERSION: u16 = 1;
 pub(super) const ALIGNMENT: usize = 64;
 /// RELEASE's flags for a handle.
 pub(super) const RELEASE_HANDLE: u8 = 0;
+/// RELEASE's flags for a lease.
+pub(super) const RELEASE_LEASE: u8 = 1;
 
 /// What a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,14 +27,20 @@ pub(super) enum Kind {
     Prepare = 2,
     Lookup = 3,
     Release = 4,
+    Map = 5,
+    Renew = 6,
     Action = 7,
     Ping = 8,
     Welcome = 129,
     Prepared = 130,
     Rows = 131,
     Released = 132,
+    Mapped = 133,
+    Renewed = 134,
     Result = 135,
     Pong = 136,
+    Batch = 144,
+    End = 145,
     Error = 255,
 }
 
@@ -44,8 +52,12 @@ impl Kind {
             Kind::Prepared,
             Kind::Rows,
             Kind::Released,
+            Kind::Mapped,
+            Kind::Renewed,
             Kind::Result,
             Kind::Pong,
+            Kind::Batch,
+            Kind::End,
             Kind::Error,
         ]
         .into_iter()
