@@ -19,7 +19,8 @@ def load_report(found):
         encoded = sum(first["encoded_bytes"].values())
         notes.append(
             f"{name}: {first['loaded_bytes'] / 1e9:.2f} GB loaded and {encoded / 1e9:.2f} GB made on the host, of which "
-            f"{first['encoded_bytes']['validity'] / 1e9:.2f} GB validity (a byte for each value)"
+            f"{first['encoded_bytes']['validity'] / 1e9:.2f} GB validity of columns without nulls (a byte for each value; of a frozen pin "
+            f"once for all of them) and {first['encoded_bytes']['nulls'] / 1e9:.2f} GB nulls and validity of columns with nulls"
         )
     stayed = max(run["resident_before"] for name in ("pin, frozen", "pin, fresh", "files") for run in found["rounds"]["cold"][name])
     notes += [

@@ -50,6 +50,13 @@ pub enum ClientError {
         /// What is wrong with them.
         problem: String,
     },
+    /// A file that the server lent cannot be mapped here: this process has no descriptors, mappings
+    /// or addresses left. The connection stays good.
+    #[error("cannot map a file that the server lent")]
+    Map {
+        /// Why not.
+        source: io::Error,
+    },
     /// The caller's rows or keys cannot be sent.
     #[error("cannot send: {problem}")]
     Request {

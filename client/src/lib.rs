@@ -42,7 +42,8 @@
 //! times faster for lookups.
 //!
 //! The values of a batch are validated in every build: offsets, UTF-8, null counts. There is
-//! no switch to trust a server; the cost is a few hundredths of a second per gigabyte.
+//! no switch to trust a server; the cost is a few hundredths of a second per gigabyte. Only a
+//! table that is mapped ([`LaneClient::map`]) is the server's own memory, and trusts its user.
 #![deny(unsafe_code)]
 
 mod address;

@@ -538,12 +538,20 @@ fn a_server_that_contradicts_itself_is_refused() {
         ("a mask behind the frame", Lie::dirty(0, 100, 60, 1_000)),
         ("a mask that keeps fewer", Lie::dirty(0, 100, 61, 65)),
         ("a batch of other rows", Lie::dirty(0, 101, 60, 65)),
+        ("a batch of other rows, none kept", Lie::dirty(0, 99, 0, 0)),
+        ("a mask for no batch", Lie::dirty(7, 100, 60, 65)),
+        ("other rows", Lie::truth().told("rows", json!(99))),
         ("more left out than there are", Lie::dirty(0, 101, 0, 0)),
         ("rows of a mapped part", behind((144, 0, Vec::new()))),
         ("rows that are none", sent(b"none")),
         ("a schema for rows", sent(&schema_message(&other.schema()))),
         ("another frame", behind((131, 0, Vec::new()))),
     ];
+    let refused = json!({"error": "LEND", "message": "merged away"}).to_string();
+    match read(behind((255, 14, refused.into_bytes()))) {
+        Err(ClientError::Server(error)) => assert_eq!(error.name(), Some("LEND")),
+        other => panic!("an error in the middle: {other:?}"),
+    }
     for (what, lie) in lies {
         match read(lie) {
             Err(ClientError::Reply { .. }) => {}

@@ -122,6 +122,7 @@ impl LaneClient {
     /// Sends one request with nothing else under way, connecting anew where that helps.
     fn alone(&mut self, prepared: &Prepared, keys: &RecordBatch) -> Result<()> {
         self.connection.idle()?;
+        self.release_quietly();
         self.send(prepared, keys)
     }
 
@@ -132,8 +133,8 @@ impl LaneClient {
     /// As [`LaneClient::lookup`].
     pub fn action(&mut self, kind: &str, body: &Value) -> Result<Value> {
         self.connection.idle()?;
+        self.release_quietly();
         self.connection.ensure()?;
-        self.release_ended()?;
         let request = json!({ "action": kind, "body": body }).to_string();
         let (_, payload) =
             self.connection
@@ -149,8 +150,8 @@ impl LaneClient {
     /// As [`LaneClient::lookup`].
     pub fn ping(&mut self) -> Result<()> {
         self.connection.idle()?;
+        self.release_quietly();
         self.connection.ensure()?;
-        self.release_ended()?;
         self.connection
             .request(Kind::Ping, 0, 0, b"ping", Kind::Pong)
             .map(drop)

@@ -175,12 +175,12 @@ impl Connection {
     }
 
     /// A MAP, with nothing else under way: the header of its reply, the request's id, and the
-    /// files that came with it.
+    /// files that came with it; `None` if this process had no room for all of them.
     pub(super) fn map(
         &mut self,
         payload: &[u8],
         limit_bytes: usize,
-    ) -> Result<(Header, u32, Vec<OwnedFd>)> {
+    ) -> Result<(Header, u32, Option<Vec<OwnedFd>>)> {
         let request_id = self.ask(Kind::Map, 0, 0, payload)?;
         let mut bytes = [0; HEADER_BYTES];
         let files = match &self.socket {
@@ -426,8 +426,12 @@ impl Connection {
     }
 }
 
-/// Some of the next bytes, the first of which may come with files: how many, and the files.
-fn receive_with_files(stream: &UnixStream, into: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+/// Some of the next bytes, the first of which may come with files: how many, and the files; `None`
+/// where some of them were lost, since this process may have no more.
+fn receive_with_files(
+    stream: &UnixStream,
+    into: &mut [u8],
+) -> io::Result<(usize, Option<Vec<OwnedFd>>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
@@ -445,12 +449,8 @@ fn receive_with_files(stream: &UnixStream, into: &mut [u8]) -> io::Result<(usize
     if received.bytes == 0 {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    if received.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(io::Error::other(
-            "this process has no descriptors left for a table's files: raise its limit",
-        ));
-    }
-    Ok((received.bytes, files))
+    let all = !received.flags.contains(ReturnFlags::CTRUNC);
+    Ok((received.bytes, all.then_some(files)))
 }
 
 /// The error of an ERROR frame: the details with the message among them.

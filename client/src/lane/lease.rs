@@ -13,6 +13,11 @@ impl Ended {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        let ended = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ended.is_empty()
+    }
+
     /// Those of a connection, and forgets all: those of others ended with them.
     pub(super) fn take(&self, connection: u64) -> Vec<u32> {
         let mut ended = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -23,8 +23,8 @@ const MOST_CUTS: usize = 32;
 /// Batches share the mapped memory, so a scan costs what its reader touches. They, and anything made
 /// of them without a copy, may outlive this object, the client and the server. The server keeps
 /// the files until then: the *lease*, which [`LaneClient::renew_lease`](crate::LaneClient::renew_lease)
-/// prolongs, ends with the client's next request after the last of them is gone, or with its
-/// connection.
+/// prolongs, ends with the client's next request after the last of them is gone
+/// ([`LaneClient::release_ended`](crate::LaneClient::release_ended)), or with its connection.
 #[derive(Debug)]
 pub struct MappedTable {
     pub(super) schema: SchemaRef,
@@ -52,6 +52,8 @@ pub(super) enum Part {
 #[derive(Debug)]
 pub(super) struct MappedPart {
     pub(super) file: IpcFile,
+    /// Of all its batches.
+    pub(super) rows: u64,
     /// Batches that hold rows which are not in the snapshot, by number.
     pub(super) dirty: BTreeMap<usize, Kept>,
 }
@@ -111,6 +113,7 @@ impl MappedTable {
         MappedBatches {
             parts: &self.parts,
             batch: 0,
+            rows: 0,
             ready: VecDeque::new(),
         }
     }
@@ -123,6 +126,8 @@ pub struct MappedBatches<'a> {
     parts: &'a [Part],
     /// The next batch of the first part.
     batch: usize,
+    /// Rows of its batches so far, those left out too.
+    rows: u64,
     ready: VecDeque<RecordBatch>,
 }
 
@@ -136,11 +141,19 @@ impl MappedBatches<'_> {
                 self.ready.extend(batches.get(number).cloned());
                 Ok(number < batches.len())
             }
-            Part::Mapped(part) if number >= part.file.len() => Ok(false),
+            Part::Mapped(part) if number >= part.file.len() => match self.rows == part.rows {
+                true => Ok(false),
+                false => Err(other_rows(self.rows, part.rows)),
+            },
             Part::Mapped(part) => {
                 match part.dirty.get(&number) {
-                    None => self.ready.push_back(part.file.batch(number)?),
+                    None => {
+                        let batch = part.file.batch(number)?;
+                        self.rows += batch.num_rows() as u64;
+                        self.ready.push_back(batch);
+                    }
                     Some(kept) => {
+                        self.rows += kept.rows as u64;
                         if let Some(mask) = &kept.mask {
                             self.keep(&part.file.batch(number)?, kept, mask)?;
                         }
@@ -153,11 +166,7 @@ impl MappedBatches<'_> {
 
     fn keep(&mut self, batch: &RecordBatch, kept: &Kept, mask: &BooleanBuffer) -> Result<()> {
         if batch.num_rows() != kept.rows {
-            return Err(ClientError::reply(format!(
-                "a batch of {} rows, {} were announced",
-                batch.num_rows(),
-                kept.rows
-            )));
+            return Err(other_rows(batch.num_rows() as u64, kept.rows as u64));
         }
         if kept.left_out() <= MOST_CUTS {
             let slices = mask.set_slices();
@@ -169,6 +178,10 @@ impl MappedBatches<'_> {
         self.ready.push_back(kept.map_err(ClientError::decode)?);
         Ok(())
     }
+}
+
+fn other_rows(rows: u64, announced: u64) -> ClientError {
+    ClientError::reply(format!("{rows} rows, {announced} were announced"))
 }
 
 impl Iterator for MappedBatches<'_> {
@@ -188,6 +201,7 @@ impl Iterator for MappedBatches<'_> {
                 Ok(false) => {
                     self.parts = rest;
                     self.batch = 0;
+                    self.rows = 0;
                 }
                 Err(error) => {
                     self.parts = &[];

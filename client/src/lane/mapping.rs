@@ -29,9 +29,9 @@ impl AsRef<[u8]> for LentFile {
 ///
 /// # Errors
 ///
-/// `Reply` for a file that is shorter, or that cannot be mapped.
+/// `Reply` for a file that is shorter, `Map` for one that cannot be mapped.
 pub(super) fn map(file: OwnedFd, length: u64, lease: Arc<Lease>) -> Result<Buffer> {
-    let failed = |error: std::io::Error| ClientError::reply(format!("a lent file: {error}"));
+    let failed = |source| ClientError::Map { source };
     let file = File::from(file);
     let there = file.metadata().map_err(failed)?.len();
     if there < length {
@@ -47,8 +47,8 @@ pub(super) fn map(file: OwnedFd, length: u64, lease: Arc<Lease>) -> Result<Buffe
     // SAFETY: memory that others may change is no `&[u8]`. The file is a segment: written once by
     // the server, renamed into place, and never opened for writing or cut again (docs/local-lane.md,
     // "It never changes"). It is as long as what is mapped, looked up above, so no read is past its
-    // end. Who can write the server's files all the same, its user or root, could as well write
-    // into this process.
+    // end. Who can write the server's files all the same is the server's user, whom a caller of
+    // `LaneClient::map` trusts, as it says there.
     let map = unsafe { MmapOptions::new().len(length).map(&file) }.map_err(failed)?;
     let owner = LentFile { map, _lease: lease };
     Ok(Buffer::from(Bytes::from_owner(owner)))

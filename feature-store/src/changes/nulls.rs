@@ -10,14 +10,14 @@ use crate::snapshot::Snapshot;
 impl Snapshot {
     /// Of each named column, true if no row that [`Snapshot::latest_values`] gives has a null
     /// there. False too where it cannot be told without reading values: a row that was replaced
-    /// had one, a delete is still in a log, or a segment is of a release without statistics.
-    /// Nulls within a list or a struct do not count.
+    /// had one, a delete is still in a log, or a segment has no statistics, or damaged ones. Nulls
+    /// within a list or a struct do not count.
     ///
     /// Costs a look at each batch; reads the segments' statistics, no rows.
     ///
     /// # Errors
     ///
-    /// `UnknownFeature`; `Segment` and `Log` where what is read is damaged.
+    /// `UnknownFeature`; `Log` where a log is damaged.
     pub fn columns_without_nulls(&self, columns: &[String]) -> Result<Vec<bool>, ReadError> {
         let columns: Vec<usize> = columns
             .iter()
@@ -49,7 +49,8 @@ fn has_none(level: &Level, how: &ColumnFrom) -> Result<bool, ReadError> {
     };
     match level {
         Level::Segment(level) => {
-            let statistics = level.segment.statistics().map_err(|e| level.error(e))?;
+            // Rows can be read without them.
+            let statistics = level.segment.statistics().ok().flatten();
             let column = statistics.and_then(|statistics| statistics.column(at));
             Ok(column.is_some_and(|column| column.nulls.values().iter().all(|nulls| *nulls == 0)))
         }

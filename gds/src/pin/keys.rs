@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_schema::Field;
@@ -17,6 +18,9 @@ use pinion_schemas::{KeyEncoder, TableDefinition, format_type, key_hash, storage
 use super::error::PinError;
 use super::index::{IndexBuilder, KeyIndex, Keys, Plan};
 use super::journal::{Before, Forgotten, Journal};
+
+/// Whoever waits for an index that another thread makes asks so often whether to go on.
+const ASK_EVERY: Duration = Duration::from_millis(50);
 
 /// Keys looked up before a refresh may go between.
 const KEYS_A_LOCK: usize = 4096;
@@ -89,8 +93,8 @@ impl Epoch {
     ///
     /// # Errors
     ///
-    /// Those of reading, and of `go_on`, which is asked before each batch of rows: another call
-    /// begins anew.
+    /// Those of reading, and of `go_on`, which is asked before each batch of rows, and while
+    /// somebody else makes the index: another call begins anew.
     pub fn make_index(&self, go_on: &dyn Fn() -> Result<(), PinError>) -> Result<(), PinError> {
         self.index(go_on).map(|_| ())
     }
@@ -103,7 +107,12 @@ impl Epoch {
             return Ok(indexed);
         }
         // Whoever comes second waits here, and finds it made.
-        let mut source = self.source.lock();
+        let mut source = loop {
+            if let Some(source) = self.source.try_lock_for(ASK_EVERY) {
+                break source;
+            }
+            go_on()?;
+        };
         if let Some(snapshot) = &*source {
             let mut index = IndexBuilder::default();
             // In the order of the fill, which is that of the snapshot.

@@ -21,7 +21,7 @@ use crate::lane::mapped::{About, Kept, MappedPart, MappedTable, Part};
 use crate::lane::mapping;
 
 /// Leases past their term that one request renews, at most: each was named by the server.
-const MOST_RENEWALS: usize = 64;
+const MOST_RENEWALS: usize = 1024;
 /// Bytes of a dirty batch's entry.
 const ENTRY_BYTES: usize = 16;
 
@@ -61,10 +61,13 @@ impl LaneClient {
     ///
     /// Costs a few system calls for each file, whatever its size.
     ///
+    /// This trusts the server's user as no other method does: a segment never changes, but who can
+    /// write the server's files could change or cut one while it is read here.
+    ///
     /// # Errors
     ///
-    /// As [`LaneClient::lookup`]. `LEASED_MAX_BYTES` names who holds most of what the server
-    /// lends. Leases of this client that are past their term are renewed on the way.
+    /// As [`LaneClient::lookup`], and `Map`. `LEASED_MAX_BYTES` names who holds most of what the
+    /// server lends. Leases of this client that are past their term are renewed on the way.
     pub fn map(&mut self, scan: &Scan) -> Result<MappedTable> {
         self.connection.idle()?;
         let request = json!({ "map": scan.members() }).to_string();
@@ -89,8 +92,8 @@ impl LaneClient {
     }
 
     fn map_once(&mut self, request: &[u8]) -> Result<MappedTable> {
+        self.release_quietly();
         self.connection.ensure()?;
-        self.release_ended()?;
         let limit = self.options.max_reply_bytes;
         let (header, request_id, files) = self.connection.map(request, limit)?;
         // Masks are found by their places in the frame.
@@ -106,8 +109,16 @@ impl LaneClient {
             ended: self.ended.clone(),
         });
         let sent = self.receive_sent(request_id, &reply)?;
-        let table = reply.table(files, sent, lease);
-        self.connection.trusted(table)
+        let files = files.ok_or_else(|| ClientError::Map {
+            source: std::io::Error::other(
+                "this process has no descriptors left for a table's files: raise its limit",
+            ),
+        })?;
+        match reply.table(files, sent, lease) {
+            // What was read is in order.
+            Err(error @ ClientError::Map { .. }) => Err(error),
+            other => self.connection.trusted(other),
+        }
     }
 
     /// The rows that come behind MAPPED, by part.
@@ -151,6 +162,7 @@ impl LaneClient {
     /// [`LaneClient::lookup`].
     pub fn renew_lease(&mut self, table: &MappedTable) -> Result<()> {
         self.connection.idle()?;
+        self.release_quietly();
         let lease = &table.lease;
         let gone = self.connection.has_forked()
             || !self.connection.is_there()
@@ -163,7 +175,8 @@ impl LaneClient {
         self.ask_to_renew(lease.id)
     }
 
-    /// Tells the server which leases have ended. Every request but a lookup does it on its way.
+    /// Tells the server which leases have ended. Every request does it on its way, but for lookups
+    /// that are sent while others are under way.
     ///
     /// # Errors
     ///
@@ -184,6 +197,14 @@ impl LaneClient {
             }
         }
         Ok(())
+    }
+
+    /// As [`release_ended`](Self::release_ended), before a request of another kind: if the connection
+    /// breaks at that, the leases end with it, and the request makes a new one.
+    pub(super) fn release_quietly(&mut self) {
+        if !self.ended.is_empty() {
+            let _ = self.release_ended();
+        }
     }
 
     fn ask_to_renew(&mut self, lease: u32) -> Result<()> {
@@ -264,13 +285,13 @@ impl Reply {
                     let file = file.ok_or_else(|| ClientError::reply("a part without its file"))?;
                     let bytes = mapping::map(file, bytes, Arc::clone(&lease))?;
                     let file = IpcFile::open(bytes, Arc::clone(&self.schema))?;
-                    let dirty = self.dirty(dirty as usize, masks_offset)?;
+                    let dirty = self.dirty(dirty as usize, masks_offset, file.len())?;
                     let left_out: usize = dirty.values().map(Kept::left_out).sum();
                     let kept = rows.checked_sub(left_out as u64).ok_or_else(|| {
                         ClientError::reply(format!("{left_out} of {rows} rows are left out"))
                     })?;
                     all_rows = all_rows.saturating_add(kept);
-                    Part::Mapped(Box::new(MappedPart { file, dirty }))
+                    Part::Mapped(Box::new(MappedPart { file, rows, dirty }))
                 }
             };
             parts.push(part);
@@ -288,8 +309,13 @@ impl Reply {
         })
     }
 
-    /// The dirty batches of a part.
-    fn dirty(&self, count: usize, masks_offset: usize) -> Result<BTreeMap<usize, Kept>> {
+    /// The dirty batches of a part that has so many batches.
+    fn dirty(
+        &self,
+        count: usize,
+        masks_offset: usize,
+        batches: usize,
+    ) -> Result<BTreeMap<usize, Kept>> {
         let cut = || ClientError::reply("the masks of a reply are cut short");
         let bytes = count.checked_mul(ENTRY_BYTES).ok_or_else(cut)?;
         let end = masks_offset.checked_add(bytes).ok_or_else(cut)?;
@@ -303,8 +329,8 @@ impl Reply {
             if kept == 0 {
                 return Ok((batch, Kept { rows, mask: None }));
             }
-            let start = number(12) * ALIGNMENT;
-            let end = start + rows.div_ceil(8);
+            let start = number(12).checked_mul(ALIGNMENT).ok_or_else(cut)?;
+            let end = start.checked_add(rows.div_ceil(8)).ok_or_else(cut)?;
             if end > self.frame.len() {
                 return Err(cut());
             }
@@ -317,6 +343,18 @@ impl Reply {
             let mask = Some(mask);
             Ok((batch, Kept { rows, mask }))
         };
-        entries.chunks_exact(ENTRY_BYTES).map(entry).collect()
+        let dirty: BTreeMap<usize, Kept> = entries
+            .chunks_exact(ENTRY_BYTES)
+            .map(entry)
+            .collect::<Result<_>>()?;
+        let is_there = dirty
+            .last_key_value()
+            .is_none_or(|(last, _)| *last < batches);
+        if dirty.len() == count && is_there {
+            return Ok(dirty);
+        }
+        Err(ClientError::reply(
+            "masks of batches that are not there, or two of one",
+        ))
     }
 }

@@ -91,6 +91,7 @@ impl LaneClient {
         let lookup = find(&self.lookups, index)?;
         let (generation, handle) = (lookup.generation, lookup.handle);
         self.connection.idle()?;
+        self.release_quietly();
         self.lookups[index] = None;
         self.connection.ensure()?;
         if generation == self.connection.generation() {
@@ -125,6 +126,7 @@ impl LaneClient {
         keys: KeyEncoder,
     ) -> Result<PreparedLookup> {
         self.connection.idle()?;
+        self.release_quietly();
         let json = frame::padded_json(command.clone());
         let detail = u32::try_from(json.len())
             .map_err(|_| ClientError::request("the command is too long"))?;

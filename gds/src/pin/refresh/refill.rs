@@ -211,7 +211,8 @@ impl Refresher {
         Ok(())
     }
 
-    /// Makes a filled slot the head, in an epoch of its own.
+    /// Makes a filled slot the head, in an epoch of its own; with its index, unlike a pin's first
+    /// one: until it is published, readers have a generation that can tell them the rows of keys.
     fn lead_from(
         &mut self,
         snapshot: &Snapshot,
@@ -219,6 +220,7 @@ impl Refresher {
         filled: Filled,
     ) -> Result<(), PinError> {
         let epoch = Epoch::of_snapshot(snapshot, self.options.journal_max_bytes)?;
+        epoch.make_index(&|| self.go_on())?;
         self.pin.filled(filled.report);
         self.head = Head {
             number: self.head.number + 1,
