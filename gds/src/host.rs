@@ -13,7 +13,7 @@ use crate::backend::{
 };
 use crate::error::GdsError;
 use crate::host_memory::host_memory;
-use crate::reads::{Chunk, check_pieces, cut, is_cached, read_all, spread};
+use crate::reads::{Chunk, check_pieces, cut, is_cached, neighbours, read_all, spread};
 use crate::sys::map::{PAGE_BYTES, SharedMemory, Writer};
 
 /// What one thread reads at a time.
@@ -127,9 +127,10 @@ impl Backend for HostBackend {
         let memory = self.ours(region)?;
         check_pieces(file, pieces, region)?;
         let chunks = cut(pieces, CHUNK_BYTES);
+        let groups = neighbours(&chunks, CHUNK_BYTES);
         let writer = memory.writer();
-        spread(READ_THREADS, &chunks, |chunk| {
-            read_chunk(file, chunk, &writer)
+        spread(READ_THREADS, &groups, |group| {
+            read_group(file, group, &writer)
         })?;
         Ok(LoadReport {
             path: LoadPath::Host,
@@ -236,6 +237,25 @@ fn populate(shared: &SharedMemory) -> std::io::Result<()> {
 fn place(chunk: &Chunk) -> Range<usize> {
     let start = chunk.region_offset as usize;
     start..start + chunk.bytes as usize
+}
+
+/// Brings in chunks that follow each other in the file.
+fn read_group(file: &DmaFile, group: &[Chunk], writer: &Writer<'_>) -> Result<(), GdsError> {
+    if let [first, _, ..] = group {
+        let bytes: u64 = group.iter().map(|chunk| chunk.bytes).sum();
+        let unbuffered = file
+            .unbuffered()
+            .filter(|_| !is_cached(file.buffered(), first.file_offset, bytes));
+        let from = unbuffered.unwrap_or_else(|| file.buffered()).as_fd();
+        let came = writer.read_file_to_each(from, first.file_offset, group.iter().map(place));
+        if came.is_ok_and(|came| came as u64 == bytes) {
+            return Ok(());
+        }
+        // Piece by piece: some came, or why none does will be said.
+    }
+    group
+        .iter()
+        .try_for_each(|chunk| read_chunk(file, chunk, writer))
 }
 
 /// Brings one chunk in by reading, round the page cache where that can be.

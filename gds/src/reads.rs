@@ -65,6 +65,34 @@ pub(crate) fn cut(pieces: &[Piece], chunk_bytes: u64) -> Vec<Chunk> {
     chunks
 }
 
+/// Parts that one read may have.
+const MOST_PARTS: usize = 64;
+
+/// Groups chunks that follow each other in the file on whole pages, up to `most_bytes` a group: one
+/// read can bring them all in, wherever each goes. Columns of a batch lie so, and a disk gives more
+/// in few large reads. Any other chunk is a group of its own.
+pub(crate) fn neighbours(chunks: &[Chunk], most_bytes: u64) -> Vec<&[Chunk]> {
+    let mut groups = Vec::new();
+    let mut rest = chunks;
+    while let Some(first) = rest.first() {
+        let (mut count, mut bytes) = (1, first.bytes);
+        while let Some(next) = rest.get(count)
+            && first.whole_pages
+            && next.whole_pages
+            && next.file_offset == first.file_offset + bytes
+            && bytes + next.bytes <= most_bytes
+            && count < MOST_PARTS
+        {
+            count += 1;
+            bytes += next.bytes;
+        }
+        let (group, after) = rest.split_at(count);
+        groups.push(group);
+        rest = after;
+    }
+    groups
+}
+
 /// Checks pieces before anything is read: they lie in the region, apart from each other, and in
 /// the file. Several threads write what they name, without asking each other.
 ///
@@ -279,6 +307,36 @@ mod tests {
         assert_eq!(cuts(piece(4096, 0, 0)), []);
         assert_eq!(cuts(piece(10, 10, 20)), [(10, 20, false)]);
         assert_eq!(cuts(piece(8192, 4096, 4096)), [(8192, 4096, true)]);
+    }
+
+    #[test]
+    fn chunks_that_follow_each_other_on_whole_pages_are_read_together() {
+        let pieces = [
+            piece(4096, 40_960, 8192),
+            piece(12_288, 0, 4096),
+            piece(16_384, 81_920, 4096),
+            // A hole before it, and half of a page at its end.
+            piece(24_576, 90_112, 6000),
+            piece(30_576, 8192 + 30_576, 20_000),
+        ];
+        let chunks = cut(&pieces, 8192);
+        let sizes = |most_bytes| -> Vec<(u64, usize)> {
+            let groups = neighbours(&chunks, most_bytes);
+            assert_eq!(groups.concat(), chunks);
+            groups.iter().map(|g| (g[0].file_offset, g.len())).collect()
+        };
+        let alone = [(24_576, 1), (28_672, 1), (30_576, 1)];
+        let last = [(49_152, 1)];
+        let together = [&[(4096, 3)], &alone[..], &[(32_768, 2)], &last].concat();
+        assert_eq!(sizes(1 << 20), together);
+        let halves = [
+            &[(4096, 1), (12_288, 2)],
+            &alone[..],
+            &[(32_768, 1), (40_960, 1)],
+            &last,
+        ];
+        assert_eq!(sizes(8192), halves.concat());
+        assert!(neighbours(&[], 8192).is_empty());
     }
 
     #[test]

@@ -230,6 +230,30 @@ impl Writer<'_> {
         let came = unsafe { libc::pread(file.as_raw_fd(), to.cast(), bytes, offset) };
         usize::try_from(came).map_err(|_| io::Error::last_os_error())
     }
+
+    /// As [`read_file`](Self::read_file), into several ranges one after the other.
+    pub(crate) fn read_file_to_each(
+        &self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        to: impl Iterator<Item = Range<usize>>,
+    ) -> io::Result<usize> {
+        let parts: Vec<libc::iovec> = to
+            .map(|range| libc::iovec {
+                iov_len: range.len(),
+                iov_base: self.memory.at(range).cast(),
+            })
+            .collect();
+        let (Ok(offset), Ok(count)) = (
+            libc::off_t::try_from(offset),
+            libc::c_int::try_from(parts.len()),
+        ) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        // SAFETY: as for `read_file`, of each of the checked ranges; `parts` lives through the call.
+        let came = unsafe { libc::preadv(file.as_raw_fd(), parts.as_ptr(), count, offset) };
+        usize::try_from(came).map_err(|_| io::Error::last_os_error())
+    }
 }
 
 /// One of those who read a memory's bytes.
