@@ -242,12 +242,21 @@ fn place(chunk: &Chunk) -> Range<usize> {
 /// Brings in chunks that follow each other in the file.
 fn read_group(file: &DmaFile, group: &[Chunk], writer: &Writer<'_>) -> Result<(), GdsError> {
     if let [first, _, ..] = group {
-        let bytes: u64 = group.iter().map(|chunk| chunk.bytes).sum();
+        let mut end = first.file_offset;
+        let parts: Vec<(usize, Range<usize>)> = group
+            .iter()
+            .map(|chunk| {
+                let between = chunk.file_offset - end;
+                end = chunk.file_offset + chunk.bytes;
+                (between as usize, place(chunk))
+            })
+            .collect();
+        let bytes = end - first.file_offset;
         let unbuffered = file
             .unbuffered()
             .filter(|_| !is_cached(file.buffered(), first.file_offset, bytes));
         let from = unbuffered.unwrap_or_else(|| file.buffered()).as_fd();
-        let came = writer.read_file_to_each(from, first.file_offset, group.iter().map(place));
+        let came = writer.read_file_to_each(from, first.file_offset, parts.into_iter());
         if came.is_ok_and(|came| came as u64 == bytes) {
             return Ok(());
         }

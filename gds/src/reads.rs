@@ -65,26 +65,30 @@ pub(crate) fn cut(pieces: &[Piece], chunk_bytes: u64) -> Vec<Chunk> {
     chunks
 }
 
-/// Parts that one read may have.
-const MOST_PARTS: usize = 64;
+/// Chunks that one read may bring in.
+const MOST_TOGETHER: usize = 64;
 
-/// Groups chunks that follow each other in the file on whole pages, up to `most_bytes` a group: one
-/// read can bring them all in, wherever each goes. Columns of a batch lie so, and a disk gives more
-/// in few large reads. Any other chunk is a group of its own.
+/// What lies between two chunks, up to so many bytes, is read with them rather than that there be
+/// two reads: the null bits of a column before its values.
+pub(crate) const MOST_BETWEEN: u64 = 64 << 10;
+
+/// Groups chunks that follow each other in the file on whole pages, nearly or without a gap, up to
+/// `most_bytes` a group: one read can bring them all in, wherever each goes. Columns of a batch lie
+/// so, and a disk gives more in few large reads. Any other chunk is a group of its own.
 pub(crate) fn neighbours(chunks: &[Chunk], most_bytes: u64) -> Vec<&[Chunk]> {
     let mut groups = Vec::new();
     let mut rest = chunks;
     while let Some(first) = rest.first() {
-        let (mut count, mut bytes) = (1, first.bytes);
+        let (mut count, mut end) = (1, first.file_offset + first.bytes);
         while let Some(next) = rest.get(count)
             && first.whole_pages
             && next.whole_pages
-            && next.file_offset == first.file_offset + bytes
-            && bytes + next.bytes <= most_bytes
-            && count < MOST_PARTS
+            && (end..=end + MOST_BETWEEN).contains(&next.file_offset)
+            && next.file_offset + next.bytes - first.file_offset <= most_bytes
+            && count < MOST_TOGETHER
         {
             count += 1;
-            bytes += next.bytes;
+            end = next.file_offset + next.bytes;
         }
         let (group, after) = rest.split_at(count);
         groups.push(group);
@@ -316,8 +320,12 @@ mod tests {
             piece(12_288, 0, 4096),
             piece(16_384, 81_920, 4096),
             // A hole before it, and half of a page at its end.
-            piece(24_576, 90_112, 6000),
-            piece(30_576, 8192 + 30_576, 20_000),
+            piece(102_400, 90_112, 6000),
+            piece(108_400, 8192 + 108_400, 20_000),
+            // Near each other, and one that is not ahead.
+            piece(131_072, 143_360, 4096),
+            piece(139_264, 151_552, 4096),
+            piece(0, 159_744, 4096),
         ];
         let chunks = cut(&pieces, 8192);
         let sizes = |most_bytes| -> Vec<(u64, usize)> {
@@ -325,14 +333,15 @@ mod tests {
             assert_eq!(groups.concat(), chunks);
             groups.iter().map(|g| (g[0].file_offset, g.len())).collect()
         };
-        let alone = [(24_576, 1), (28_672, 1), (30_576, 1)];
-        let last = [(49_152, 1)];
-        let together = [&[(4096, 3)], &alone[..], &[(32_768, 2)], &last].concat();
-        assert_eq!(sizes(1 << 20), together);
+        let ragged = [(102_400, 1), (106_496, 1), (108_400, 1)];
+        let last = [(126_976, 1), (131_072, 2), (0, 1)];
+        let together = [&[(4096, 3)], &ragged[..], &[(110_592, 2)], &last];
+        assert_eq!(sizes(1 << 20), together.concat());
+        let last = [(126_976, 1), (131_072, 1), (139_264, 1), (0, 1)];
         let halves = [
             &[(4096, 1), (12_288, 2)],
-            &alone[..],
-            &[(32_768, 1), (40_960, 1)],
+            &ragged[..],
+            &[(110_592, 1), (118_784, 1)],
             &last,
         ];
         assert_eq!(sizes(8192), halves.concat());

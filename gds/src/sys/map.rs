@@ -15,6 +15,8 @@ use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use crate::reads::MOST_BETWEEN;
+
 /// The unit in which the kernel maps and caches.
 pub(crate) const PAGE_BYTES: u64 = 4096;
 
@@ -231,26 +233,43 @@ impl Writer<'_> {
         usize::try_from(came).map_err(|_| io::Error::last_os_error())
     }
 
-    /// As [`read_file`](Self::read_file), into several ranges one after the other.
+    /// As [`read_file`](Self::read_file), into several ranges one after the other, each after so many
+    /// bytes of the file that nobody wants: whole pages, at most `MOST_BETWEEN`. Counts those too.
     pub(crate) fn read_file_to_each(
         &self,
         file: BorrowedFd<'_>,
         offset: u64,
-        to: impl Iterator<Item = Range<usize>>,
+        to: impl Iterator<Item = (usize, Range<usize>)>,
     ) -> io::Result<usize> {
-        let parts: Vec<libc::iovec> = to
-            .map(|range| libc::iovec {
+        // On a page, as reads round the page cache want it.
+        let mut unwanted = vec![0_u8; MOST_BETWEEN as usize + PAGE_BYTES as usize];
+        let start = unwanted.as_ptr().align_offset(PAGE_BYTES as usize);
+        let unwanted = &mut unwanted[start..start + MOST_BETWEEN as usize];
+        let mut parts = Vec::new();
+        for (before, range) in to {
+            assert!(
+                before <= unwanted.len(),
+                "{before} bytes are too many to skip"
+            );
+            parts.push(libc::iovec {
+                iov_len: before,
+                iov_base: unwanted.as_mut_ptr().cast(),
+            });
+            parts.push(libc::iovec {
                 iov_len: range.len(),
                 iov_base: self.memory.at(range).cast(),
-            })
-            .collect();
+            });
+        }
+        parts.retain(|part| part.iov_len > 0);
         let (Ok(offset), Ok(count)) = (
             libc::off_t::try_from(offset),
             libc::c_int::try_from(parts.len()),
         ) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        // SAFETY: as for `read_file`, of each of the checked ranges; `parts` lives through the call.
+        // SAFETY: as for `read_file`, of each of the checked ranges; what is skipped goes to memory
+        // of this call's own, as long as any stretch of it (looked at above), which nobody reads.
+        // It and `parts` live through the call.
         let came = unsafe { libc::preadv(file.as_raw_fd(), parts.as_ptr(), count, offset) };
         usize::try_from(came).map_err(|_| io::Error::last_os_error())
     }
