@@ -48,10 +48,11 @@ class Lane:
 
     PREPARED_KEYS = 400_000
 
-    def __init__(self, socket, table, features):
+    def __init__(self, socket, table, features, spin_micros=0):
         import pinion
 
-        self.lookup = pinion.connect(lane=f"lane://{socket}").prepare([f"{table}:{name}" for name in features])
+        client = pinion.connect(lane=f"lane://{socket}", spin_micros=spin_micros)
+        self.lookup = client.prepare([f"{table}:{name}" for name in features])
 
     def requests(self, arrays):
         return [pa.RecordBatch.from_arrays([pa.array(ids)], schema=KEY) for ids in arrays]

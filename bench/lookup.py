@@ -14,6 +14,7 @@ and from all 10 M too.
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -22,11 +23,25 @@ from functools import partial
 from pathlib import Path
 
 import serving
-from harness import RESULTS, Span, Unmeasured, machine, rounds, rss_anon, save_part, show_part, stalls, versions
+from harness import (
+    DATA,
+    RESULTS,
+    Span,
+    Unmeasured,
+    copy_store,
+    machine,
+    rounds,
+    rss_anon,
+    save_part,
+    show_part,
+    stalls,
+    versions,
+)
 from lookup_paths import (
     FLIGHT,
     LANE,
     NATIVE,
+    POLL_MICROS,
     READS,
     REDIS_SETTINGS,
     SECONDS,
@@ -37,6 +52,7 @@ from lookup_paths import (
     has_native,
     lane_bench,
     pinion_paths,
+    polling_paths,
     redis_benchmark,
     redis_paths,
     redis_server,
@@ -110,6 +126,12 @@ def lookups(sizes, data, count):
         feast = stack.enter_context(Feast(sizes.folder, serving.profile_file(sizes), FEAST_STEP))
         serve = stack.enter_context(feast.serve())
         ours, redises = pinion_paths(stack, pinion), redis_paths(stack, redis)
+        # A server of its own: how it waits counts for all of its clients.
+        copy = copy_store(data, DATA / "lookup-polled-work")
+        stack.callback(shutil.rmtree, copy)
+        polled = stack.enter_context(Pinion(copy, env={"PINION__LANE__SPIN_MICROS": str(POLL_MICROS)}))
+        polling = polling_paths(stack, polled) if not missing_lane() else {}
+        check(polling, sizes, 1)
         feasts = feast_paths(stack, feast, serve)
         check(ours, sizes, 1)
         check(redises, sizes, REDIS_STEP)
@@ -118,7 +140,7 @@ def lookups(sizes, data, count):
         few = (sizes.profile // REDIS_STEP, REDIS_STEP)
         fewest = (sizes.profile // FEAST_STEP, FEAST_STEP)
         every = (sizes.profile, 1)
-        server, peer = Cpu(pinion.pid), Cpu(redis.pid)
+        server, peer, polled_cpu = Cpu(pinion.pid), Cpu(redis.pid), Cpu(polled.pid)
         feast_cpu = {path: Cpu(feast.redis.pid) for path in feasts}
         feast_cpu["feast serve"] = Cpu(feast.redis.pid, families=(serve.pid,))
         for keys in (1, 100, 1_000):
@@ -129,6 +151,10 @@ def lookups(sizes, data, count):
                         if of == "Feast's" and keys != 100:
                             continue
                         cases[f"{path} | {of}"] = case(workers, clients, keys, asked, server)
+                # For several clients two cores are too few.
+                for path, workers in polling.items() if clients == 1 else ():
+                    for asked, of in ((few, "Redis's"), (every, "all")):
+                        cases[f"{path} | {of}"] = case(workers, clients, keys, asked, polled_cpu)
                 for path, workers in redises.items():
                     if keys > 1 or "one HMGET" not in path:
                         cases[f"{path} | Redis's"] = case(workers, clients, keys, few, peer)

@@ -27,6 +27,8 @@ REDIS_SETTINGS = {
 REDIS_TYPED = "redis-py, hiredis, pipelined HMGET, typed Arrow"
 REDIS_PACKED = "redis-py, hiredis, MGET of packed rows, typed Arrow"
 LANE, FLIGHT, NATIVE = "local lane, Python", "Flight, pyarrow", "local lane, native"
+# Server and client look for the next message so long before they sleep.
+LANE_POLL, POLL_MICROS = f"{LANE}, busy-poll", 300
 # How the native client reads replies.
 READS = {NATIVE: "batch", f"{NATIVE}, values in place": "columns"}
 
@@ -58,6 +60,12 @@ def pinion_paths(stack, pinion, name="profile", features=serving.FEATURES, clien
         path: stack.enter_context(Workers(kind, {**where, "table": name, "features": list(features)}, clients))
         for path, (kind, where) in ways.items()
     }
+
+
+def polling_paths(stack, pinion, name="profile", features=serving.FEATURES):
+    """As `pinion_paths`, of a server that polls: one client, which polls too."""
+    how = {"socket": str(pinion.lane), "table": name, "features": list(features), "spin_micros": POLL_MICROS}
+    return {LANE_POLL: stack.enter_context(Workers("lane", how, 1))}
 
 
 def redis_paths(stack, redis):

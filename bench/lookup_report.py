@@ -2,7 +2,7 @@
 
 import plot
 from harness import median, ratios, spread, table
-from lookup_paths import FLIGHT, LANE, NATIVE, REDIS_PACKED, REDIS_SETTINGS, REDIS_TYPED
+from lookup_paths import FLIGHT, LANE, LANE_POLL, NATIVE, POLL_MICROS, REDIS_PACKED, REDIS_SETTINGS, REDIS_TYPED
 from serve_for import RAISED_NOTE
 
 FEASTS = ("Feast SDK, to_dict", "Feast SDK, to_arrow", "feast serve")
@@ -32,6 +32,9 @@ def lookups_report(found):
         (1, LANE, tuple(REDIS_SETTINGS), "Redis's", "at or under it"),
         (100, LANE, tuple(REDIS_SETTINGS), "Redis's", "12x"),
         (1_000, LANE, tuple(REDIS_SETTINGS), "Redis's", "50x"),
+        (1, LANE_POLL, tuple(REDIS_SETTINGS), "Redis's", "at or under it"),
+        (100, LANE_POLL, tuple(REDIS_SETTINGS), "Redis's", "12x"),
+        (1_000, LANE_POLL, tuple(REDIS_SETTINGS), "Redis's", "50x"),
         (100, LANE, (REDIS_TYPED,), "Redis's", "none, the like for like"),
         (100, LANE, (REDIS_PACKED,), "Redis's", "none"),
         (100, f"{FLIGHT}, Unix socket", tuple(REDIS_SETTINGS), "Redis's", "8x"),
@@ -54,6 +57,8 @@ def lookups_report(found):
             f"K = 100, 1 client: {NATIVE} {median(more):.1f}x the keys/s of redis-benchmark ({spread(more)}; goal: 5x)"
         )
     notes += [
+        f"busy-poll: the server (`lane.spin_micros`) and the client (`spin_micros`) look for the next message for "
+        f"{POLL_MICROS} µs before they sleep; while a client asks, that takes two cores",
         "keys: whose keys are asked, uniformly: one in ten of Pinion's (Redis's), one in a hundred (Feast's), or all; the "
         "native client, where its release has no `--key-step`, asks for as many keys that lie side by side",
         "replies are typed Arrow, checked against the file, but where it says otherwise: redis-py's stay bytes without "
