@@ -122,13 +122,13 @@ def peer_versions():
 def lookups(sizes, data, count):
     found = {}
     with ExitStack() as stack:
+        copy = copy_store(data, DATA / "lookup-polled-work")
+        stack.callback(shutil.rmtree, copy)
         pinion, redis = stack.enter_context(Pinion(data)), stack.enter_context(redis_server(sizes))
         feast = stack.enter_context(Feast(sizes.folder, serving.profile_file(sizes), FEAST_STEP))
         serve = stack.enter_context(feast.serve())
         ours, redises = pinion_paths(stack, pinion), redis_paths(stack, redis)
         # A server of its own: how it waits counts for all of its clients.
-        copy = copy_store(data, DATA / "lookup-polled-work")
-        stack.callback(shutil.rmtree, copy)
         polled = stack.enter_context(Pinion(copy, env={"PINION__LANE__SPIN_MICROS": str(POLL_MICROS)}))
         polling = polling_paths(stack, polled) if not missing_lane() else {}
         check(polling, sizes, 1)

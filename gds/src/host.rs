@@ -239,9 +239,12 @@ fn place(chunk: &Chunk) -> Range<usize> {
     start..start + chunk.bytes as usize
 }
 
-/// Brings in chunks that follow each other in the file.
+/// Brings in chunks that follow each other in the file: by one read, unless the page cache has them.
 fn read_group(file: &DmaFile, group: &[Chunk], writer: &Writer<'_>) -> Result<(), GdsError> {
-    if let [first, _, ..] = group {
+    let cached = |chunk: &Chunk| is_cached(file.buffered(), chunk.file_offset, chunk.bytes);
+    if let [first, _, ..] = group
+        && !group.iter().all(cached)
+    {
         let mut end = first.file_offset;
         let parts: Vec<(usize, Range<usize>)> = group
             .iter()
@@ -251,13 +254,9 @@ fn read_group(file: &DmaFile, group: &[Chunk], writer: &Writer<'_>) -> Result<()
                 (between as usize, place(chunk))
             })
             .collect();
-        let bytes = end - first.file_offset;
-        let unbuffered = file
-            .unbuffered()
-            .filter(|_| !is_cached(file.buffered(), first.file_offset, bytes));
-        let from = unbuffered.unwrap_or_else(|| file.buffered()).as_fd();
-        let came = writer.read_file_to_each(from, first.file_offset, parts.into_iter());
-        if came.is_ok_and(|came| came as u64 == bytes) {
+        let from = file.unbuffered().unwrap_or_else(|| file.buffered());
+        let came = writer.read_file_to_each(from.as_fd(), first.file_offset, &parts);
+        if came.is_ok_and(|came| came as u64 == end - first.file_offset) {
             return Ok(());
         }
         // Piece by piece: some came, or why none does will be said.

@@ -68,9 +68,9 @@ pub(crate) fn cut(pieces: &[Piece], chunk_bytes: u64) -> Vec<Chunk> {
 /// Chunks that one read may bring in.
 const MOST_TOGETHER: usize = 64;
 
-/// What lies between two chunks, up to so many bytes, is read with them rather than that there be
-/// two reads: the null bits of a column before its values.
-pub(crate) const MOST_BETWEEN: u64 = 64 << 10;
+/// What lies between chunks is read with them, up to one byte in so many of what is wanted, rather
+/// than that there be two reads: the null bits of a column before its values.
+const WANTED_A_GAP: u64 = 4;
 
 /// Groups chunks that follow each other in the file on whole pages, nearly or without a gap, up to
 /// `most_bytes` a group: one read can bring them all in, wherever each goes. Columns of a batch lie
@@ -80,15 +80,19 @@ pub(crate) fn neighbours(chunks: &[Chunk], most_bytes: u64) -> Vec<&[Chunk]> {
     let mut rest = chunks;
     while let Some(first) = rest.first() {
         let (mut count, mut end) = (1, first.file_offset + first.bytes);
+        let (mut wanted, mut between) = (first.bytes, 0);
         while let Some(next) = rest.get(count)
             && first.whole_pages
             && next.whole_pages
-            && (end..=end + MOST_BETWEEN).contains(&next.file_offset)
+            && let Some(gap) = next.file_offset.checked_sub(end)
+            && (between + gap) * WANTED_A_GAP <= wanted + next.bytes
             && next.file_offset + next.bytes - first.file_offset <= most_bytes
             && count < MOST_TOGETHER
         {
             count += 1;
             end = next.file_offset + next.bytes;
+            wanted += next.bytes;
+            between += gap;
         }
         let (group, after) = rest.split_at(count);
         groups.push(group);
@@ -322,10 +326,11 @@ mod tests {
             // A hole before it, and half of a page at its end.
             piece(102_400, 90_112, 6000),
             piece(108_400, 8192 + 108_400, 20_000),
-            // Near each other, and one that is not ahead.
-            piece(131_072, 143_360, 4096),
-            piece(139_264, 151_552, 4096),
-            piece(0, 159_744, 4096),
+            // Near each other for what they are, and not; and one that is not ahead.
+            piece(131_072, 143_360, 8192),
+            piece(143_360, 155_648, 8192),
+            piece(155_648, 167_936, 4096),
+            piece(0, 176_128, 4096),
         ];
         let chunks = cut(&pieces, 8192);
         let sizes = |most_bytes| -> Vec<(u64, usize)> {
@@ -334,10 +339,16 @@ mod tests {
             groups.iter().map(|g| (g[0].file_offset, g.len())).collect()
         };
         let ragged = [(102_400, 1), (106_496, 1), (108_400, 1)];
-        let last = [(126_976, 1), (131_072, 2), (0, 1)];
+        let last = [(126_976, 1), (131_072, 2), (155_648, 1), (0, 1)];
         let together = [&[(4096, 3)], &ragged[..], &[(110_592, 2)], &last];
         assert_eq!(sizes(1 << 20), together.concat());
-        let last = [(126_976, 1), (131_072, 1), (139_264, 1), (0, 1)];
+        let last = [
+            (126_976, 1),
+            (131_072, 1),
+            (143_360, 1),
+            (155_648, 1),
+            (0, 1),
+        ];
         let halves = [
             &[(4096, 1), (12_288, 2)],
             &ragged[..],

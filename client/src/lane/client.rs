@@ -122,7 +122,6 @@ impl LaneClient {
     /// Sends one request with nothing else under way, connecting anew where that helps.
     fn alone(&mut self, prepared: &Prepared, keys: &RecordBatch) -> Result<()> {
         self.connection.idle()?;
-        self.release_quietly();
         self.send(prepared, keys)
     }
 

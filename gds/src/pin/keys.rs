@@ -2,8 +2,9 @@
 //!
 //! A pin that is filled anew numbers its rows anew: a new epoch begins, and leases on older
 //! generations keep theirs. The index is made from the snapshot that the pin was filled from, after
-//! it can be leased: values need no index. A fresh pin makes it at once, for the changes to come; a
-//! frozen one when it is first asked; one that is lent has none, since its segments have.
+//! it can be leased: values need no index. A fresh pin makes it at once, for the changes to come (and
+//! before it is leased where it was filled anew, while the generation before answers); a frozen one
+//! when it is first asked; one that is lent has none, since its segments have.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};

@@ -15,8 +15,6 @@ use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use crate::reads::MOST_BETWEEN;
-
 /// The unit in which the kernel maps and caches.
 pub(crate) const PAGE_BYTES: u64 = 4096;
 
@@ -234,30 +232,29 @@ impl Writer<'_> {
     }
 
     /// As [`read_file`](Self::read_file), into several ranges one after the other, each after so many
-    /// bytes of the file that nobody wants: whole pages, at most `MOST_BETWEEN`. Counts those too.
+    /// bytes of the file that nobody wants, whole pages. Counts those too.
     pub(crate) fn read_file_to_each(
         &self,
         file: BorrowedFd<'_>,
         offset: u64,
-        to: impl Iterator<Item = (usize, Range<usize>)>,
+        to: &[(usize, Range<usize>)],
     ) -> io::Result<usize> {
+        let page = PAGE_BYTES as usize;
+        let unwanted_bytes: usize = to.iter().map(|(before, _)| before).sum();
+        let mut unwanted = vec![0_u8; unwanted_bytes + page];
         // On a page, as reads round the page cache want it.
-        let mut unwanted = vec![0_u8; MOST_BETWEEN as usize + PAGE_BYTES as usize];
-        let start = unwanted.as_ptr().align_offset(PAGE_BYTES as usize);
-        let unwanted = &mut unwanted[start..start + MOST_BETWEEN as usize];
-        let mut parts = Vec::new();
+        let start = unwanted.as_ptr().align_offset(page);
+        let unwanted = unwanted[start..start + unwanted_bytes].as_mut_ptr();
+        let (mut parts, mut skipped) = (Vec::with_capacity(2 * to.len()), 0);
         for (before, range) in to {
-            assert!(
-                before <= unwanted.len(),
-                "{before} bytes are too many to skip"
-            );
             parts.push(libc::iovec {
-                iov_len: before,
-                iov_base: unwanted.as_mut_ptr().cast(),
+                iov_len: *before,
+                iov_base: unwanted.wrapping_add(skipped).cast(),
             });
+            skipped += before;
             parts.push(libc::iovec {
                 iov_len: range.len(),
-                iov_base: self.memory.at(range).cast(),
+                iov_base: self.memory.at(range.clone()).cast(),
             });
         }
         parts.retain(|part| part.iov_len > 0);
@@ -268,8 +265,8 @@ impl Writer<'_> {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         // SAFETY: as for `read_file`, of each of the checked ranges; what is skipped goes to memory
-        // of this call's own, as long as any stretch of it (looked at above), which nobody reads.
-        // It and `parts` live through the call.
+        // of this call's own, a stretch for each, in a slice of all their bytes (above). It and
+        // `parts` live through the call.
         let came = unsafe { libc::preadv(file.as_raw_fd(), parts.as_ptr(), count, offset) };
         usize::try_from(came).map_err(|_| io::Error::last_os_error())
     }

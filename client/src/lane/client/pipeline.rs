@@ -23,6 +23,7 @@ impl LaneClient {
     pub fn send(&mut self, prepared: &Prepared, keys: &RecordBatch) -> Result<()> {
         let index = self.index(prepared)?;
         if self.connection.in_flight() == 0 {
+            self.release_quietly();
             self.connection.ensure()?;
             if find(&self.lookups, index)?.generation != self.connection.generation() {
                 self.renew(index)?;
