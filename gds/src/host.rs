@@ -239,12 +239,9 @@ fn place(chunk: &Chunk) -> Range<usize> {
     start..start + chunk.bytes as usize
 }
 
-/// Brings in chunks that follow each other in the file: by one read, unless the page cache has them.
+/// Brings in chunks that follow each other in the file, by one read where that pays.
 fn read_group(file: &DmaFile, group: &[Chunk], writer: &Writer<'_>) -> Result<(), GdsError> {
-    let cached = |chunk: &Chunk| is_cached(file.buffered(), chunk.file_offset, chunk.bytes);
-    if let [first, _, ..] = group
-        && !group.iter().all(cached)
-    {
+    if let [first, _, ..] = group {
         let mut end = first.file_offset;
         let parts: Vec<(usize, Range<usize>)> = group
             .iter()
@@ -254,12 +251,23 @@ fn read_group(file: &DmaFile, group: &[Chunk], writer: &Writer<'_>) -> Result<()
                 (between as usize, place(chunk))
             })
             .collect();
-        let from = file.unbuffered().unwrap_or_else(|| file.buffered());
-        let came = writer.read_file_to_each(from.as_fd(), first.file_offset, &parts);
-        if came.is_ok_and(|came| came as u64 == end - first.file_offset) {
-            return Ok(());
+        let bytes = end - first.file_offset;
+        let is_cached = |offset, bytes| is_cached(file.buffered(), offset, bytes);
+        let gaps = parts.iter().any(|(between, _)| *between > 0);
+        let cached = match gaps {
+            false => is_cached(first.file_offset, bytes),
+            true => group.iter().all(|c| is_cached(c.file_offset, c.bytes)),
+        };
+        // What lies between is worth a read of the disk, and no copy.
+        if !(cached && gaps) {
+            let unbuffered = file.unbuffered().filter(|_| !cached);
+            let from = unbuffered.unwrap_or_else(|| file.buffered()).as_fd();
+            let came = writer.read_file_to_each(from, first.file_offset, &parts);
+            if came.is_ok_and(|came| came as u64 == bytes) {
+                return Ok(());
+            }
+            // Some came, or why none does will be said piece by piece.
         }
-        // Piece by piece: some came, or why none does will be said.
     }
     group
         .iter()
