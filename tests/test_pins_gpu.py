@@ -18,7 +18,7 @@ import pinion
 import pinion.cuda
 import pytest
 from support import gpu as fake
-from support.pinned import ROWS, released, users
+from support.pinned import ROWS, client, pin, released, users  # noqa: F401  (fixtures)
 from support.pins import StubServer, TestPin
 from support.process import REPOSITORY
 
@@ -58,17 +58,6 @@ def stub(double):
     gc.collect()
     assert server.wait(lambda: not server.leases and not server.mappings)
     server.stop()
-
-
-@pytest.fixture
-def client(stub):
-    with pinion.connect(stub.url) as connected:
-        yield connected
-
-
-@pytest.fixture
-def pin(client):
-    return client.pin("users")
 
 
 def counts(version=0):

@@ -16,28 +16,10 @@ torch = pytest.importorskip("torch", exc_type=ImportError)
 
 import pinion.torch
 from pinion.view import View
-from support.pinned import ROWS, in_child, released, users
+from support.pinned import ROWS, client, in_child, pin, released, stub, users  # noqa: F401  (fixtures)
 from support.pins import StubServer, TestPin
 
 TENSORS = {"user", "age", "score", "rank", "half", "count", "on", "at", "hash", "embedding"}
-
-
-@pytest.fixture
-def stub():
-    server = StubServer({"users": TestPin(users(), ["user"], slots=3)})
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def client(stub):
-    with pinion.connect(stub.url) as connected:
-        yield connected
-
-
-@pytest.fixture
-def pin(client):
-    return client.pin("users")
 
 
 def column(name, version=0):
